@@ -1,0 +1,617 @@
+"""Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019)."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import netlib
+
+TASKS = ("Class", "Shared")
+DIRECTIONS = ("Class-Shared", "Shared-Class")
+K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
+CLUSTER_MODES = ("no_norm", "mean", "mstd")
+LOSS_READ_INTERVAL = 10
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss is NaN or infinite; the message is one line for the user."""
+
+
+class DeviceError(ValueError):
+    """The device asked for does not exist; the message is one line for the user."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
+
+    def error(self, message: str) -> None:
+        """Exit with the message; see argparse."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class FlagHelpFormatter(argparse.HelpFormatter):
+    """Help at up to 100 columns that shows list defaults and pairs as they are typed."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(100, int(os.environ.get("COLUMNS", 100))))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{action.help} (default: {shown if shown != '' else 'empty'})"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if isinstance(action.metavar, tuple):
+            return " ".join(action.metavar)
+        return super()._format_args(action, default_metavar)
+
+
+def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of `kind` for which `holds`; `wanted` says so in words."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of all flags; `check_args` resolves what it parsed."""
+    count = number(int, lambda value: value >= 1, "a whole number of at least 1")
+    count_or_zero = number(int, lambda value: value >= 0, "a whole number of at least 0")
+    two_or_more = number(int, lambda value: value >= 2, "a whole number of at least 2")
+    pixels = number(int, lambda value: value >= 32, "a whole number of at least 32")
+    positive = number(float, lambda value: value > 0, "a number above 0")
+    not_negative = number(float, lambda value: value >= 0, "a number of at least 0")
+    probability = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
+
+    parser = OneLineParser(
+        prog="main.py",
+        description="Train MIC: deep metric learning with mined interclass characteristics.",
+        epilog="CLASS SHARED are two values: one for the Class task, one for the Shared (interclass) task.",
+        formatter_class=FlagHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("data and network").add_argument
+    add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
+        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME/images/<class>/<image>, the "
+        "first half of the classes trains, the second half tests")  # fmt: skip
+    add("--arch", default="resnet50", choices=[*netlib.BACKBONES, "googlenet"], help="the backbone")
+    add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
+    add("--weights", metavar="FILE", help="start from this torchvision state dict instead of downloading one")
+    add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
+        "batches (default: frozen with pretrained weights, train with random ones)")  # fmt: skip
+    add("--img_size", type=pixels, default=224, metavar="PIXELS", help="side of the square network input; smaller is "
+        "faster; for evaluation images are resized to 256/224 of it, then cropped")  # fmt: skip
+    add("--k_vals", type=count, nargs="+", metavar="K", help="the k of Recall@k; 1, which picks the best "
+        "epoch, is always among them (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, "
+        "others 1 2 4 8)")  # fmt: skip
+
+    add = parser.add_argument_group("training").add_argument
+    add("--n_epochs", type=count, default=130, metavar="N", help="epochs; each has (training images / bs) iterations")
+    add("--kernels", type=count_or_zero, default=8, metavar="N", help="data loader workers, at most one per CPU core; "
+        "0 loads in the main process; does not change results")  # fmt: skip
+    add("--seed", type=count_or_zero, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
+    add("--amp", choices=["none", "bf16"], default="none", help="precision of the network: float32, or bfloat16 "
+        "autocast, which is faster and takes less memory")  # fmt: skip
+    add("--eval_every", type=count, default=1, metavar="N", help="score the test classes after every N-th epoch, and "
+        "after the last")  # fmt: skip
+
+    add = parser.add_argument_group("optimiser and schedule").add_argument
+    add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
+        "gamma at each epoch of tau, exp: after every epoch, none: never")  # fmt: skip
+    add("--gamma", type=positive, default=0.3, help="factor of the scheduler")
+    add("--tau", type=count, nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler")
+    add("--decay", type=not_negative, default=4e-4, help="weight decay of the network; higher regularises more")
+    add("--lr", type=positive, default=1e-5, help="Adam learning rate of the network and the projection networks; "
+        "random weights want about 1e-3")  # fmt: skip
+
+    add = parser.add_argument_group("tasks and batches").add_argument
+    add("--task_p", type=probability, default=[1.0, 0.8], **pair, help="probability that a task takes its step in an "
+        "iteration; 1 0 trains on classes only and mines nothing")  # fmt: skip
+    add("--bs", type=count, default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
+    add("--cs_per_bs", type=count, default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a batch; "
+        "forced to 1 for proxynca")  # fmt: skip
+    add("--embed_sizes", type=two_or_more, default=[128, 128], **pair, help="embedding dimensions")
+
+    add = parser.add_argument_group("losses").add_argument
+    add("--losses", choices=list(losses.LOSSES), default=["marginloss", "marginloss"], **pair,
+        help=f"the task's loss: {', '.join(losses.LOSSES)}")  # fmt: skip
+    add("--sampling", choices=list(losses.SAMPLERS), default=["distance", "distance"], **pair,
+        help=f"how triplets are picked: {', '.join(losses.SAMPLERS)}; proxynca needs none")  # fmt: skip
+    add("--proxy_lr", type=positive, default=[1e-5, 1e-5], **pair, help="learning rate of proxynca's proxies")
+    add("--beta", type=positive, default=[1.2, 1.2], **pair, help="margin loss: initial class boundary between "
+        "positive and negative distances")  # fmt: skip
+    add("--beta_lr", type=not_negative, default=[5e-4, 5e-4], **pair, help="learning rate of beta; 0 keeps it fixed")
+    add("--nu", type=not_negative, default=[0.0, 0.0], **pair, help="weight of beta's regularisation; higher pulls "
+        "classes tighter")  # fmt: skip
+    add("--margin", type=not_negative, default=[0.2, 0.2], **pair, help="margin of margin loss (distance), triplet "
+        "loss (squared distance) and semihard sampling")  # fmt: skip
+
+    add = parser.add_argument_group("adversarial term").add_argument
+    add("--adversarial", choices=DIRECTIONS, nargs="+", default=["Class-Shared"], metavar="TARGET-SOURCE",
+        help="directions to decorrelate: Class-Shared, Shared-Class, or both")  # fmt: skip
+    add("--adv_weights", type=not_negative, nargs="+", default=[2500.0], metavar="WEIGHT", help="one weight per "
+        "direction; higher drives the embeddings further apart, 0 leaves the direction out")  # fmt: skip
+    add("--adv_dim", type=count, default=512, metavar="N", help="hidden width of the projection network")
+
+    add = parser.add_argument_group("mining of shared labels").add_argument
+    add("--shared_num_classes", type=two_or_more, default=30, metavar="N", help="number of mined clusters")
+    add("--cluster_update_freq", type=count_or_zero, default=3, metavar="F", help="F epochs pass between two minings: "
+        "labels change after epochs F, 2F+1, 3F+2, ...; 0: after every epoch")  # fmt: skip
+    add("--cluster_mode", choices=CLUSTER_MODES, default="mean", help="what of each class is taken out before the "
+        "first clustering: nothing, its mean, its mean and standard deviation (the paper's figure)")  # fmt: skip
+    add("--random_cluster_pick_p", type=probability, default=0.2, metavar="P", help="probability that a Shared image "
+        "is replaced by one of a random cluster under the same label; guards against a bad first mining")  # fmt: skip
+
+    add = parser.add_argument_group("machine and files").add_argument
+    add("--gpu", type=count_or_zero, default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
+    add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
+        "time; an existing name gets a counter, nothing is overwritten")  # fmt: skip
+    add("--make_graph", action="store_true", help="also store a picture of the network's graph")
+    add("--source_path", default="./Datasets", metavar="FOLDER", help="folder that holds the dataset folders")
+    add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to SAVE_PATH/DATASET/NAME")
+    return parser
+
+
+def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit."""
+    args = argparse.Namespace(**vars(args))
+    for flag in (
+        "task_p",
+        "cs_per_bs",
+        "embed_sizes",
+        "losses",
+        "sampling",
+        "proxy_lr",
+        "beta",
+        "beta_lr",
+        "nu",
+        "margin",
+    ):
+        values = getattr(args, flag)
+        if len(values) != len(TASKS):
+            shown = " ".join(map(str, values))
+            parser.error(f"--{flag} {shown}: takes 2 values, for the Class and the Shared task; got {len(values)}")
+    if not any(args.task_p):
+        parser.error("--task_p 0 0: nothing would be trained; give at least one task a probability above 0")
+    if len(set(args.adversarial)) != len(args.adversarial):
+        parser.error(f"--adversarial {' '.join(args.adversarial)}: name each direction once")
+    if len(args.adv_weights) != len(args.adversarial):
+        parser.error(
+            f"--adv_weights {' '.join(map(str, args.adv_weights))}: takes one weight per direction of --adversarial "
+            f"({' '.join(args.adversarial)}); got {len(args.adv_weights)} for {len(args.adversarial)}"
+        )
+    for flag in ("dataset", "savename"):
+        value = getattr(args, flag)
+        if value in (".", "..") or Path(value).name != value:
+            parser.error(f"--{flag} {value!r}: give a plain folder name; see --source_path and --save_path for folders")
+    if not args.dataset:
+        parser.error("--dataset '': give the name of a data set")
+    if args.not_pretrained and args.weights is not None:
+        parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
+    if args.arch not in netlib.BACKBONES:
+        parser.error(f"--arch {args.arch} is not available yet; use {', '.join(netlib.BACKBONES)}")
+    if args.make_graph:
+        parser.error("--make_graph is not available yet; leave it out")
+
+    args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
+    for task, name, images_per_class in zip(TASKS, args.losses, args.cs_per_bs):
+        if losses.needs_triplets(name) and images_per_class < 2:
+            parser.error(f"--cs_per_bs {images_per_class} for {task}: {name} needs at least 2 images per class")
+        if args.bs % images_per_class:
+            parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
+        if losses.needs_triplets(name) and args.bs < 2 * images_per_class:
+            parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
+    args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
+    args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
+    return args
+
+
+def check_sizes(args: argparse.Namespace, n_images: int) -> None:
+    """Raise DatasetError where the flags do not fit the number of training images."""
+    if args.bs > n_images:
+        raise datasets.DatasetError(f"--bs {args.bs} is larger than the {n_images} training images of {args.dataset}")
+    if args.task_p[1] and args.shared_num_classes > n_images:
+        raise datasets.DatasetError(
+            f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images} training images of "
+            f"{args.dataset}"
+        )
+
+
+def pick_device(gpu: int) -> torch.device:
+    """Return CUDA device `gpu`, or the CPU where there is no CUDA. Raises DeviceError for a GPU that does not exist."""
+    if not torch.cuda.is_available():
+        print("device: CPU (no CUDA GPU found)")
+        return torch.device("cpu")
+    if gpu >= torch.cuda.device_count():
+        raise DeviceError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(gpu)}")
+    return torch.device("cuda", gpu)
+
+
+def build_loaders(
+    args: argparse.Namespace, train_images: datasets.ImageSet, test_images: datasets.ImageSet, pin_memory: bool
+) -> tuple[dict[str, datasets.ClassBalancedBatchSampler], dict[str, DataLoader], dict[str, DataLoader]]:
+    """Return batch samplers and training loaders, each by task, and loaders of all images in order, by split."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    loading = {"n_workers": min(args.kernels, n_cores), "pin_memory": pin_memory}
+    replacement = {"Class": 0.0, "Shared": args.random_cluster_pick_p}
+    samplers, train_loaders = {}, {}
+    for i, task in enumerate(TASKS):
+        samplers[task] = datasets.ClassBalancedBatchSampler(
+            args.bs, args.cs_per_bs[i], seed=(args.seed, i), random_pick_p=replacement[task]
+        )
+        transform = datasets.train_transform(args.img_size, flip=task == "Class")
+        dataset = datasets.ImageDataset(train_images, transform)
+        train_loaders[task] = datasets.make_loader(dataset, batch_sampler=samplers[task], **loading)
+    ordered_loaders = {}
+    for split, images in (("train", train_images), ("test", test_images)):
+        dataset = datasets.ImageDataset(images, datasets.test_transform(args.img_size))
+        ordered_loaders[split] = datasets.make_loader(dataset, batch_size=args.bs, **loading)
+    return samplers, train_loaders, ordered_loaders
+
+
+def build_objective(
+    args: argparse.Namespace, n_classes: Mapping[str, int]
+) -> tuple[dict[str, nn.Module], dict[str, tuple[nn.Module, float]]]:
+    """Return the loss of each task and, for each adversarial direction with a weight, (term, weight)."""
+    criteria = {
+        task: losses.build_loss(
+            args.losses[i],
+            args.sampling[i],
+            n_classes=n_classes[task],
+            embed_size=args.embed_sizes[i],
+            margin=args.margin[i],
+            beta=args.beta[i],
+            beta_lr=args.beta_lr[i],
+            nu=args.nu[i],
+            proxy_lr=args.proxy_lr[i],
+        )
+        for i, task in enumerate(TASKS)
+    }
+    embed_sizes = dict(zip(TASKS, args.embed_sizes, strict=True))
+    adversaries = {}
+    for direction, weight in zip(args.adversarial, args.adv_weights, strict=True):
+        if weight > 0:
+            target, source = direction.split("-")
+            term = losses.AdversarialLoss(embed_sizes[target], embed_sizes[source], args.adv_dim, lr=args.lr)
+            adversaries[direction] = (term, weight)
+    return criteria, adversaries
+
+
+def build_optimizer(
+    args: argparse.Namespace, network: nn.Module, terms: Sequence[nn.Module]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
+    """Return one Adam over the network and all that the terms train, and its scheduler, None for `none`."""
+    groups = [{"params": list(network.parameters()), "lr": args.lr, "weight_decay": args.decay}]
+    for term in terms:
+        groups += term.param_groups()
+    optimizer = torch.optim.Adam(groups, fused=True)
+    if args.scheduler == "none":
+        return optimizer, None
+    if args.scheduler == "exp":
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma)
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, args.tau, args.gamma)
+
+
+def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -> np.ndarray:
+    """Take class information out of features before the first clustering (MIC paper, section 3.2).
+
+    features: (N, D) float32. labels: (N,) int in [0, n_classes). mode: no_norm, mean (subtract the class's mean), or
+    mstd (and divide by the class's standard deviation per dimension; a dimension that does not vary becomes 0).
+    """
+    if mode == "no_norm":
+        return features
+    standardised = np.empty_like(features)
+    order = np.argsort(labels, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        centred = features[members] - features[members].mean(0)
+        if mode == "mstd":
+            centred /= np.maximum(centred.std(0), 1e-8)
+        standardised[members] = centred
+    return standardised
+
+
+def mine_labels(
+    network: netlib.EmbeddingNetwork,
+    loader: DataLoader,
+    class_labels: np.ndarray,
+    *,
+    is_first: bool,
+    cluster_mode: str,
+    n_clusters: int,
+    seed: int,
+    amp: str,
+) -> tuple[np.ndarray, float]:
+    """Cluster all training images and return (labels (N,) int64 in [0, n_clusters), inertia of the clustering).
+
+    The first time by early features standardised per class, later by the Shared embedding as it is (MIC paper,
+    section 3.2). loader: the training images in order. class_labels: (N,) int.
+    """
+    if is_first:
+        early = evaluate.extract_features(network, loader, ["Early"], amp)["Early"]
+        features = standardise_per_class(early, class_labels, cluster_mode)
+    else:
+        features = evaluate.extract_features(network, loader, ["Shared"], amp)["Shared"]
+    return auxiliaries.kmeans(features, n_clusters, seed)
+
+
+def draw_task_schedule(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> np.ndarray:
+    """Return (n_iterations, 2) bool: whether each task takes its step, drawn from the seed and the epoch alone."""
+    rng = np.random.default_rng([seed, len(TASKS), epoch])
+    return rng.random((n_iterations, len(TASKS))) < np.asarray(task_p)
+
+
+def train_one_epoch(
+    network: netlib.EmbeddingNetwork,
+    criteria: Mapping[str, nn.Module],
+    adversaries: Mapping[str, tuple[nn.Module, float]],
+    optimizer: torch.optim.Optimizer,
+    loaders: Mapping[str, DataLoader],
+    schedule: np.ndarray,
+    amp: str,
+    bar: tqdm,
+) -> dict[str, float | None]:
+    """Train one epoch and return the average losses, None for what took no step.
+
+    adversaries: direction target-source to (term, weight). schedule: (iterations, 2) bool, which task takes its step;
+    a task's loader holds exactly that many batches. bar: told of every image and, now and then, of the losses.
+    Raises NonFiniteLossError that names the term, the task's step and the iteration.
+    """
+    network.train()
+    device = network.mean.device
+    meter = LossMeter()
+    batches = {task: iter(loaders[task]) for task, takes_steps in zip(TASKS, schedule.any(0)) if takes_steps}
+    for iteration, takes_step in enumerate(schedule):
+        for task in (task for task, active in zip(TASKS, takes_step) if active):
+            images, labels = (values.to(device, non_blocking=True) for values in next(batches[task]))
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+                embeddings = network(images)
+            terms = {task: criteria[task](embeddings[task], labels)}
+            for direction, (adversary, weight) in adversaries.items():
+                target, source = direction.split("-")
+                terms[direction] = weight * adversary(embeddings[target], embeddings[source])
+            loss = sum(terms.values())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            meter.add(iteration, task, terms)
+            bar.update(len(images))
+        if iteration % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or iteration == len(schedule) - 1:
+            bar.set_postfix(meter.read())
+    return meter.averages()
+
+
+class LossMeter:
+    """Sums loss terms by name; the values stay on the device until `read`, so that a step never waits for them."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.pending: list[tuple[int, str, str, torch.Tensor]] = []
+
+    def add(self, iteration: int, task: str, terms: Mapping[str, torch.Tensor]) -> None:
+        """Take the terms of one step."""
+        self.pending += [(iteration, task, term, value.detach()) for term, value in terms.items()]
+        self.counts["step"] = self.counts.get("step", 0) + 1
+
+    def read(self) -> dict[str, str]:
+        """Copy what is pending to the host and return the running averages as text. Raises NonFiniteLossError."""
+        if self.pending:
+            values = torch.stack([entry[3] for entry in self.pending]).tolist()
+            for (iteration, task, term, _), value in zip(self.pending, values, strict=True):
+                if not math.isfinite(value):
+                    raise NonFiniteLossError(
+                        f"the {term} loss is {value} at iteration {iteration} ({task} step): training has diverged; "
+                        "try a lower --lr, or lower --adv_weights"
+                    )
+                self.sums[term] = self.sums.get(term, 0.0) + value
+                self.counts[term] = self.counts.get(term, 0) + 1
+            self.pending.clear()
+        return {term: f"{total / self.counts[term]:.4g}" for term, total in self.sums.items()}
+
+    def averages(self) -> dict[str, float | None]:
+        """Return the averages of the epoch: of all per step, of each task per step of its own, adversarial per step."""
+        self.read()
+        n_steps = self.counts.get("step", 0)
+        adversarial = sum(total for term, total in self.sums.items() if term in DIRECTIONS)
+        averages = {"Train Loss": sum(self.sums.values()) / n_steps if n_steps else None}
+        for task in TASKS:
+            averages[f"{task} Loss"] = self.sums[task] / self.counts[task] if task in self.sums else None
+        has_adversary = n_steps and any(term in DIRECTIONS for term in self.sums)
+        return averages | {"Adversarial Loss": adversarial / n_steps if has_adversary else None}
+
+
+def score_test_classes(
+    network: netlib.EmbeddingNetwork, loader: DataLoader, labels: np.ndarray, args: argparse.Namespace
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return the scores of the Class embedding on the test classes, and that embedding, (N, D) float32."""
+    embeddings = evaluate.extract_features(network, loader, ["Class"], args.amp)["Class"]
+    return evaluate.score_set(embeddings, labels, args.k_vals, args.seed, network.mean.device), embeddings
+
+
+def print_split(split: str, images: datasets.ImageSet) -> None:
+    """Print the size of a split, and how many of its classes have a single image."""
+    n_single = int((np.bincount(images.labels) == 1).sum())
+    note = f" ({n_single} classes have one image: never a hit in Recall, no positive in a batch)" if n_single else ""
+    print(f"{split}: {len(images)} images of {len(images.class_names)} classes{note}")
+
+
+def scores_line(scores: Mapping[str, float]) -> str:
+    """Return scores as one line of text."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def log_mining(path: Path, row: Mapping[str, float]) -> None:
+    """Print a mining and append it to its CSV."""
+    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in row.items() if name.startswith("NMI "))
+    print(
+        f"mined for epoch {row['Before Epoch']}: {row['Clusters']} clusters of {row['Smallest']} to {row['Largest']} "
+        f"images; NMI of the labels with {matches}"
+    )
+    auxiliaries.append_row(path, row)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
+    try:
+        yield
+    except (datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, DeviceError) as error:
+        print(f"main.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLossError as error:
+        print(f"main.py: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@one_line_errors()
+def main(args: argparse.Namespace) -> Path:
+    """Train with flags that `check_args` resolved, and return the run folder."""
+    start = time.time()
+    auxiliaries.set_seeds(args.seed)
+    device = pick_device(args.gpu)
+
+    # Data
+    train_images, test_images = datasets.load_dataset(args.dataset, args.source_path)
+    check_sizes(args, len(train_images))
+    print_split("train", train_images)
+    print_split("test", test_images)
+    samplers, loaders, ordered_loaders = build_loaders(args, train_images, test_images, device.type == "cuda")
+
+    # Network
+    network = netlib.build_network(
+        args.arch,
+        dict(zip(TASKS, args.embed_sizes, strict=True)),
+        pretrained=not args.not_pretrained,
+        weights_file=args.weights,
+        freeze_batchnorm=args.bn == "frozen",
+    ).to(device)
+    initial_scores, _ = score_test_classes(network, ordered_loaders["test"], test_images.labels, args)
+    print(f"before training  {scores_line(initial_scores)}")
+
+    # First labels
+    def mine(before_epoch: int) -> tuple[np.ndarray, dict[str, float]]:
+        mining_start = time.time()
+        mined, inertia = mine_labels(
+            network,
+            ordered_loaders["train"],
+            train_images.labels,
+            is_first=before_epoch == 0,
+            cluster_mode=args.cluster_mode,
+            n_clusters=args.shared_num_classes,
+            seed=args.seed,
+            amp=args.amp,
+        )
+        row = {"Before Epoch": before_epoch, "Time": round(time.time() - mining_start, 2), "Inertia": inertia}
+        return mined, row | evaluate.describe_clusters(mined, train_images.labels, train_images.factors)
+
+    is_mining = args.task_p[TASKS.index("Shared")] > 0
+    labels = {"Class": train_images.labels}
+    if is_mining:
+        labels["Shared"], mining_row = mine(before_epoch=0)
+
+    # Losses
+    n_classes = {"Class": len(train_images.class_names), "Shared": args.shared_num_classes}
+    criteria, adversaries = build_objective(args, n_classes)
+    terms = nn.ModuleList([*criteria.values(), *(term for term, _ in adversaries.values())]).to(device)
+
+    # Optimiser
+    optimizer, scheduler = build_optimizer(args, network, terms)
+
+    # Run folder: whatever can be wrong with the input has shown by now
+    savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    folder = auxiliaries.make_run_folder(Path(args.save_path) / args.dataset, savename)
+    auxiliaries.write_flags(folder, vars(args))
+    print(f"run folder: {folder}")
+    if is_mining:
+        log_mining(folder / "log_mining.csv", mining_row)
+
+    # Loop
+    train_rows: list[dict] = []
+    val_rows: list[dict] = []
+    for epoch in range(args.n_epochs):
+        epoch_start = time.time()
+        schedule = draw_task_schedule(args.task_p, len(train_images) // args.bs, args.seed, epoch)
+        for task, n_batches in zip(TASKS, schedule.sum(0).tolist(), strict=True):
+            if n_batches:
+                samplers[task].set_epoch(epoch, labels[task], n_batches)
+        n_images = args.bs * int(schedule.sum())
+        with tqdm(desc=f"epoch {epoch}", total=n_images, unit="img", unit_scale=True, leave=False, disable=None) as bar:
+            averages = train_one_epoch(network, criteria, adversaries, optimizer, loaders, schedule, args.amp, bar)
+        train_rows.append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
+        auxiliaries.append_row(folder / "log_train_Class.csv", train_rows[-1])
+
+        if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
+            eval_start = time.time()
+            scores, embeddings = score_test_classes(network, ordered_loaders["test"], test_images.labels, args)
+            val_rows.append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
+            auxiliaries.append_row(folder / "log_val_Class.csv", val_rows[-1])
+            best = max(val_rows, key=lambda row: row["Recall @ 1"])
+            if best is val_rows[-1]:
+                progress = {
+                    "epoch": epoch,
+                    "initial_scores": initial_scores,
+                    "train_rows": train_rows,
+                    "val_rows": val_rows,
+                    "shared_labels": torch.from_numpy(labels["Shared"]) if is_mining else None,
+                }
+                auxiliaries.save_checkpoint(folder / "checkpoint.pth.tar", network, vars(args), progress)
+                dataset = ordered_loaders["test"].dataset
+                auxiliaries.draw_recoveries(
+                    folder / "sample_recoveries.png",
+                    lambda index, dataset=dataset: dataset[index][0].permute(1, 2, 0).numpy(),
+                    embeddings,
+                    test_images.labels,
+                    test_images.class_names,
+                )
+            auxiliaries.draw_progress(folder / "InfoPlot_Class.svg", train_rows, val_rows, title=folder.name)
+            auxiliaries.write_summary(
+                folder / "Curr_Summary_Class.txt", initial_scores, val_rows, seconds=time.time() - start
+            )
+            print(
+                f"epoch {epoch}  {scores_line(scores)}  (best Recall @ 1 {best['Recall @ 1']:.4f}, "
+                f"epoch {best['Epochs']})  {time.time() - epoch_start:.1f} s"
+            )
+
+        if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
+            labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
+            log_mining(folder / "log_mining.csv", mining_row)
+        if scheduler is not None:
+            scheduler.step()
+    print(
+        f"Recall @ 1 on unseen classes: {initial_scores['Recall @ 1']:.4f} before training, best "
+        f"{best['Recall @ 1']:.4f} (epoch {best['Epochs']}), last {val_rows[-1]['Recall @ 1']:.4f}"
+    )
+    print(f"run folder: {folder}")
+    return folder
+
+
+if __name__ == "__main__":
+    args_parser = get_args_parser()
+    main(check_args(args_parser.parse_args(), args_parser))

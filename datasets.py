@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from skimage.color import hsv2rgb
 from skimage.draw import polygon
 from torch.utils.data import BatchSampler, DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # deprecated there since 0.29; Pillow gives the same pixels, more slowly
+    decode_image = None
 
 Draw = tuple[int, int, int]
 """One image of a batch: (image index, label it is trained with, seed of its augmentation)."""
@@ -59,7 +64,7 @@ def read_image(path: str) -> torch.Tensor:
     JPEG goes through torchvision's decoder (the pixels of Pillow in less time), everything else, and what that decoder
     refuses, through Pillow. Raises DatasetError that names the file.
     """
-    if path.lower().endswith((".jpg", ".jpeg")):
+    if decode_image is not None and path.lower().endswith((".jpg", ".jpeg")):
         try:
             return decode_image(path, mode=ImageReadMode.RGB)
         except RuntimeError:
@@ -288,15 +293,15 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     radius = 1 + (amplitudes[:, None] * np.cos(waves[:, None] * angles + phases[:, None])).sum(0)
     radius = np.clip(radius, 0.35, None)
     radius /= radius.max()
-    colours = rng.uniform(0, 1, (2, 3))
-    while np.abs(colours[0] - colours[1]).sum() < 0.9:
-        colours = rng.uniform(0, 1, (2, 3))
+    hue = rng.uniform()
+    hues = np.array([hue, (hue + rng.uniform(0.2, 0.8)) % 1])
+    colours = hsv2rgb(np.stack([hues, rng.uniform(0.6, 1, 2), rng.uniform(0.35, 1, 2)], axis=1))
     stripe_angle, stripes = rng.uniform(0, np.pi), rng.uniform(1.0, 4.0)
 
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
         size = 2 * SHAPES_SIZE  # twice the resolution, averaged down at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
-        scale = size * (0.26, 0.34, 0.43)[levels["size"]]
+        scale = size * (0.32, 0.4, 0.48)[levels["size"]]
         centre = size / 2 + rng.normal(0, 0.03 * size, 2)
         y, x = (np.mgrid[:size, :size] - centre[:, None, None]) / scale
         along = x * np.cos(stripe_angle + turn) + y * np.sin(stripe_angle + turn)

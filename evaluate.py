@@ -67,7 +67,8 @@ def recall_at_k(
         same = classes[start:stop, None] == classes
         first_hit = closeness.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
         rank = ((closeness >= first_hit) & ~same).sum(1)
-        ranks.append(torch.where(first_hit[:, 0] == -torch.inf, len(points), rank))
+        never = torch.iinfo(rank.dtype).max
+        ranks.append(torch.where(first_hit[:, 0] == -torch.inf, never, rank))
     ranks = torch.cat(ranks)
     return {k: (ranks < k).double().mean().item() for k in k_vals}
 

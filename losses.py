@@ -296,9 +296,11 @@ class AdversarialLoss(nn.Module):
         )
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Return the scalar term of (B, D_target) and (B, D_source) float embeddings, both L2-normalised."""
+        """Return the scalar term of (B, D_target) and (B, D_source) float embeddings; both are L2-normalised here."""
         with torch.autocast(target.device.type, enabled=False):
-            target, source = (reverse_gradient(full_precision(values)) for values in (target, source))
+            target, source = (
+                reverse_gradient(F.normalize(full_precision(values), dim=1)) for values in (target, source)
+            )
             return -(target * F.normalize(self.projection(source), dim=1)).square().mean()
 
     def param_groups(self) -> list[dict]:

@@ -1,0 +1,244 @@
+"""Readers, decoding, transforms, class-balanced batches and the rendered data set."""
+
+import os
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_class_folders
+from PIL import Image
+from scipy.stats import binomtest, chisquare
+from sklearn.metrics import normalized_mutual_info_score
+from torchvision import transforms
+
+import datasets
+
+
+def test_first_half_of_the_classes_trains(tmp_path):
+    root = write_class_folders(tmp_path / "cars196", per_class=(2, 1, 3, 2, 4))
+    (root / "images" / "class_01" / "._0.jpg").write_bytes(b"litter")
+    (root / "images" / ".hidden").mkdir()
+    (root / "images" / "empty").mkdir()
+    train, test = datasets.load_dataset("cars196", tmp_path)
+    assert train.class_names == ["class_00", "class_01"]
+    assert test.class_names == ["class_02", "class_03", "class_04"]
+    assert train.labels.tolist() == [0, 0, 1]
+    assert test.labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    relative = [os.path.relpath(path, root / "images") for path in train.names]
+    assert relative == ["class_00/0.jpg", "class_00/1.jpg", "class_01/0.jpg"]
+
+
+def test_unusable_folders_are_described(tmp_path):
+    with pytest.raises(datasets.DatasetError, match="there is no such folder; see --source_path"):
+        datasets.load_dataset("cub200", tmp_path)
+    (tmp_path / "cub200" / "pictures").mkdir(parents=True)
+    with pytest.raises(datasets.DatasetError, match="but it holds pictures"):
+        datasets.load_dataset("cub200", tmp_path)
+    write_class_folders(tmp_path / "few", per_class=(2, 2, 2))
+    with pytest.raises(datasets.DatasetError, match="3 class folders with images; at least 4"):
+        datasets.load_dataset("few", tmp_path)
+    with pytest.raises(datasets.DatasetError, match="not available yet"):
+        datasets.load_dataset("in-shop", tmp_path)
+
+
+def test_jpeg_pixels_are_those_of_pillow(tmp_path):
+    root = write_class_folders(tmp_path / "set")
+    path = str(root / "images" / "class_00" / "0.jpg")
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    assert (datasets.read_image(path).permute(1, 2, 0).numpy() == expected).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
+    image.save(path)
+    decoded = datasets.read_image(str(path))
+    assert decoded.shape == (3, 20, 30)
+    assert decoded.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
+def test_broken_images_are_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content == "truncated":
+        source = write_class_folders(tmp_path / "set") / "images" / "class_00" / "0.jpg"
+        content = source.read_bytes()[:700]
+    path.write_bytes(content)
+    with pytest.raises(datasets.DatasetError, match=r"cannot decode the image .*broken\.jpg"):
+        datasets.read_image(str(path))
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_broken_image_in_a_loader_is_one_line(class_folders, n_workers):
+    broken = class_folders / "tiny" / "images" / "class_00" / "3.jpg"
+    broken.write_bytes(b"nothing")
+    train, _ = datasets.load_dataset("tiny", class_folders)
+    dataset = datasets.ImageDataset(train, datasets.test_transform(32))
+    loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_size=4)
+    with pytest.raises(datasets.DatasetError) as error:
+        list(loader)
+    assert str(error.value).startswith(f"cannot decode the image {broken} ")
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_transform_is_resize_and_centre_crop(shapes):
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8).repeat(2, 0))
+    ours = datasets.test_transform(56)(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+    pillow = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(pixels)
+    difference = ours.permute(1, 2, 0).numpy().astype(int) - np.asarray(pillow).astype(int)
+    assert ours.shape == (3, 56, 56)
+    assert np.abs(difference).max() <= 2
+
+
+def test_augmentation_depends_on_the_seed_alone(shapes):
+    dataset = datasets.ImageDataset(shapes[0], datasets.train_transform(48, flip=True))
+    torch.manual_seed(0)
+    first, label = dataset[(3, 17, 99)]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    again, _ = dataset[(3, 17, 99)]
+    other, _ = dataset[(3, 17, 100)]
+    assert label == 17
+    assert first.dtype == torch.uint8
+    assert (first == again).all()
+    assert (first != other).any()
+    torch.manual_seed(0)
+    assert (torch.get_rng_state() == state).all()
+
+
+def test_only_the_class_task_flips():
+    image = torch.arange(64 * 64 * 3, dtype=torch.float).reshape(3, 64, 64) / 48
+    ramp = datasets.ImageSet(["ramp"], np.zeros(1, int), ["a"], image.byte().permute(1, 2, 0).numpy()[None])
+    ramp.pixels[:] = np.arange(64, dtype=np.uint8)[:, None] * 3
+
+    def n_flipped(flip):
+        dataset = datasets.ImageDataset(ramp, datasets.train_transform(32, flip))
+        rows = [dataset[(0, 0, seed)][0][0, 16].int() for seed in range(200)]
+        return sum(bool(row[0] > row[-1]) for row in rows)
+
+    assert n_flipped(False) == 0
+    assert binomtest(n_flipped(True), 200, 0.5).pvalue > 1e-3
+
+
+def epoch_of(sampler, labels, epoch=0, n_batches=10):
+    sampler.set_epoch(epoch, np.asarray(labels), n_batches)
+    return list(sampler)
+
+
+LABELS = np.repeat(np.arange(7), [9, 4, 12, 5, 4, 6, 1])
+
+
+def test_batches_are_runs_of_one_class_without_repeats():
+    sampler = datasets.ClassBalancedBatchSampler(16, 4, seed=(1, 0))
+    batches = epoch_of(sampler, LABELS, n_batches=50)
+    assert len(batches) == len(sampler) == 50
+    for batch in batches:
+        for start in range(0, 16, 4):
+            run = batch[start : start + 4]
+            indices = [index for index, _, _ in run]
+            assert len({label for _, label, _ in run}) == 1
+            assert (LABELS[indices] == run[0][1]).all()
+            assert len(set(indices)) == min(4, (LABELS == run[0][1]).sum())
+
+
+def test_the_two_classes_before_are_not_drawn_and_the_others_evenly():
+    sampler = datasets.ClassBalancedBatchSampler(16, 4, seed=(1, 0))
+    classes = [draw[1] for batch in epoch_of(sampler, LABELS, n_batches=3000) for draw in batch[::4]]
+    assert all(c not in classes[max(i - 2, 0) : i] for i, c in enumerate(classes))
+    assert chisquare(list(Counter(classes).values())).pvalue > 1e-3
+    after = Counter(classes[i] for i in range(2, len(classes)) if set(classes[i - 2 : i]) == {0, 1})
+    assert set(after) == {2, 3, 4, 5, 6}
+    assert chisquare(list(after.values())).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 3])
+def test_few_classes_still_fill_batches(n_classes):
+    sampler = datasets.ClassBalancedBatchSampler(6, 2, seed=(1, 0))
+    batches = epoch_of(sampler, np.arange(12) % n_classes)
+    assert {label for batch in batches for _, label, _ in batch} == set(range(n_classes))
+
+
+def test_order_depends_on_seed_and_epoch_only():
+    def draws(seed, epoch):
+        return epoch_of(datasets.ClassBalancedBatchSampler(8, 4, seed=(seed, 0)), LABELS, epoch)
+
+    sampler = datasets.ClassBalancedBatchSampler(8, 4, seed=(1, 0))
+    later = [epoch_of(sampler, LABELS, epoch) for epoch in range(3)][2]
+    assert later == draws(1, 2)
+    assert draws(1, 0) != draws(1, 1)
+    assert draws(1, 0) != draws(2, 0)
+
+
+def test_one_image_per_class_shuffles_all_images():
+    sampler = datasets.ClassBalancedBatchSampler(10, 1, seed=(1, 0))
+    drawn = [draw for batch in epoch_of(sampler, LABELS, n_batches=4) for draw in batch]
+    assert len({index for index, _, _ in drawn}) == 40
+    assert all(LABELS[index] == label for index, label, _ in drawn)
+    assert [index for index, _, _ in drawn] != sorted(index for index, _, _ in drawn)
+
+
+def test_replaced_images_keep_their_label_at_the_stated_rate():
+    sampler = datasets.ClassBalancedBatchSampler(16, 4, seed=(1, 0), random_pick_p=0.2)
+    drawn = [draw for batch in epoch_of(sampler, LABELS, n_batches=1000) for draw in batch]
+    labels = np.array([label for _, label, _ in drawn])
+    sources = LABELS[[index for index, _, _ in drawn]]
+    # a replacement comes from any of the 7 clusters with equal chance, so also from its own
+    assert binomtest(int((labels != sources).sum()), len(drawn), 0.2 * 6 / 7).pvalue > 1e-3
+    counts = np.bincount(sources[labels != sources], minlength=7)
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_gaps_in_the_labels_are_harmless():
+    labels = np.array([0, 0, 5, 5, 9, 9, 2, 2])
+    drawn = [draw for batch in epoch_of(datasets.ClassBalancedBatchSampler(4, 2, seed=(0,)), labels) for draw in batch]
+    assert {label for _, label, _ in drawn} == {0, 2, 5, 9}
+
+
+def test_batch_size_must_fit():
+    with pytest.raises(ValueError, match="not a multiple"):
+        datasets.ClassBalancedBatchSampler(10, 4, seed=(0,))
+
+
+def test_workers_change_nothing(shapes):
+    dataset = datasets.ImageDataset(shapes[0], datasets.train_transform(32, flip=True))
+    passes = []
+    for n_workers in (0, 2):
+        sampler = datasets.ClassBalancedBatchSampler(8, 4, seed=(1, 0), random_pick_p=0.5)
+        loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_sampler=sampler)
+        batches = []
+        for epoch in range(2):
+            sampler.set_epoch(epoch, shapes[0].labels, 3)
+            batches += list(loader)
+        passes.append(batches)
+    assert len(passes[0]) == len(passes[1]) == 6
+    for (images, labels), (other_images, other_labels) in zip(*passes):
+        assert (images == other_images).all()
+        assert (labels == other_labels).all()
+
+
+def test_shapes_are_as_described(shapes):
+    train, test = shapes
+    for images in shapes:
+        assert images.pixels.shape == (24 * 24, 64, 64, 3)
+        assert images.pixels.dtype == np.uint8
+        assert np.bincount(images.labels).tolist() == [24] * 24
+        for factor, levels in images.factors.items():
+            # every class has each level equally often: the factor says nothing about the class
+            assert normalized_mutual_info_score(images.labels, levels) < 1e-9, factor
+    assert len(np.unique(np.concatenate([train.pixels, test.pixels]).reshape(1152, -1), axis=0)) == 1152
+    assert not set(train.class_names) & set(test.class_names)
+
+
+def test_shapes_render_the_same_every_time(shapes):
+    again, _ = datasets.render_shapes()
+    assert (again.pixels == shapes[0].pixels).all()
+
+
+def test_backgrounds_are_seen_in_the_corners(shapes):
+    corners = shapes[0].pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(1)
+    levels = shapes[0].factors["background"]
+    centres = np.stack([corners[levels == level].mean(0) for level in range(levels.max() + 1)])
+    nearest = ((corners[:, None] - centres) ** 2).sum(2).argmin(1)
+    assert (nearest == levels).mean() > 0.95

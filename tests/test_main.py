@@ -1,0 +1,380 @@
+"""Flags, mining, the training epoch, and whole runs as a user starts them."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from conftest import write_class_folders
+from PIL import Image
+
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import main
+import netlib
+
+RUN_FILES = {
+    "checkpoint.pth.tar",
+    "hypa.pkl",
+    "log_train_Class.csv",
+    "log_val_Class.csv",
+    "log_mining.csv",
+    "Parameter_Info.txt",
+    "InfoPlot_Class.svg",
+    "Curr_Summary_Class.txt",
+    "sample_recoveries.png",
+}
+METHOD_DEFAULTS = {
+    "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
+    "kernels": 8, "seed": 1, "scheduler": "step", "gamma": 0.3, "tau": [80], "decay": 4e-4, "lr": 1e-5,
+    "task_p": [1, 0.8], "bs": 112, "cs_per_bs": [4, 4], "embed_sizes": [128, 128],
+    "losses": ["marginloss", "marginloss"], "sampling": ["distance", "distance"], "proxy_lr": [1e-5, 1e-5],
+    "beta": [1.2, 1.2], "beta_lr": [5e-4, 5e-4], "nu": [0, 0], "margin": [0.2, 0.2], "adversarial": ["Class-Shared"],
+    "adv_weights": [2500], "adv_dim": 512, "shared_num_classes": 30, "cluster_update_freq": 3, "cluster_mode": "mean",
+    "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
+    "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
+    "weights": None,
+}  # fmt: skip
+
+
+def parse(*flags):
+    parser = main.get_args_parser()
+    return main.check_args(parser.parse_args([str(flag) for flag in flags]), parser)
+
+
+def test_defaults_are_those_that_scripts_rely_on():
+    assert vars(parse()) == METHOD_DEFAULTS
+
+
+def test_defaults_that_depend_on_other_flags():
+    assert parse("--not_pretrained").bn == "train"
+    assert parse("--not_pretrained", "--bn", "frozen").bn == "frozen"
+    assert parse("--dataset", "vehicle_id").k_vals == [1, 5]
+    assert parse("--k_vals", 10, 5).k_vals == [1, 5, 10]
+    assert parse("--losses", "proxynca", "marginloss").cs_per_bs == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_p", "1"], "--task_p 1.0: takes 2 values"),
+        (["--embed_sizes", "1", "2", "3"], "--embed_sizes: '1' is not a whole number of at least 2"),
+        (["--embed_sizes", "8", "8", "8"], "--embed_sizes 8 8 8: takes 2 values"),
+        (["--bs", "110"], "--bs 110 is not a multiple of --cs_per_bs 4"),
+        (["--bs", "4"], "--bs 4 holds one class"),
+        (["--cs_per_bs", "1", "4"], "marginloss needs at least 2 images per class"),
+        (["--adv_weights", "1", "2"], "takes one weight per direction"),
+        (["--adversarial", "Class-Shared", "Class-Shared", "--adv_weights", "1", "2"], "name each direction once"),
+        (["--adversarial", "Shared"], "invalid choice: 'Shared'"),
+        (["--task_p", "1", "1.5"], "'1.5' is not a probability"),
+        (["--task_p", "0", "0"], "nothing would be trained"),
+        (["--lr", "nan"], "'nan' is not a number above 0"),
+        (["--n_epochs", "0"], "'0' is not a whole number of at least 1"),
+        (["--losses", "contrastive", "triplet"], "invalid choice: 'contrastive'"),
+        (["--amp", "fp8"], "invalid choice: 'fp8'"),
+        (["--arch", "googlenet"], "--arch googlenet is not available yet"),
+        (["--make_graph"], "--make_graph is not available yet"),
+        (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
+        (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
+        (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
+        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3"),
+    ],
+)
+def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("main.py: error: ")
+
+
+def spoil_first_image(root):
+    (root / "tiny" / "images" / "class_01" / "2.jpg").write_bytes(b"spoilt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "spoil", "message"),
+    [
+        (["--dataset", "absent"], None, "no images in"),
+        (["--dataset", "few"], lambda root: write_class_folders(root / "few", (3, 3, 3)), "at least 4 are needed"),
+        (["--dataset", "vehicle_id"], None, "--dataset vehicle_id is not available yet"),
+        (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
+        (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
+        (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
+    ],
+)
+def test_bad_data_is_one_line_and_leaves_no_run_folder(
+    flags, spoil, message, class_folders, run_main, tmp_path, capsys
+):
+    if spoil:
+        spoil(class_folders)
+    with pytest.raises(SystemExit) as stop:
+        run_main(*flags, "--source_path", class_folders)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_weights_that_cannot_be_downloaded(class_folders, run_main, tmp_path, capsys, monkeypatch):
+    def refuse():
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(netlib.ResNet50, "download", staticmethod(refuse))
+    with pytest.raises(SystemExit) as stop:
+        run_main("--dataset", "tiny", "--source_path", class_folders, not_pretrained=False)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--weights FILE" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_no_data_as_a_user_sees_it(tmp_path):
+    script = Path(main.__file__)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--source_path" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_fits_100_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = main.get_args_parser().format_help()
+    assert max(map(len, text.splitlines())) <= 100
+    for flag in METHOD_DEFAULTS:
+        assert f"--{flag}" in text
+
+
+@pytest.mark.parametrize("mode", main.CLUSTER_MODES)
+def test_standardisation_per_class(mode):
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 1, 0, 1, 2, 0])
+    features = (rng.normal(size=(6, 5)) + labels[:, None]).astype(np.float32)
+    result = main.standardise_per_class(features, labels, mode)
+    for label in range(3):
+        members = features[labels == label]
+        expected = members
+        if mode != "no_norm":
+            expected = members - members.mean(0)
+        if mode == "mstd":
+            expected = expected / members.std(0) if len(members) > 1 else np.zeros_like(members)
+        np.testing.assert_allclose(result[labels == label], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_task_schedule_has_the_stated_rates_and_depends_on_seed_and_epoch():
+    schedule = main.draw_task_schedule([1, 0.3], 20_000, seed=1, epoch=0)
+    assert schedule[:, 0].all()
+    assert schedule[:, 1].mean() == pytest.approx(0.3, abs=0.015)
+    assert not main.draw_task_schedule([1, 0], 100, seed=1, epoch=0)[:, 1].any()
+    again, other = (main.draw_task_schedule([1, 0.3], 20_000, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert (again == schedule).all()
+    assert (other != schedule).any()
+
+
+def read_logs(folder):
+    """All CSV files of a run without their Time columns."""
+    return {path.name: pd.read_csv(path).drop(columns="Time") for path in sorted(folder.glob("*.csv"))}
+
+
+@pytest.fixture
+def tiny_run(class_folders, run_main):
+    return lambda *flags: run_main("--dataset", "tiny", "--source_path", class_folders, *flags)
+
+
+def test_a_whole_run_writes_every_file(tiny_run, capsys):
+    folder = tiny_run("--n_epochs", 3, "--kernels", 1)
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    logs = read_logs(folder)
+    assert logs["log_train_Class.csv"]["Epochs"].tolist() == [0, 1, 2]
+    assert list(logs["log_train_Class.csv"]) == [
+        "Epochs", "Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss"
+    ]  # fmt: skip
+    val = logs["log_val_Class.csv"]
+    assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8"]
+    assert val["Epochs"].tolist() == [0, 1, 2]
+    assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2, 3]
+    flags = pickle.loads((folder / "hypa.pkl").read_bytes())
+    assert flags["arch"] == "resnet50"
+    ElementTree.parse(folder / "InfoPlot_Class.svg")
+    Image.open(folder / "sample_recoveries.png").verify()
+    printed = capsys.readouterr().out
+    assert printed.count("\nepoch ") == 3
+    assert "CPU" in printed or "GPU" in printed
+
+    # the checkpoint is the best epoch's network, and scores as logged
+    stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    assert stored["progress"]["epoch"] == val["Recall @ 1"].idxmax()
+    assert stored["flags"] == flags
+    assert len(stored["progress"]["shared_labels"]) == 10
+    network = netlib.build_network(
+        flags["arch"], dict(zip(main.TASKS, flags["embed_sizes"])), pretrained=False, freeze_batchnorm=False
+    )
+    network.load_state_dict(stored["state_dict"])
+    _, test_images = datasets.load_dataset("tiny", flags["source_path"])
+    dataset = datasets.ImageDataset(test_images, datasets.test_transform(flags["img_size"]))
+    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=8)
+    embeddings = evaluate.extract_features(network, loader, ["Class"])["Class"]
+    scores = evaluate.score_set(embeddings, test_images.labels, flags["k_vals"], flags["seed"])
+    row = val.loc[stored["progress"]["epoch"]]
+    assert scores == pytest.approx({name: row[name] for name in scores}, abs=1e-12)
+
+
+def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_run):
+    first = tiny_run("--seed", 3)
+    again = tiny_run("--seed", 3, "--kernels", 2)
+    other = tiny_run("--seed", 4)
+    assert [folder.name for folder in (first, again, other)] == ["run", "run_1", "run_2"]
+    for name, table in read_logs(first).items():
+        pd.testing.assert_frame_equal(table, read_logs(again)[name], check_exact=True)
+    assert not read_logs(first)["log_train_Class.csv"].equals(read_logs(other)["log_train_Class.csv"])
+
+
+def test_baseline_mines_nothing_and_loads_no_shared_batch(tiny_run, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("mining in a baseline run")
+
+    asked = []
+    monkeypatch.setattr(main, "mine_labels", forbidden)
+    original = datasets.ImageDataset.__getitem__
+
+    def spy(self, key):
+        asked.append((key, len(self.transform.transforms)))
+        return original(self, key)
+
+    monkeypatch.setattr(datasets.ImageDataset, "__getitem__", spy)
+    folder = tiny_run("--task_p", 1, 0, "--adv_weights", 0)
+    assert {path.name for path in folder.iterdir()} == RUN_FILES - {"log_mining.csv"}
+    train_draws = [steps for key, steps in asked if isinstance(key, tuple)]
+    assert len(train_draws) == 2 * 8  # two epochs of one Class batch: nothing else is loaded for training
+    assert set(train_draws) == {2}  # crop and flip: the Class transform
+    log = read_logs(folder)["log_train_Class.csv"]
+    assert log["Shared Loss"].isna().all()
+    assert log["Adversarial Loss"].isna().all()
+    assert (log["Train Loss"] == log["Class Loss"]).all()
+
+
+def test_labels_change_at_the_update_interval(tiny_run):
+    logs = read_logs(tiny_run("--n_epochs", 5, "--cluster_update_freq", 1, "--eval_every", 2))
+    assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 2, 4]
+    assert logs["log_val_Class.csv"]["Epochs"].tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (["--scheduler", "step", "--tau", 1, 3, "--gamma", 0.5], [1, 0.5, 0.5, 0.25]),
+        (["--scheduler", "exp", "--gamma", 0.5], [1, 0.5, 0.25, 0.125]),
+        (["--scheduler", "none"], [1, 1, 1, 1]),
+    ],
+)
+def test_learning_rate_schedules(scheduler, expected):
+    args = parse("--lr", 1, "--beta_lr", 2, 2, *scheduler)
+    network = torch.nn.Linear(2, 2)
+    criteria, adversaries = main.build_objective(args, {"Class": 3, "Shared": 3})
+    terms = [*criteria.values(), *(term for term, _ in adversaries.values())]
+    optimizer, schedule = main.build_optimizer(args, network, terms)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [4e-4, 0, 0, 1e-6]
+    rates = []
+    for _ in expected:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+    np.testing.assert_allclose(rates, np.outer(expected, [1, 2, 2, 1]))
+
+
+def test_both_adversarial_directions_with_unequal_sizes(tiny_run):
+    folder = tiny_run(
+        "--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 10, 20, "--embed_sizes", 16, 24, "--amp", "bf16"
+    )  # fmt: skip
+    assert (read_logs(folder)["log_train_Class.csv"]["Adversarial Loss"] < 0).all()
+
+
+@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize(
+    ("loss", "sampling"),
+    [("proxynca", "distance"), *((loss, s) for loss in ("marginloss", "triplet") for s in losses.SAMPLERS)],
+)
+def test_every_loss_and_sampling_trains_either_task(tiny_run, task, loss, sampling):
+    chosen_losses, chosen_samplings = ["marginloss"] * 2, ["distance"] * 2
+    chosen_losses[task], chosen_samplings[task] = loss, sampling
+    folder = tiny_run("--n_epochs", 1, "--losses", *chosen_losses, "--sampling", *chosen_samplings, "--task_p", 1, 1)
+    log = read_logs(folder)["log_train_Class.csv"]
+    assert np.isfinite(log[["Class Loss", "Shared Loss"]].to_numpy()).all()
+
+
+def test_shapes_log_how_mined_labels_match_the_known_factors(run_main, monkeypatch, shapes):
+    small = [
+        datasets.ImageSet(
+            images.names[:72],
+            images.labels[:72],
+            images.class_names[:3],
+            images.pixels[:72],
+            {factor: levels[:72] for factor, levels in images.factors.items()},
+        )
+        for images in shapes
+    ]
+    monkeypatch.setattr(datasets, "render_shapes", lambda: small)
+    folder = run_main("--dataset", "shapes", "--n_epochs", 1, "--bs", 24, "--cs_per_bs", 4, 4)
+    log = read_logs(folder)["log_mining.csv"]
+    factors = ["NMI class", "NMI background", "NMI orientation", "NMI size", "NMI light"]
+    assert list(log)[-5:] == factors
+    assert log[factors].stack().between(0, 1).all()
+
+
+def test_local_weights_are_used_and_freeze_batchnorm(class_folders, run_main, tmp_path):
+    torch.manual_seed(9)
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    folder = run_main(
+        "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "weights.pth", "--lr", "1e-9",
+        not_pretrained=False,
+    )  # fmt: skip
+    stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    assert stored["flags"]["bn"] == "frozen"
+    trained = stored["state_dict"]
+    assert (trained["backbone.layers.bn1.running_mean"] == state["bn1.running_mean"]).all()
+    torch.testing.assert_close(trained["backbone.layers.conv1.weight"], state["conv1.weight"], atol=1e-6, rtol=1e-6)
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_term(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(losses.AdversarialLoss, "forward", lambda self, target, source: target.sum() * torch.nan)
+    with pytest.raises(SystemExit) as stop:
+        tiny_run()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "the Class-Shared loss is nan at iteration 0" in error
+    assert error.count("\n") == 1
+
+
+def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
+    recalls = iter([0.0, 0.4, 0.6, 0.6, 0.5])  # before training, then four epochs
+
+    def score_set(*_):
+        value = next(recalls)
+        return {"NMI": 1 - value, "F1": 1 - value, "Recall @ 1": value}
+
+    monkeypatch.setattr(evaluate, "score_set", score_set)
+    saved = []
+    original = auxiliaries.save_checkpoint
+
+    def spy(path, network, flags, progress):
+        saved.append(progress["epoch"])
+        original(path, network, flags, progress)
+
+    monkeypatch.setattr(auxiliaries, "save_checkpoint", spy)
+    tiny_run("--n_epochs", 4)
+    assert saved == [0, 1]

@@ -301,7 +301,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
         size = 2 * SHAPES_SIZE  # twice the resolution, averaged down at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
-        scale = size * (0.32, 0.4, 0.48)[levels["size"]]
+        scale = size * (0.28, 0.36, 0.44)[levels["size"]]
         centre = size / 2 + rng.normal(0, 0.03 * size, 2)
         y, x = (np.mgrid[:size, :size] - centre[:, None, None]) / scale
         along = x * np.cos(stripe_angle + turn) + y * np.sin(stripe_angle + turn)
@@ -315,7 +315,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
         canvas[inside] = colours[pattern][inside]
         light = (levels["light"] + 0.5) * np.pi / 2 + rng.normal(0, 0.12)
         ramp = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
-        canvas *= (0.78 + 0.3 * (ramp[0] * np.sin(light) + ramp[1] * np.cos(light)))[:, :, None]
+        canvas *= (0.85 + 0.15 * (ramp[0] * np.sin(light) + ramp[1] * np.cos(light)))[:, :, None]
         canvas = canvas.reshape(SHAPES_SIZE, 2, SHAPES_SIZE, 2, 3).mean((1, 3)) + rng.normal(
             0, 0.015, (SHAPES_SIZE, SHAPES_SIZE, 3)
         )

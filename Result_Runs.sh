@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The published set-ups, and a demo that needs no data: bash Result_Runs.sh NAME [more flags of main.py]
+set -euo pipefail
+
+usage() {
+    cat <<'EOF'
+usage: bash Result_Runs.sh NAME [more flags of main.py]
+
+  demo              MIC on the built-in rendered data set: CPU, no data, minutes
+  cub200            CUB200-2011
+  cars196           CARS196
+  online_products   Stanford Online Products
+  in-shop           In-Shop Clothes
+  vehicle_id        PKU VehicleID
+  all               the five published set-ups, one after the other
+
+More flags are passed on and win over those of the set-up, for example
+  bash Result_Runs.sh cub200 --source_path /data --gpu 1 --seed 2
+Data sets are expected in ./Datasets, see README.md; `python main.py --help` lists all flags.
+EOF
+}
+
+if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
+    usage
+    exit 0
+fi
+name=$1
+shift
+main="$(dirname "${BASH_SOURCE[0]}")/main.py"
+published=(--seed 0 --random_cluster_pick_p 0.2 --cluster_update_freq 3)
+
+run() { "${PYTHON:-python}" "$main" "$@"; }
+
+cub200() {
+    run --dataset cub200 "${published[@]}" --shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 \
+        --tau 50 --n_epochs 100 "$@"
+}
+cars196() {
+    run --dataset cars196 "${published[@]}" --shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 \
+        --tau 60 --n_epochs 110 "$@"
+}
+online_products() {
+    run --dataset online_products "${published[@]}" --shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 \
+        --tau 20 35 --n_epochs 45 "$@"
+}
+in-shop() {
+    run --dataset in-shop "${published[@]}" --shared_num_classes 150 --adv_weights 250 --task_p 1 0.8 \
+        --tau 50 --n_epochs 70 "$@"
+}
+vehicle_id() {
+    run --dataset vehicle_id "${published[@]}" --shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 \
+        --tau 20 35 --n_epochs 45 "$@"
+}
+demo() {
+    run --dataset shapes --not_pretrained --img_size 64 --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 \
+        --shared_num_classes 8 --adv_weights 100 "$@"
+}
+
+case $name in
+    demo | cub200 | cars196 | online_products | in-shop | vehicle_id) "$name" "$@" ;;
+    all) for each in cub200 cars196 online_products in-shop vehicle_id; do "$each" "$@"; done ;;
+    *)
+        echo "Result_Runs.sh: error: no set-up '$name'; one of demo, cub200, cars196, online_products, in-shop," \
+            "vehicle_id, all" >&2
+        exit 2
+        ;;
+esac

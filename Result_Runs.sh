@@ -53,7 +53,7 @@ vehicle_id() {
 }
 demo() {
     run --dataset shapes --not_pretrained --img_size 64 --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 \
-        --shared_num_classes 8 --adv_weights 100 "$@"
+        --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
 case $name in

@@ -17,13 +17,12 @@ def full_precision(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def pairwise_distances(embeddings: Tensor) -> Tensor:
-    """Return the (B, B) Euclidean distances of (B, D) embeddings, at least in float32 even under autocast."""
+def pairwise_squared_distances(embeddings: Tensor) -> Tensor:
+    """Return the (B, B) squared Euclidean distances of (B, D) embeddings, in float32 or better even under autocast."""
     with torch.autocast(embeddings.device.type, enabled=False):
         embeddings = full_precision(embeddings)
         squared_norms = embeddings.square().sum(1)
-        products = embeddings @ embeddings.T
-        return (squared_norms[:, None] + squared_norms - 2 * products).clamp(min=0).sqrt()
+        return torch.addmm(squared_norms[:, None] + squared_norms, embeddings, embeddings.T, alpha=-2).clamp_(min=0)
 
 
 def triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,26 +32,23 @@ def triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Ten
     return squared[0], squared[1]
 
 
-def draw_index(log_weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one column per row of (N, M) log-weights with probability proportional to exp(log-weight).
+def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one column per row of (N, M) non-negative weights, with probability proportional to the weight.
 
-    Gumbel-max: the argmax of log w - log e with e ~ Exp(1). Unlike torch.multinomial it stays in the log domain, so no
-    weight overflows, and it never waits for the device. A row that is -inf throughout gives an arbitrary column.
+    Inverts the cumulative sum. Unlike torch.multinomial it takes one random number per row and never waits for the
+    device. A row without a positive weight gives an arbitrary column.
     """
-    noise = torch.empty_like(log_weights).exponential_(generator=generator)
-    noise = noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_()
-    return (log_weights - noise).argmax(1)
+    cumulative = weights.cumsum(1)
+    uniform = torch.rand(len(weights), 1, dtype=weights.dtype, device=weights.device, generator=generator)
+    # Kept off the row's total by more than rounding, lest a draw fall behind the last positive weight
+    threshold = uniform * cumulative[:, -1:] * (1 - 2**-20)
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
 
 
 def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (B, B) boolean masks (positive, negative): same label but not the same image, other label."""
     same = labels[:, None] == labels
     return same ^ torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
-
-
-def uniform_log_weights(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return log-weights that are equal where the boolean mask holds and -inf elsewhere."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class TripletSampler:
@@ -75,12 +71,12 @@ class TripletSampler:
         positive_mask, negative_mask = pair_masks(labels)
         valid = positive_mask.any(1) & negative_mask.any(1)
         anchors = torch.arange(len(labels), device=labels.device)
-        positives = draw_index(uniform_log_weights(positive_mask), self.generator)
-        negatives = draw_index(self.negative_log_weights(embeddings, positives, negative_mask), self.generator)
+        positives = draw_index(positive_mask.float(), self.generator)
+        negatives = draw_index(self.negative_weights(embeddings, positives, negative_mask), self.generator)
         return torch.stack([anchors, positives, negatives], 1), valid
 
-    def negative_log_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
-        """Return (B, B) log-weights from which each anchor's negative is drawn, -inf where that is impossible.
+    def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
+        """Return (B, B) weights in proportion to which each anchor's negative is drawn, 0 where that is impossible.
 
         positives: (B,) index of each anchor's positive. negative_mask: (B, B) bool.
         """
@@ -96,17 +92,20 @@ class DistanceWeightedSampler(TripletSampler):
     Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 3 and 4.
     """
 
-    def negative_log_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
+    def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
         """See TripletSampler; does not depend on the positives."""
-        log_weights = inverse_density_log_weights(pairwise_distances(embeddings), embeddings.shape[1])
-        return log_weights.masked_fill(~negative_mask, -torch.inf)
+        log_weights = inverse_density_log_weights(pairwise_squared_distances(embeddings), embeddings.shape[1])
+        return log_weights.masked_fill_(~negative_mask, -torch.inf).softmax(1)
 
 
-def inverse_density_log_weights(distances: Tensor, dim: int) -> Tensor:
-    """Return -log q(d) of distances in [0, 2] on the unit sphere in `dim` >= 2 dimensions; finite everywhere."""
-    distances = distances.clamp(min=DISTANCE_FLOOR)
-    opposite = (1 - distances.square() / 4).clamp(min=EPSILON)
-    return (2 - dim) * distances.log() - (dim - 3) / 2 * opposite.log()
+def inverse_density_log_weights(squared_distances: Tensor, dim: int) -> Tensor:
+    """Return -log q(d) for squared distances d^2 in [0, 4] on the unit sphere in `dim` >= 2 dimensions.
+
+    Finite everywhere: d is clamped from below at 0.5, and 1 - d^2/4 at 1e-8.
+    """
+    squared_distances = squared_distances.clamp(min=DISTANCE_FLOOR**2)
+    opposite = (1 - squared_distances / 4).clamp_(min=EPSILON)
+    return squared_distances.log_().mul_((2 - dim) / 2).sub_(opposite.log_(), alpha=(dim - 3) / 2)
 
 
 class SemihardSampler(TripletSampler):
@@ -119,11 +118,11 @@ class SemihardSampler(TripletSampler):
         super().__init__(generator)
         self.margin = margin
 
-    def negative_log_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
+    def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
         """See TripletSampler."""
-        candidates = semihard_candidates(pairwise_distances(embeddings), positives, negative_mask, self.margin)
-        candidates = torch.where(candidates.any(1, keepdim=True), candidates, negative_mask)
-        return uniform_log_weights(candidates)
+        distances = pairwise_squared_distances(embeddings).sqrt_()
+        candidates = semihard_candidates(distances, positives, negative_mask, self.margin)
+        return torch.where(candidates.any(1, keepdim=True), candidates, negative_mask).float()
 
 
 def semihard_candidates(distances: Tensor, positives: Tensor, negative_mask: Tensor, margin: float) -> Tensor:
@@ -139,10 +138,9 @@ class RandomSampler(TripletSampler):
         """See TripletSampler. Rows are invalid only where the batch has no valid triplet at all."""
         positive_mask, negative_mask = pair_masks(labels)
         triplets_per_anchor = positive_mask.sum(1) * negative_mask.sum(1)
-        anchor_log_weights = triplets_per_anchor.float().log().expand(len(labels), -1)
-        anchors = draw_index(anchor_log_weights, self.generator)
-        positives = draw_index(uniform_log_weights(positive_mask)[anchors], self.generator)
-        negatives = draw_index(uniform_log_weights(negative_mask)[anchors], self.generator)
+        anchors = draw_index(triplets_per_anchor.float().expand(len(labels), -1), self.generator)
+        positives = draw_index(positive_mask[anchors].float(), self.generator)
+        negatives = draw_index(negative_mask[anchors].float(), self.generator)
         return torch.stack([anchors, positives, negatives], 1), triplets_per_anchor[anchors] > 0
 
 

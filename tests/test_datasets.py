@@ -140,7 +140,7 @@ def test_batches_are_runs_of_one_class_without_repeats():
             indices = [index for index, _, _ in run]
             assert len({label for _, label, _ in run}) == 1
             assert (LABELS[indices] == run[0][1]).all()
-            assert len(set(indices)) == min(4, (LABELS == run[0][1]).sum())
+            assert len(set(indices)) == min(4, (run[0][1] == LABELS).sum())
 
 
 def test_the_two_classes_before_are_not_drawn_and_the_others_evenly():

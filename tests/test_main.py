@@ -297,9 +297,8 @@ def test_learning_rate_schedules(scheduler, expected):
 
 
 def test_both_adversarial_directions_with_unequal_sizes(tiny_run):
-    folder = tiny_run(
-        "--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 10, 20, "--embed_sizes", 16, 24, "--amp", "bf16"
-    )  # fmt: skip
+    directions = ["--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 10, 20]
+    folder = tiny_run(*directions, "--embed_sizes", 16, 24, "--amp", "bf16")
     assert (read_logs(folder)["log_train_Class.csv"]["Adversarial Loss"] < 0).all()
 
 

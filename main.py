@@ -26,6 +26,7 @@ TASKS = ("Class", "Shared")
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
+PAIRS = ["task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin"]
 LOSS_READ_INTERVAL = 10
 
 
@@ -181,18 +182,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit."""
     args = argparse.Namespace(**vars(args))
-    for flag in (
-        "task_p",
-        "cs_per_bs",
-        "embed_sizes",
-        "losses",
-        "sampling",
-        "proxy_lr",
-        "beta",
-        "beta_lr",
-        "nu",
-        "margin",
-    ):
+    for flag in PAIRS:
         values = getattr(args, flag)
         if len(values) != len(TASKS):
             shown = " ".join(map(str, values))
@@ -234,13 +224,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
 
 def check_sizes(args: argparse.Namespace, n_images: int) -> None:
     """Raise DatasetError where the flags do not fit the number of training images."""
+    too_large = f"is larger than the {n_images} training images of {args.dataset}"
     if args.bs > n_images:
-        raise datasets.DatasetError(f"--bs {args.bs} is larger than the {n_images} training images of {args.dataset}")
-    if args.task_p[1] and args.shared_num_classes > n_images:
-        raise datasets.DatasetError(
-            f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images} training images of "
-            f"{args.dataset}"
-        )
+        raise datasets.DatasetError(f"--bs {args.bs} {too_large}")
+    if args.task_p[TASKS.index("Shared")] and args.shared_num_classes > n_images:
+        raise datasets.DatasetError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
 
 
 def pick_device(gpu: int) -> torch.device:
@@ -477,6 +465,41 @@ def log_mining(path: Path, row: Mapping[str, float]) -> None:
     auxiliaries.append_row(path, row)
 
 
+def best_line(best: Mapping[str, float]) -> str:
+    """Return the Recall@1 of a row of scores and its epoch as text."""
+    return f"{best['Recall @ 1']:.4f} in epoch {best['Epochs']}"
+
+
+def record_evaluation(
+    folder: Path,
+    network: nn.Module,
+    args: argparse.Namespace,
+    progress: Mapping,
+    embeddings: np.ndarray,
+    test_set: datasets.ImageDataset,
+) -> dict[str, float]:
+    """Log the last evaluation and redraw the plot; for a new best epoch, keep checkpoint and contact sheet.
+
+    progress: what the checkpoint keeps, with the rows of both logs so far. embeddings: (N, D) of the test images.
+    Returns the row of the best epoch, the first one with the highest Recall@1.
+    """
+    rows = progress["val_rows"]
+    auxiliaries.append_row(folder / "log_val_Class.csv", rows[-1])
+    best = max(rows, key=lambda row: row["Recall @ 1"])
+    if best is rows[-1]:
+        auxiliaries.save_checkpoint(folder / "checkpoint.pth.tar", network, vars(args), progress)
+        images = test_set.images
+        auxiliaries.draw_recoveries(
+            folder / "sample_recoveries.png",
+            lambda index: test_set[index][0].permute(1, 2, 0).numpy(),
+            embeddings,
+            images.labels,
+            images.class_names,
+        )
+    auxiliaries.draw_progress(folder / "InfoPlot_Class.svg", progress["train_rows"], rows, title=folder.name)
+    return best
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
@@ -553,51 +576,28 @@ def main(args: argparse.Namespace) -> Path:
         log_mining(folder / "log_mining.csv", mining_row)
 
     # Loop
-    train_rows: list[dict] = []
-    val_rows: list[dict] = []
+    progress = {"initial_scores": initial_scores, "train_rows": [], "val_rows": [], "shared_labels": None}
     for epoch in range(args.n_epochs):
         epoch_start = time.time()
         schedule = draw_task_schedule(args.task_p, len(train_images) // args.bs, args.seed, epoch)
-        for task, n_batches in zip(TASKS, schedule.sum(0).tolist(), strict=True):
-            if n_batches:
-                samplers[task].set_epoch(epoch, labels[task], n_batches)
+        for task in labels:
+            samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
         n_images = args.bs * int(schedule.sum())
         with tqdm(desc=f"epoch {epoch}", total=n_images, unit="img", unit_scale=True, leave=False, disable=None) as bar:
             averages = train_one_epoch(network, criteria, adversaries, optimizer, loaders, schedule, args.amp, bar)
-        train_rows.append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
-        auxiliaries.append_row(folder / "log_train_Class.csv", train_rows[-1])
+        progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
+        auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
 
         if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
             eval_start = time.time()
             scores, embeddings = score_test_classes(network, ordered_loaders["test"], test_images.labels, args)
-            val_rows.append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
-            auxiliaries.append_row(folder / "log_val_Class.csv", val_rows[-1])
-            best = max(val_rows, key=lambda row: row["Recall @ 1"])
-            if best is val_rows[-1]:
-                progress = {
-                    "epoch": epoch,
-                    "initial_scores": initial_scores,
-                    "train_rows": train_rows,
-                    "val_rows": val_rows,
-                    "shared_labels": torch.from_numpy(labels["Shared"]) if is_mining else None,
-                }
-                auxiliaries.save_checkpoint(folder / "checkpoint.pth.tar", network, vars(args), progress)
-                dataset = ordered_loaders["test"].dataset
-                auxiliaries.draw_recoveries(
-                    folder / "sample_recoveries.png",
-                    lambda index, dataset=dataset: dataset[index][0].permute(1, 2, 0).numpy(),
-                    embeddings,
-                    test_images.labels,
-                    test_images.class_names,
-                )
-            auxiliaries.draw_progress(folder / "InfoPlot_Class.svg", train_rows, val_rows, title=folder.name)
+            progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
+            progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
+            best = record_evaluation(folder, network, args, progress, embeddings, ordered_loaders["test"].dataset)
             auxiliaries.write_summary(
-                folder / "Curr_Summary_Class.txt", initial_scores, val_rows, seconds=time.time() - start
+                folder / "Curr_Summary_Class.txt", initial_scores, progress["val_rows"], seconds=time.time() - start
             )
-            print(
-                f"epoch {epoch}  {scores_line(scores)}  (best Recall @ 1 {best['Recall @ 1']:.4f}, "
-                f"epoch {best['Epochs']})  {time.time() - epoch_start:.1f} s"
-            )
+            print(f"epoch {epoch}  {scores_line(scores)}  (best: {best_line(best)})  {time.time() - epoch_start:.1f} s")
 
         if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
             labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
@@ -605,8 +605,8 @@ def main(args: argparse.Namespace) -> Path:
         if scheduler is not None:
             scheduler.step()
     print(
-        f"Recall @ 1 on unseen classes: {initial_scores['Recall @ 1']:.4f} before training, best "
-        f"{best['Recall @ 1']:.4f} (epoch {best['Epochs']}), last {val_rows[-1]['Recall @ 1']:.4f}"
+        f"Recall @ 1 on the test classes: {initial_scores['Recall @ 1']:.4f} before training, best {best_line(best)}, "
+        f"last {scores['Recall @ 1']:.4f}"
     )
     print(f"run folder: {folder}")
     return folder

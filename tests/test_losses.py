@@ -356,6 +356,46 @@ def test_degenerate_batches(name, sampling, labels):
             assert not batch.grad.any()
 
 
+@pytest.mark.parametrize("dim", [2, 2048])
+@pytest.mark.parametrize("name", TRIPLET_LOSSES)
+def test_extreme_dimensions_and_opposite_points_are_finite(name, dim):
+    embeddings, labels = random_batch(6, [0, 0, 1, 1, 2, 2], dim=dim, dtype=torch.float32)
+    embeddings[2], embeddings[3] = -embeddings[0], embeddings[0]
+    embeddings.requires_grad_()
+    weights = losses.DistanceWeightedSampler().negative_weights(embeddings.detach(), None, losses.pair_masks(labels)[1])
+    assert weights.isfinite().all()
+    assert (weights.sum(1) > 0).all()
+    value = make_loss(name, n_classes=3, dim=dim)(embeddings, labels)
+    value.backward()
+    assert value.isfinite()
+    assert embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("proxynca", "distance"), *((n, s) for n in TRIPLET_LOSSES for s in losses.SAMPLERS)]
+)
+def test_a_step_is_one_graph_without_a_look_at_values(name, sampling):
+    # fullgraph: a copy to the host, or a branch on a value, would break the graph and raise
+    embeddings, labels = random_batch(7, LABEL_SETS["unequal"], dtype=torch.float32)
+    loss = make_loss(name, n_classes=7, sampling=sampling, nu=0.1)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    batch = embeddings.clone().requires_grad_()
+    value = compiled(batch, labels)
+    value.backward()
+    assert value.isfinite()
+    assert batch.grad.isfinite().all()
+    torch._dynamo.reset()
+
+
+def test_the_adversarial_term_is_one_graph():
+    target, _ = random_batch(1, [0] * 4, dim=3, dtype=torch.float32)
+    source, _ = random_batch(2, [0] * 4, dim=5, dtype=torch.float32)
+    term = losses.AdversarialLoss(3, 5, 7)
+    compiled = torch.compile(term, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(target, source), term(target, source))
+    torch._dynamo.reset()
+
+
 def test_anchors_without_partners_take_no_part():
     embeddings, labels = random_batch(4, [0, 0, 1, 2], dtype=torch.float64)
     loss = make_loss("triplet", n_classes=3, sampling="random")

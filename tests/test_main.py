@@ -216,7 +216,8 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
 
     # the checkpoint is the best epoch's network, and scores as logged
     stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
-    assert stored["progress"]["epoch"] == val["Recall @ 1"].idxmax()
+    best_epoch = stored["progress"]["val_rows"][-1]["Epochs"]
+    assert best_epoch == val["Recall @ 1"].idxmax()
     assert stored["flags"] == flags
     assert len(stored["progress"]["shared_labels"]) == 10
     network = netlib.build_network(
@@ -228,7 +229,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=8)
     embeddings = evaluate.extract_features(network, loader, ["Class"])["Class"]
     scores = evaluate.score_set(embeddings, test_images.labels, flags["k_vals"], flags["seed"])
-    row = val.loc[stored["progress"]["epoch"]]
+    row = val.loc[best_epoch]
     assert scores == pytest.approx({name: row[name] for name in scores}, abs=1e-12)
 
 
@@ -302,20 +303,9 @@ def test_both_adversarial_directions_with_unequal_sizes(tiny_run):
     assert (read_logs(folder)["log_train_Class.csv"]["Adversarial Loss"] < 0).all()
 
 
-@pytest.mark.parametrize("task", [0, 1])
-@pytest.mark.parametrize(
-    ("loss", "sampling"),
-    [("proxynca", "distance"), *((loss, s) for loss in ("marginloss", "triplet") for s in losses.SAMPLERS)],
-)
-def test_every_loss_and_sampling_trains_either_task(tiny_run, task, loss, sampling):
-    chosen_losses, chosen_samplings = ["marginloss"] * 2, ["distance"] * 2
-    chosen_losses[task], chosen_samplings[task] = loss, sampling
-    folder = tiny_run("--n_epochs", 1, "--losses", *chosen_losses, "--sampling", *chosen_samplings, "--task_p", 1, 1)
-    log = read_logs(folder)["log_train_Class.csv"]
-    assert np.isfinite(log[["Class Loss", "Shared Loss"]].to_numpy()).all()
-
-
-def test_shapes_log_how_mined_labels_match_the_known_factors(run_main, monkeypatch, shapes):
+@pytest.fixture
+def few_shapes(shapes, monkeypatch):
+    """Make the built-in data set three classes a split."""
     small = [
         datasets.ImageSet(
             images.names[:72],
@@ -327,6 +317,27 @@ def test_shapes_log_how_mined_labels_match_the_known_factors(run_main, monkeypat
         for images in shapes
     ]
     monkeypatch.setattr(datasets, "render_shapes", lambda: small)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sampling"),
+    [("proxynca", "distance"), *((loss, s) for loss in ("marginloss", "triplet") for s in losses.SAMPLERS)],
+)
+def test_every_loss_and_sampling_trains_both_tasks(few_shapes, run_main, loss, sampling):
+    pairs = ["--losses", loss, loss, "--sampling", sampling, sampling, "--task_p", 1, 1]
+    folder = run_main("--dataset", "shapes", "--n_epochs", 1, *pairs)
+    log = read_logs(folder)["log_train_Class.csv"]
+    assert np.isfinite(log[["Class Loss", "Shared Loss"]].to_numpy()).all()
+
+
+def test_tasks_may_differ_in_their_loss(few_shapes, run_main):
+    pairs = ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard", "--task_p", 1, 1]
+    folder = run_main("--dataset", "shapes", "--n_epochs", 1, *pairs)
+    log = read_logs(folder)["log_train_Class.csv"]
+    assert np.isfinite(log[["Class Loss", "Shared Loss"]].to_numpy()).all()
+
+
+def test_shapes_log_how_mined_labels_match_the_known_factors(few_shapes, run_main):
     folder = run_main("--dataset", "shapes", "--n_epochs", 1, "--bs", 24, "--cs_per_bs", 4, 4)
     log = read_logs(folder)["log_mining.csv"]
     factors = ["NMI class", "NMI background", "NMI orientation", "NMI size", "NMI light"]
@@ -371,7 +382,7 @@ def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
     original = auxiliaries.save_checkpoint
 
     def spy(path, network, flags, progress):
-        saved.append(progress["epoch"])
+        saved.append(progress["val_rows"][-1]["Epochs"])
         original(path, network, flags, progress)
 
     monkeypatch.setattr(auxiliaries, "save_checkpoint", spy)

@@ -191,18 +191,24 @@ def draw_recoveries(
     labels: np.ndarray,
     class_names: Sequence[str],
     *,
+    is_query: np.ndarray | None = None,
     n_queries: int = 10,
     n_neighbours: int = 5,
 ) -> None:
     """Draw test images and their nearest neighbours as a PNG: a contact sheet to check a run by eye.
 
-    read: maps an index to an (H, W, 3) uint8 image. embeddings: (N, D). labels: (N,). Queries are spread evenly over
-    the set. A right neighbour has a solid green frame and a tick, a wrong one a dashed orange frame and a cross.
+    read: maps an index to an (H, W, 3) uint8 image. embeddings: (N, D). labels: (N,). is_query: (N,) bool, the images
+    that are searched in the others; None: each is searched in all others. Queries are spread evenly over the set. A
+    right neighbour has a solid green frame and a tick, a wrong one a dashed orange frame and a cross.
     """
-    n_queries, n_neighbours = min(n_queries, len(labels)), min(n_neighbours, len(labels) - 1)
-    queries = np.linspace(0, len(labels) - 1, n_queries).round().astype(int)
+    queries = np.arange(len(labels)) if is_query is None else np.flatnonzero(is_query)
+    n_gallery = len(labels) - (1 if is_query is None else len(queries))
+    n_queries, n_neighbours = min(n_queries, len(queries)), min(n_neighbours, n_gallery)
+    queries = queries[np.linspace(0, len(queries) - 1, n_queries).round().astype(int)]
     distances = (embeddings**2).sum(1) - 2 * embeddings[queries] @ embeddings.T  # squared, less the query's own norm
     distances[np.arange(n_queries), queries] = np.inf
+    if is_query is not None:
+        distances[:, is_query] = np.inf
     neighbours = np.argsort(distances, axis=1, kind="stable")[:, :n_neighbours]
     figure = Figure(figsize=(1.7 * (n_neighbours + 1), 2.05 * n_queries), layout="constrained")
     axes = figure.subplots(n_queries, n_neighbours + 1, squeeze=False)

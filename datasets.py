@@ -3,18 +3,25 @@
 A reader turns a folder into two ImageSets, train and test. Every reader sorts, so that runs repeat.
 """
 
+import argparse
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 from skimage.color import hsv2rgb
 from skimage.draw import polygon
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 try:
     from torchvision.io import ImageReadMode, decode_image
@@ -40,6 +47,8 @@ class ImageSet:
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
     pixels: (N, H, W, 3) uint8 for images that live in memory, None where `names` are files to read.
     factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
+    is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
+    image is searched in all others.
     """
 
     names: list[str]
@@ -47,6 +56,7 @@ class ImageSet:
     class_names: list[str]
     pixels: np.ndarray | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
+    is_query: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -201,6 +211,105 @@ def make_loader(
     return DataLoader(dataset, batch_sampler=batch_sampler, persistent_workers=n_workers > 0, **loading)
 
 
+Splits = tuple[ImageSet, dict[str, ImageSet]]
+"""Training images, and the test sets by name: one that is called "", or several that are scored separately."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What is known of a published data set.
+
+    archive: folder that its official archive unpacks to. landmarks: any of these paths marks the data set's folder.
+    layout: what is expected there, in words. counts: split to (classes, images) as published.
+    """
+
+    archive: str
+    landmarks: tuple[str, ...]
+    layout: str
+    url: str
+    counts: dict[str, tuple[int, int]]
+
+
+PUBLISHED = {
+    "cub200": Published(
+        "CUB_200_2011",
+        ("images",),
+        "images/<class>/<image>",
+        "https://www.vision.caltech.edu/datasets/cub_200_2011",
+        {"all": (200, 11788)},
+    ),
+    "cars196": Published(
+        "cars196",
+        ("images", "car_ims"),
+        "images/<class>/<image>, or car_ims/<image> with cars_annos.mat",
+        "http://ai.stanford.edu/~jkrause/cars/car_dataset.html",
+        {"all": (196, 16185)},
+    ),
+    "online_products": Published(
+        "Stanford_Online_Products",
+        ("images", "Info_Files", "Ebay_train.txt"),
+        "images/<category>/<image> and Info_Files/Ebay_train.txt, Ebay_test.txt, or all of them in one folder",
+        "https://cvgl.stanford.edu/projects/lifted_struct",
+        {"all": (22634, 120053), "train": (11318, 59551), "test": (11316, 60502)},
+    ),
+    "in-shop": Published(
+        "In-shop Clothes Retrieval Benchmark",
+        ("img", "Img/img"),
+        "img/... or Img/img/..., and Eval/list_eval_partition.txt",
+        "http://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
+        {"all": (7982, 52712), "train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
+    ),
+    "vehicle_id": Published(
+        "VehicleID_V1.0",
+        ("image",),
+        "image/<number>.jpg and train_test_split/train_list.txt, test_list_800.txt, ...",
+        "https://www.pkuml.org/resources/pku-vehicleid.html",
+        {"train": (13164, 110178), "Set 1": (800, 6493), "Set 2": (1600, 13377), "Set 3": (2400, 19777)},
+    ),
+}
+
+
+def locate(name: str, source_path: Path) -> Path:
+    """Return the folder of a data set in source_path. Raises DatasetError that says what was looked for and found.
+
+    It is source_path/name, or for a published set also the folder of its official archive, there or in it.
+    """
+    known = PUBLISHED.get(name, Published(name, ("images",), "images/<class>/<image>", "", {}))
+    candidates = list(
+        dict.fromkeys([source_path / name, source_path / name / known.archive, source_path / known.archive])
+    )
+    for root in candidates:
+        if any((root / landmark).is_dir() or (root / landmark).is_file() for landmark in known.landmarks):
+            return root
+    lines = [f"no images of --dataset {name} in --source_path {source_path}"]
+    lines.append(f"looked for  {known.layout} in {' or '.join(map(str, candidates))}")
+    present = [folder for folder in (*candidates, source_path) if folder.is_dir()]
+    found = "; ".join(f"{folder} holds {describe(folder)}" for folder in present[:2])
+    lines.append(f"found       {found or f'no folder {source_path}'}")
+    lines += [f"to do       {advice}" for advice in advise(known, name, source_path, present)]
+    if known.url:
+        lines.append(f"get it at   {known.url}")
+    raise DatasetError("\n  ".join(lines))
+
+
+def advise(known: Published, name: str, source_path: Path, present: list[Path]) -> list[str]:
+    """Return what to do about a data set that is not where it is expected, as far as its surroundings tell."""
+
+    def is_marked(folder: Path) -> bool:
+        return any((folder / landmark).exists() for landmark in known.landmarks)
+
+    if is_marked(source_path):
+        return [f"{source_path} is the data set itself: name it {name} and give its parent as --source_path"]
+    for folder in present:
+        for child in visible(folder, folders=True):
+            if is_marked(folder / child):
+                return [f"it lies one level off: rename or move {folder / child} to {source_path / name}"]
+        archives = [file for file in visible(folder, folders=False) if file.endswith((".zip", ".tar", ".tgz", ".gz"))]
+        if archives:
+            return [f"unpack {folder / archives[0]}"]
+    return ["give the folder that holds the data set's folder as --source_path"]
+
+
 def visible(folder: Path, *, folders: bool) -> list[str]:
     """Return the sorted names of a folder's subfolders, or of its files, without hidden ones. Raises DatasetError."""
     try:
@@ -210,38 +319,214 @@ def visible(folder: Path, *, folders: bool) -> list[str]:
         raise DatasetError(f"cannot list the folder {folder} ({error.strerror})") from error
 
 
-def read_class_folders(root: Path) -> tuple[ImageSet, ImageSet]:
-    """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
-
-    Of an odd number of classes the test side has one more. Raises DatasetError when the folder is missing or there are
-    fewer than two classes with images on either side.
-    """
-    images = root / "images"
-    if not images.is_dir():
-        found = "there is no such folder" if not root.is_dir() else f"it holds {describe(root)}"
-        raise DatasetError(f"no images in {root}: expected {images}/<class>/<image>, but {found}; see --source_path")
-    per_class = {name: visible(images / name, folders=False) for name in visible(images, folders=True)}
-    per_class = {name: files for name, files in per_class.items() if files}
-    if len(per_class) < 4:
-        raise DatasetError(
-            f"{images} holds {len(per_class)} class folders with images; at least 4 are needed: 2 to train, 2 to test"
-        )
-    class_names = list(per_class)
-    half = len(class_names) // 2
-    return tuple(folder_split(images, names, per_class) for names in (class_names[:half], class_names[half:]))
-
-
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
     names = visible(folder, folders=True) + visible(folder, folders=False)
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
-def folder_split(images: Path, class_names: list[str], per_class: dict[str, list[str]]) -> ImageSet:
-    """Return the ImageSet of some class folders below `images`."""
-    paths = [os.path.join(images, name, file) for name in class_names for file in per_class[name]]
-    labels = np.repeat(np.arange(len(class_names)), [len(per_class[name]) for name in class_names])
-    return ImageSet(paths, labels, class_names)
+def read_class_folders(root: Path) -> Splits:
+    """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
+
+    Of an odd number of classes the test side has one more. Raises DatasetError when there are fewer than two classes
+    with images on either side.
+    """
+    images = root / "images"
+    per_class = {name: visible(images / name, folders=False) for name in visible(images, folders=True)}
+    per_class = {name: [f"{name}/{file}" for file in files] for name, files in per_class.items() if files}
+    if len(per_class) < 4:
+        deeper = [
+            f"{name}/{child}"
+            for name in visible(images, folders=True)
+            for child in visible(images / name, folders=True)
+        ]
+        hint = f"; images one level deeper, in {deeper[0]}? Move the class folders up" if deeper else ""
+        raise DatasetError(
+            f"{images} holds {len(per_class)} class folders with images; at least 4 are needed: 2 to train, 2 to test"
+            f"{hint}"
+        )
+    return split_halves(images, per_class)
+
+
+def split_halves(folder: Path, per_class: dict[str, list[str]]) -> Splits:
+    """Return the first half of the classes to train and the rest to test; paths are relative to the folder."""
+    names = list(per_class)
+    half = len(names) // 2
+    train, test = (
+        ImageSet(
+            names=[os.path.join(folder, path) for name in side for path in per_class[name]],
+            labels=np.repeat(np.arange(len(side)), [len(per_class[name]) for name in side]),
+            class_names=side,
+        )
+        for side in (names[:half], names[half:])
+    )
+    return train, {"": test}
+
+
+def read_cars(root: Path) -> Splits:
+    """Read CARS196: class folders, or the official archive's car_ims with the annotations in cars_annos.mat.
+
+    The classes' order is that of the folders or of the file; the first half trains.
+    """
+    if (root / "images").is_dir():
+        return read_class_folders(root)
+    path = first_existing(root, "cars_annos.mat", "../cars_annos.mat")
+    try:
+        annotations = loadmat(path, squeeze_me=True)
+        class_names = [str(name) for name in np.atleast_1d(annotations["class_names"])]
+        rows = np.atleast_1d(annotations["annotations"])
+        files = [str(file) for file in rows["relative_im_path"]]
+        labels = rows["class"].astype(int)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        NotImplementedError,
+        MatReadError,
+        zlib.error,
+    ) as error:
+        raise DatasetError(f"{path}: cannot be read as the annotations of CARS196 ({error})") from error
+    if len(class_names) < 4 or labels.min() < 1 or labels.max() > len(class_names):
+        raise DatasetError(
+            f"{path}: {len(class_names)} class names, labels {labels.min()} to {labels.max()}; expected 196"
+        )
+    require_images(path, root, files)
+    per_class: dict[str, list[str]] = {name: [] for name in class_names}
+    for file, label in zip(files, labels):
+        per_class[class_names[label - 1]].append(file)
+    return split_halves(root, per_class)
+
+
+def read_online_products(root: Path) -> Splits:
+    """Read Stanford Online Products by its two lists, `image_id class_id super_class_id path` under a header."""
+    images = root / "images" if (root / "images").is_dir() else root
+    splits = []
+    for split in ("train", "test"):
+        path = first_existing(root, f"Info_Files/Ebay_{split}.txt", f"Ebay_{split}.txt")
+        rows = read_rows(path, 4, n_header_lines=1, integer_columns=(1,))
+        splits.append(listed_split(path, images, [row[3] for row in rows], [int(row[1]) for row in rows]))
+    return splits[0], {"": splits[1]}
+
+
+def read_in_shop(root: Path) -> Splits:
+    """Read In-Shop Clothes: list_eval_partition.txt, a count, a header and `image_name item_id evaluation_status`."""
+    images = root if (root / "img").is_dir() else root / "Img"
+    path = first_existing(root, "Eval/list_eval_partition.txt", "list_eval_partition.txt")
+    rows = read_rows(path, 3, n_header_lines=2)
+    for i, (_, _, status) in enumerate(rows):
+        if status not in ("train", "query", "gallery"):
+            raise DatasetError(f"{path}, line {i + 3}: status {status!r} is not train, query or gallery")
+    train = [row for row in rows if row[2] == "train"]
+    test = [row for row in rows if row[2] != "train"]
+    train_set, test_set = (
+        listed_split(path, images, [row[0] for row in side], [row[1] for row in side]) for side in (train, test)
+    )
+    return train_set, {"": replace(test_set, is_query=np.array([row[2] == "query" for row in test]))}
+
+
+def read_vehicle_id(root: Path) -> Splits:
+    """Read PKU VehicleID: lists of `image_number vehicle_id`, one to train and three test sets scored separately."""
+    splits = {}
+    for split, file in (("train", "train_list"), *((f"Set {i}", f"test_list_{800 * i}") for i in (1, 2, 3))):
+        path = first_existing(root, f"train_test_split/{file}.txt", f"{file}.txt")
+        rows = read_rows(path, 2, integer_columns=(0, 1))
+        files = [f"image/{int(row[0]):07d}.jpg" for row in rows]
+        splits[split] = listed_split(path, root, files, [int(row[1]) for row in rows])
+    return splits.pop("train"), splits
+
+
+def first_existing(root: Path, *options: str) -> Path:
+    """Return the first of some files below root that exists. Raises DatasetError."""
+    for option in options:
+        if (root / option).is_file():
+            return root / option
+    looked_for = " or ".join(str(root / option) for option in options)
+    raise DatasetError(f"list file missing: looked for {looked_for}; {root} holds {describe(root)}")
+
+
+def read_rows(
+    path: Path, n_columns: int, *, n_header_lines: int = 0, integer_columns: tuple[int, ...] = ()
+) -> list[list[str]]:
+    """Return the rows of a list file with columns between white space. Raises DatasetError that names a bad line."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                row = line.split()
+                if number <= n_header_lines or not row:
+                    continue
+                if len(row) != n_columns or not all(row[i].isdecimal() for i in integer_columns):
+                    wanted = f"{n_columns} columns" + (" with whole numbers for ids" if integer_columns else "")
+                    raise DatasetError(f"{path}, line {number}: expected {wanted}, found {line.strip()[:80]!r}")
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path}: cannot be read ({error})") from error
+    if not rows:
+        raise DatasetError(f"{path}: holds no images")
+    return rows
+
+
+def listed_split(list_path: Path, folder: Path, files: list[str], ids: list) -> ImageSet:
+    """Return the ImageSet of listed files below a folder; classes are the distinct ids, sorted.
+
+    Raises DatasetError when fewer than two classes or images that are not on disk are listed.
+    """
+    require_images(list_path, folder, files)
+    class_ids, labels = np.unique(np.array(ids), return_inverse=True)
+    if len(class_ids) < 2:
+        raise DatasetError(f"{list_path}: lists {len(class_ids)} classes of a split; at least 2 are needed")
+    return ImageSet([os.path.join(folder, file) for file in files], labels, [str(value) for value in class_ids])
+
+
+def require_images(list_path: Path, folder: Path, files: list[str]) -> None:
+    """Raise DatasetError that names the first listed files that are not on disk, and says how many there are."""
+    on_disk: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        parent, name = os.path.split(file)
+        if parent not in on_disk:
+            path = folder / parent
+            on_disk[parent] = set(visible(path, folders=False)) if path.is_dir() else set()
+        if name not in on_disk[parent]:
+            missing.append(file)
+    if missing:
+        raise DatasetError(
+            f"{list_path}: {len(missing)} of {len(files)} listed images are not on disk below {folder}: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        )
+
+
+def count_warnings(name: str, train: ImageSet, tests: dict[str, ImageSet]) -> list[str]:
+    """Return a line for each count of a published data set that differs from the official one."""
+    sets = split_table(train, tests)
+    if len(tests) == 1:
+        sets["all"] = (
+            sum(len(images.class_names) for images in (train, *tests.values())),
+            sum(len(images) for images in (train, *tests.values())),
+        )
+    expected = PUBLISHED[name].counts if name in PUBLISHED else {}
+    return [
+        f"{name}, {split}: {sets[split][0]} classes with {sets[split][1]} images; officially {classes} with {n_images}"
+        for split, (classes, n_images) in expected.items()
+        if sets[split][:2] != (classes, n_images)
+    ]
+
+
+def split_table(train: ImageSet, tests: dict[str, ImageSet]) -> dict[str, tuple[int, ...]]:
+    """Return split to (classes, images, least, median and most images of a class)."""
+    splits = {"train": train.labels}
+    for name, images in tests.items():
+        if images.is_query is None:
+            splits[name or "test"] = images.labels
+        else:
+            splits["query"], splits["gallery"] = images.labels[images.is_query], images.labels[~images.is_query]
+    table = {}
+    for name, labels in splits.items():
+        sizes = np.unique(labels, return_counts=True)[1]
+        table[name] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()))
+    return table
 
 
 SHAPES_CLASSES, SHAPES_PER_CLASS, SHAPES_SIZE = 48, 24, 64
@@ -251,7 +536,7 @@ BACKGROUNDS = np.array(
 SHAPES_FACTORS = {"background": len(BACKGROUNDS), "orientation": 4, "size": 3, "light": 4}
 
 
-def render_shapes() -> tuple[ImageSet, ImageSet]:
+def render_shapes() -> Splits:
     """Render the built-in data set: 48 classes of 24 images, 64 x 64; the first half trains, the second half tests.
 
     A class is an object with its own outline and its own two-colour stripe pattern. Characteristics shared across the
@@ -270,7 +555,7 @@ def render_shapes() -> tuple[ImageSet, ImageSet]:
             pixels.append(draw_object({factor: int(values[i]) for factor, values in schedule.items()}, rng))
         for factor, values in schedule.items():
             levels[factor].append(values)
-    return tuple(
+    train, test = (
         ImageSet(
             names=[f"shapes/{label:02d}/{i:02d}" for label in half for i in range(SHAPES_PER_CLASS)],
             labels=np.repeat(np.arange(len(half)), SHAPES_PER_CLASS),
@@ -280,6 +565,7 @@ def render_shapes() -> tuple[ImageSet, ImageSet]:
         )
         for half in (range(SHAPES_CLASSES // 2), range(SHAPES_CLASSES // 2, SHAPES_CLASSES))
     )
+    return train, {"": test}
 
 
 def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random.Generator], np.ndarray]:
@@ -324,17 +610,65 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     return render
 
 
-NOT_AVAILABLE = ("online_products", "in-shop", "vehicle_id")
+READERS = {
+    "cub200": read_class_folders,
+    "cars196": read_cars,
+    "online_products": read_online_products,
+    "in-shop": read_in_shop,
+    "vehicle_id": read_vehicle_id,
+}
 
 
-def load_dataset(name: str, source_path: str | Path) -> tuple[ImageSet, ImageSet]:
-    """Return the train and the test split of a data set.
+def load_dataset(name: str, source_path: str | Path) -> Splits:
+    """Return the training images and the test sets of a data set.
 
-    name: "shapes" is rendered; any other name is a folder in source_path with images/<class>/<image>, cub200 and
-    cars196 among them. Raises DatasetError.
+    name: a published data set of READERS; "shapes", which is rendered; any other name is a folder in source_path with
+    images/<class>/<image>. Raises DatasetError.
     """
-    if name in NOT_AVAILABLE:
-        raise DatasetError(f"--dataset {name} is not available yet; cub200, cars196, shapes or a folder of yours are")
     if name == "shapes":
         return render_shapes()
-    return read_class_folders(Path(source_path) / name)
+    return READERS.get(name, read_class_folders)(locate(name, Path(source_path)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what a data set holds, and with --check decode every image; return the exit code."""
+    parser = argparse.ArgumentParser(description="Say what a data set holds, without training.")
+    parser.add_argument("name", help="as for main.py --dataset")
+    parser.add_argument("--source_path", default="./Datasets", help="folder that holds the dataset folders")
+    parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
+    args = parser.parse_args(argv)
+    try:
+        train, tests = load_dataset(args.name, args.source_path)
+    except DatasetError as error:
+        print(f"datasets.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most")
+    for split, (classes, n_images, least, median, most) in split_table(train, tests).items():
+        print(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}")
+    for warning in count_warnings(args.name, train, tests):
+        print(f"warning: {warning}")
+    if not args.check:
+        return 0
+    broken = list_broken([train, *tests.values()])
+    print("\n".join([*broken, f"{len(broken)} images cannot be decoded"]))
+    return 2 if broken else 0
+
+
+def list_broken(image_sets: Sequence[ImageSet]) -> list[str]:
+    """Decode every image, with a progress bar, and return the message of each that cannot be decoded."""
+
+    def message(source: tuple[ImageSet, int]) -> str | None:
+        try:
+            source[0].read(source[1])
+        except DatasetError as error:
+            return str(error)
+        return None
+
+    sources = [(images, i) for images in image_sets for i in range(len(images))]
+    with ThreadPoolExecutor() as pool:
+        messages = list(tqdm(pool.map(message, sources), total=len(sources), unit="img", disable=None))
+    return [text for text in messages if text is not None]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

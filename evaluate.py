@@ -47,24 +47,31 @@ def recall_at_k(
     k_vals: Sequence[int],
     device: torch.device | str = "cpu",
     block_size: int = 1024,
+    is_query: np.ndarray | None = None,
 ) -> dict[int, float]:
-    """Return, for each k, the fraction of points with a point of their class among their k nearest others.
+    """Return, for each k, the fraction of queries with a point of their class among their k nearest points.
 
-    embeddings: (N, D) float, Euclidean distances. labels: (N,) int. Works from the rank of the first hit, in blocks of
-    `block_size` queries; another point at the very distance of the first hit counts as nearer. A point whose class has
-    no other point never hits.
+    embeddings: (N, D) float, Euclidean distances. labels: (N,) int. is_query: (N,) bool, the queries, which are
+    searched in the other points; None: each point is searched in all others. Works from the rank of the first hit, in
+    blocks of `block_size` queries; another point at the very distance of the first hit counts as nearer. A query whose
+    class has no other point never hits.
     """
-    points = torch.as_tensor(embeddings, device=device)
-    classes = torch.as_tensor(labels, device=device)
-    half_squared_norms = points.square().sum(1) / 2
+    queries = gallery = torch.as_tensor(embeddings, device=device)
+    query_classes = gallery_classes = torch.as_tensor(labels, device=device)
+    if is_query is not None:
+        chosen = torch.as_tensor(is_query, device=device)
+        queries, query_classes, gallery, gallery_classes = (
+            values[mask] for mask in (chosen, ~chosen) for values in (queries, query_classes)
+        )
+    half_squared_norms = gallery.square().sum(1) / 2
     ranks = []
-    for start in range(0, len(points), block_size):
-        stop = min(start + block_size, len(points))
-        rows = torch.arange(stop - start, device=device)
+    for start in range(0, len(queries), block_size):
         # x.y - |y|^2/2 orders the points y by their distance to x, nearest first from the top
-        closeness = points[start:stop] @ points.T - half_squared_norms
-        closeness[rows, rows + start] = -torch.inf
-        same = classes[start:stop, None] == classes
+        closeness = queries[start : start + block_size] @ gallery.T - half_squared_norms
+        if is_query is None:
+            rows = torch.arange(len(closeness), device=device)
+            closeness[rows, rows + start] = -torch.inf
+        same = query_classes[start : start + block_size, None] == gallery_classes
         first_hit = closeness.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
         rank = ((closeness >= first_hit) & ~same).sum(1)
         never = torch.iinfo(rank.dtype).max
@@ -110,14 +117,20 @@ def describe_clusters(
 
 
 def score_set(
-    embeddings: np.ndarray, labels: np.ndarray, k_vals: Sequence[int], seed: int, device: torch.device | str = "cpu"
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    k_vals: Sequence[int],
+    seed: int,
+    device: torch.device | str = "cpu",
+    is_query: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Score one test set, every image against all others.
+    """Score one test set: Recall of every image against all others, or of the queries against the gallery.
 
-    embeddings: (N, D) float. labels: (N,) int. seed: of the k-means, which has as many clusters as there are classes.
+    embeddings: (N, D) float. labels: (N,) int. is_query: (N,) bool or None, see recall_at_k; the clustering is of all
+    images. seed: of the k-means, which has as many clusters as there are classes.
     Returns {"NMI", "F1", "Recall @ k" for each k}.
     """
     clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
     nmi, f1 = clustering_scores(labels, clusters)
-    recalls = recall_at_k(embeddings, labels, k_vals, device)
+    recalls = recall_at_k(embeddings, labels, k_vals, device, is_query=is_query)
     return {"NMI": nmi, "F1": f1} | {f"Recall @ {k}": value for k, value in recalls.items()}

@@ -243,9 +243,15 @@ def pick_device(gpu: int) -> torch.device:
 
 
 def build_loaders(
-    args: argparse.Namespace, train_images: datasets.ImageSet, test_images: datasets.ImageSet, pin_memory: bool
+    args: argparse.Namespace,
+    train_images: datasets.ImageSet,
+    test_sets: Mapping[str, datasets.ImageSet],
+    pin_memory: bool,
 ) -> tuple[dict[str, datasets.ClassBalancedBatchSampler], dict[str, DataLoader], dict[str, DataLoader]]:
-    """Return batch samplers and training loaders, each by task, and loaders of all images in order, by split."""
+    """Return batch samplers and training loaders, each by task, and loaders of all images in order.
+
+    The latter are called "train" and by the names of the test sets.
+    """
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     loading = {"n_workers": min(args.kernels, n_cores), "pin_memory": pin_memory}
     replacement = {"Class": 0.0, "Shared": args.random_cluster_pick_p}
@@ -258,7 +264,7 @@ def build_loaders(
         dataset = datasets.ImageDataset(train_images, transform)
         train_loaders[task] = datasets.make_loader(dataset, batch_sampler=samplers[task], **loading)
     ordered_loaders = {}
-    for split, images in (("train", train_images), ("test", test_images)):
+    for split, images in {"train": train_images, **test_sets}.items():
         dataset = datasets.ImageDataset(images, datasets.test_transform(args.img_size))
         ordered_loaders[split] = datasets.make_loader(dataset, batch_size=args.bs, **loading)
     return samplers, train_loaders, ordered_loaders
@@ -435,12 +441,36 @@ class LossMeter:
         return averages | {"Adversarial Loss": adversarial / n_steps if has_adversary else None}
 
 
-def score_test_classes(
-    network: netlib.EmbeddingNetwork, loader: DataLoader, labels: np.ndarray, args: argparse.Namespace
-) -> tuple[dict[str, float], np.ndarray]:
-    """Return the scores of the Class embedding on the test classes, and that embedding, (N, D) float32."""
-    embeddings = evaluate.extract_features(network, loader, ["Class"], args.amp)["Class"]
-    return evaluate.score_set(embeddings, labels, args.k_vals, args.seed, network.mean.device), embeddings
+def score_tests(
+    network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], args: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Return the scores of the Class embedding on all test sets, and that embedding, (N, D) float32, by test set.
+
+    loaders: of each test set in order, by its name, which stands before the names of its scores.
+    """
+    scores, embeddings = {}, {}
+    for name, loader in loaders.items():
+        images = loader.dataset.images
+        embeddings[name] = evaluate.extract_features(network, loader, ["Class"], args.amp)["Class"]
+        of_set = evaluate.score_set(
+            embeddings[name], images.labels, args.k_vals, args.seed, network.mean.device, images.is_query
+        )
+        scores |= {f"{name} {score}".strip(): value for score, value in of_set.items()}
+    return scores, embeddings
+
+
+def rows_of_set(rows: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
+    """Return the rows of log_val_Class.csv with the scores of one test set only, under their plain names."""
+    prefix = f"{name} " if name else ""
+    return [
+        {"Epochs": row["Epochs"], "Time": row["Time"]}
+        | {
+            score[len(prefix) :]: row[score]
+            for score in row
+            if score.startswith(prefix) and score not in ("Epochs", "Time")
+        }
+        for row in rows
+    ]
 
 
 def print_split(split: str, images: datasets.ImageSet) -> None:
@@ -465,39 +495,40 @@ def log_mining(path: Path, row: Mapping[str, float]) -> None:
     auxiliaries.append_row(path, row)
 
 
-def best_line(best: Mapping[str, float]) -> str:
-    """Return the Recall@1 of a row of scores and its epoch as text."""
-    return f"{best['Recall @ 1']:.4f} in epoch {best['Epochs']}"
-
-
 def record_evaluation(
     folder: Path,
     network: nn.Module,
     args: argparse.Namespace,
     progress: Mapping,
-    embeddings: np.ndarray,
-    test_set: datasets.ImageDataset,
-) -> dict[str, float]:
-    """Log the last evaluation and redraw the plot; for a new best epoch, keep checkpoint and contact sheet.
+    embeddings: Mapping[str, np.ndarray],
+    test_loaders: Mapping[str, DataLoader],
+) -> str:
+    """Log the last evaluation and redraw the plots; for a test set's new best epoch, keep checkpoint and contact sheet.
 
-    progress: what the checkpoint keeps, with the rows of both logs so far. embeddings: (N, D) of the test images.
-    Returns the row of the best epoch, the first one with the highest Recall@1.
+    progress: what the checkpoint keeps, with the rows of both logs so far. embeddings: (N, D), by test set.
+    Returns the best Recall@1 of each test set as text; the best epoch is the first one that has it.
     """
-    rows = progress["val_rows"]
-    auxiliaries.append_row(folder / "log_val_Class.csv", rows[-1])
-    best = max(rows, key=lambda row: row["Recall @ 1"])
-    if best is rows[-1]:
-        auxiliaries.save_checkpoint(folder / "checkpoint.pth.tar", network, vars(args), progress)
-        images = test_set.images
-        auxiliaries.draw_recoveries(
-            folder / "sample_recoveries.png",
-            lambda index: test_set[index][0].permute(1, 2, 0).numpy(),
-            embeddings,
-            images.labels,
-            images.class_names,
-        )
-    auxiliaries.draw_progress(folder / "InfoPlot_Class.svg", progress["train_rows"], rows, title=folder.name)
-    return best
+    auxiliaries.append_row(folder / "log_val_Class.csv", progress["val_rows"][-1])
+    best_lines = []
+    for name, loader in test_loaders.items():
+        suffix = f"_{name.lower().replace(' ', '')}" if name else ""
+        rows = rows_of_set(progress["val_rows"], name)
+        best = max(rows, key=lambda row: row["Recall @ 1"])
+        best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
+        if best is rows[-1]:
+            auxiliaries.save_checkpoint(folder / f"checkpoint{suffix}.pth.tar", network, vars(args), progress)
+            images = loader.dataset.images
+            auxiliaries.draw_recoveries(
+                folder / f"sample_recoveries{suffix}.png",
+                lambda index, test_set=loader.dataset: test_set[index][0].permute(1, 2, 0).numpy(),
+                embeddings[name],
+                images.labels,
+                images.class_names,
+                is_query=images.is_query,
+            )
+        title = f"{folder.name} {name}".strip()
+        auxiliaries.draw_progress(folder / f"InfoPlot_Class{suffix}.svg", progress["train_rows"], rows, title=title)
+    return ", ".join(best_lines)
 
 
 @contextlib.contextmanager
@@ -521,11 +552,15 @@ def main(args: argparse.Namespace) -> Path:
     device = pick_device(args.gpu)
 
     # Data
-    train_images, test_images = datasets.load_dataset(args.dataset, args.source_path)
+    train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
     print_split("train", train_images)
-    print_split("test", test_images)
-    samplers, loaders, ordered_loaders = build_loaders(args, train_images, test_images, device.type == "cuda")
+    for name, images in test_sets.items():
+        print_split(name or "test", images)
+    for warning in datasets.count_warnings(args.dataset, train_images, test_sets):
+        print(f"warning: {warning}")
+    samplers, loaders, ordered_loaders = build_loaders(args, train_images, test_sets, device.type == "cuda")
+    test_loaders = {name: ordered_loaders[name] for name in test_sets}
 
     # Network
     network = netlib.build_network(
@@ -535,7 +570,7 @@ def main(args: argparse.Namespace) -> Path:
         weights_file=args.weights,
         freeze_batchnorm=args.bn == "frozen",
     ).to(device)
-    initial_scores, _ = score_test_classes(network, ordered_loaders["test"], test_images.labels, args)
+    initial_scores, _ = score_tests(network, test_loaders, args)
     print(f"before training  {scores_line(initial_scores)}")
 
     # First labels
@@ -590,24 +625,24 @@ def main(args: argparse.Namespace) -> Path:
 
         if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
             eval_start = time.time()
-            scores, embeddings = score_test_classes(network, ordered_loaders["test"], test_images.labels, args)
+            scores, embeddings = score_tests(network, test_loaders, args)
             progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
-            best = record_evaluation(folder, network, args, progress, embeddings, ordered_loaders["test"].dataset)
+            best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
             auxiliaries.write_summary(
                 folder / "Curr_Summary_Class.txt", initial_scores, progress["val_rows"], seconds=time.time() - start
             )
-            print(f"epoch {epoch}  {scores_line(scores)}  (best: {best_line(best)})  {time.time() - epoch_start:.1f} s")
+            print(f"epoch {epoch}  {scores_line(scores)}  (best Recall @ 1: {best})  {time.time() - epoch_start:.1f} s")
 
         if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
             labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
             log_mining(folder / "log_mining.csv", mining_row)
         if scheduler is not None:
             scheduler.step()
-    print(
-        f"Recall @ 1 on the test classes: {initial_scores['Recall @ 1']:.4f} before training, best {best_line(best)}, "
-        f"last {scores['Recall @ 1']:.4f}"
-    )
+    for name in test_sets:
+        score = f"{name} Recall @ 1".strip()
+        print(f"{score} on the test classes: {initial_scores[score]:.4f} before training, last {scores[score]:.4f}")
+    print(f"best Recall @ 1: {best}")
     print(f"run folder: {folder}")
     return folder
 

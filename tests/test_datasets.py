@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ def test_first_half_of_the_classes_trains(tmp_path):
     (root / "images" / "class_01" / "._0.jpg").write_bytes(b"litter")
     (root / "images" / ".hidden").mkdir()
     (root / "images" / "empty").mkdir()
-    train, test = datasets.load_dataset("cars196", tmp_path)
+    train, tests = datasets.load_dataset("cars196", tmp_path)
+    test = tests[""]
     assert train.class_names == ["class_00", "class_01"]
     assert test.class_names == ["class_02", "class_03", "class_04"]
     assert train.labels.tolist() == [0, 0, 1]
@@ -29,17 +31,157 @@ def test_first_half_of_the_classes_trains(tmp_path):
     assert relative == ["class_00/0.jpg", "class_00/1.jpg", "class_01/0.jpg"]
 
 
-def test_unusable_folders_are_described(tmp_path):
-    with pytest.raises(datasets.DatasetError, match="there is no such folder; see --source_path"):
-        datasets.load_dataset("cub200", tmp_path)
-    (tmp_path / "cub200" / "pictures").mkdir(parents=True)
-    with pytest.raises(datasets.DatasetError, match="but it holds pictures"):
-        datasets.load_dataset("cub200", tmp_path)
+def table_of(name, layout):
+    return layouts.TABLE.get((name, layout)) or layouts.TABLE[name]
+
+
+@pytest.mark.parametrize(("name", "layout"), layouts.LAYOUTS)
+def test_layouts_are_read_as_the_table_says(tmp_path, name, layout):
+    layouts.LAYOUTS[name, layout](tmp_path)
+    train, tests = datasets.load_dataset(name, tmp_path)
+    expected = table_of(name, layout)
+    assert (train.class_names, train.labels.tolist()) == expected["train"]
+    assert list(tests) == [split for split in expected if split not in ("train", "queries")]
+    for split, images in tests.items():
+        assert (images.class_names, images.labels.tolist()) == expected[split]
+        queries = expected.get("queries")
+        assert (images.is_query is None) if queries is None else images.is_query.tolist() == [bool(q) for q in queries]
+    for images in (train, *tests.values()):
+        assert len(images.names) == len(images.labels)
+        assert all(images.read(i).dtype == torch.uint8 for i in range(len(images)))
+
+
+def message_of(name, source):
+    with pytest.raises(datasets.DatasetError) as error:
+        datasets.load_dataset(name, source)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", [*datasets.PUBLISHED, "mine"])
+def test_a_missing_folder_is_diagnosed(tmp_path, name):
+    (tmp_path / "something").mkdir()
+    message = message_of(name, tmp_path)
+    assert f"no images of --dataset {name} in --source_path {tmp_path}" in message
+    assert f"looked for  {datasets.PUBLISHED[name].layout if name in datasets.PUBLISHED else 'images/'}" in message
+    assert f"found       {tmp_path} holds something" in message
+    assert "to do       give the folder that holds" in message
+    assert ("get it at" in message) == (name in datasets.PUBLISHED)
+    assert "no folder" in message_of(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", datasets.PUBLISHED)
+def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path / "a")
+    root = tmp_path / "a" / name
+    assert f"{root} is the data set itself: name it {name}" in message_of(name, root)
+    (tmp_path / "b" / name).mkdir(parents=True)
+    deeper = root.rename(tmp_path / "b" / name / "deeper")
+    assert f"rename or move {deeper} to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+
+
+def test_class_folders_one_level_deeper_are_diagnosed(tmp_path):
+    write_class_folders(tmp_path / "mine")
+    images = tmp_path / "mine" / "images"
+    images.rename(tmp_path / "images")
+    images.mkdir()
+    (tmp_path / "images").rename(images / "extracted")
+    assert "images one level deeper, in extracted/class_00? Move the class folders up" in message_of("mine", tmp_path)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "cub200").mkdir()
+    (tmp_path / "cub200" / "CUB_200_2011.tgz").write_bytes(b"")
+    assert f"unpack {tmp_path / 'cub200' / 'CUB_200_2011.tgz'}" in message_of("cub200", tmp_path)
+
+
+def test_too_few_classes(tmp_path):
     write_class_folders(tmp_path / "few", per_class=(2, 2, 2))
-    with pytest.raises(datasets.DatasetError, match="3 class folders with images; at least 4"):
-        datasets.load_dataset("few", tmp_path)
-    with pytest.raises(datasets.DatasetError, match="not available yet"):
-        datasets.load_dataset("in-shop", tmp_path)
+    assert "holds 3 class folders with images; at least 4 are needed" in message_of("few", tmp_path)
+
+
+LIST_FILES = {
+    "online_products": ("Info_Files/Ebay_train.txt", 3),
+    "in-shop": ("Eval/list_eval_partition.txt", 4),
+    "vehicle_id": ("train_test_split/test_list_1600.txt", 2),
+}
+
+
+@pytest.mark.parametrize("name", LIST_FILES)
+def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path)
+    path, line = tmp_path / name / LIST_FILES[name][0], LIST_FILES[name][1]
+    content = path.read_text()
+    lines = content.splitlines()
+    path.unlink()
+    message = message_of(name, tmp_path)
+    assert message.startswith(f"list file missing: looked for {path} or ")
+    assert "holds" in message
+
+    path.write_text("\n".join([*lines[: line - 1], "one", *lines[line:]]))
+    assert f"{path}, line {line}: expected" in message_of(name, tmp_path)
+    assert "found 'one'" in message_of(name, tmp_path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert f"{path}: cannot be read" in message_of(name, tmp_path)
+    path.write_text("")
+    assert f"{path}: holds no images" in message_of(name, tmp_path)
+
+    path.write_text(content)
+    train, tests = datasets.load_dataset(name, tmp_path)
+    victims = (list(tests.values())[1] if name == "vehicle_id" else train).names[:4]
+    for victim in victims:
+        os.unlink(victim)
+    message = message_of(name, tmp_path)
+    assert f"{path}: 4 of " in message
+    assert message.endswith(", ...")
+    assert os.path.basename(victims[0]) in message
+
+
+def test_in_shop_status_and_online_products_ids_are_checked(tmp_path):
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("query", "probe", 1))
+    assert "status 'probe' is not train, query or gallery" in message_of("in-shop", tmp_path)
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    path = tmp_path / "online_products" / "Info_Files" / "Ebay_test.txt"
+    path.write_text(path.read_text().replace(" 4 1 ", " four 1 ", 1))
+    assert "line 2: expected 4 columns with whole numbers for ids" in message_of("online_products", tmp_path)
+
+
+def test_annotations_of_cars_that_cannot_be_read(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    path = tmp_path / "cars196" / "cars_annos.mat"
+    (tmp_path / "cars196" / "car_ims" / "000003.jpg").unlink()
+    assert f"{path}: 1 of 16 listed images are not on disk" in message_of("cars196", tmp_path)
+    path.write_bytes(b"nothing")
+    assert f"{path}: cannot be read as the annotations" in message_of("cars196", tmp_path)
+    path.unlink()
+    assert f"list file missing: looked for {path}" in message_of("cars196", tmp_path)
+
+
+def test_counts_that_differ_from_the_official_ones_are_warned_of(tmp_path):
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    warnings = datasets.count_warnings("in-shop", *datasets.load_dataset("in-shop", tmp_path))
+    assert "in-shop, query: 2 classes with 2 images; officially 3985 with 14218" in warnings
+    assert "in-shop, gallery: 2 classes with 4 images; officially 3985 with 12612" in warnings
+    assert "in-shop, all: 4 classes with 14 images; officially 7982 with 52712" in warnings
+    assert datasets.count_warnings("shapes", *datasets.render_shapes()) == []
+
+
+def test_command_prints_splits_and_checks_images(tmp_path, capsys):
+    write_class_folders(tmp_path / "mine", per_class=(2, 5, 3, 1))
+    assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == [["train", "2", "7", "2,", "3,", "5"], ["test", "2", "4", "1,", "2,", "3"]]
+    assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 0
+    assert "0 images cannot be decoded" in capsys.readouterr().out
+    broken = tmp_path / "mine" / "images" / "class_01" / "4.jpg"
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 2
+    printed = capsys.readouterr().out
+    assert f"cannot decode the image {broken}" in printed
+    assert "1 images cannot be decoded" in printed
+    assert datasets.main(["absent", "--source_path", str(tmp_path)]) == 2
+    assert "no images of --dataset absent" in capsys.readouterr().err
 
 
 def test_jpeg_pixels_are_those_of_pillow(tmp_path):

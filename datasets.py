@@ -4,7 +4,10 @@ A reader turns a folder into two ImageSets, train and test. Every reader sorts, 
 """
 
 import argparse
+import contextlib
+import hashlib
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,12 +43,27 @@ class DatasetError(ValueError):
         super().__init__(message.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])
 
 
+class PixelStore:
+    """Decoded images of any size, one after the other in one flat array.
+
+    flat: (sum of H * W * 3) uint8. sizes: (N, 2) int64 heights and widths. Indexing gives an (H, W, 3) view.
+    """
+
+    def __init__(self, flat: np.ndarray, sizes: np.ndarray):
+        self.flat, self.sizes = flat, sizes
+        self.ends = np.cumsum(3 * sizes.prod(1))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        height, width = self.sizes[index]
+        return self.flat[self.ends[index] - 3 * height * width : self.ends[index]].reshape(height, width, 3)
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """The images of one split.
 
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
-    pixels: (N, H, W, 3) uint8 for images that live in memory, None where `names` are files to read.
+    pixels: decoded images, (N, H, W, 3) uint8 or a PixelStore; None where `names` are files to decode.
     factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
     is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
     image is searched in all others.
@@ -54,7 +72,7 @@ class ImageSet:
     names: list[str]
     labels: np.ndarray
     class_names: list[str]
-    pixels: np.ndarray | None = None
+    pixels: np.ndarray | PixelStore | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
     is_query: np.ndarray | None = None
 
@@ -84,6 +102,86 @@ def read_image(path: str) -> torch.Tensor:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DatasetError(f"cannot decode the image {path} ({error}); repair or remove it") from error
+
+
+def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
+    """Return the images with all of them decoded, so that reading one costs nothing; the pixels are the same.
+
+    kind: "none" changes nothing; "ram" keeps them in memory, which forked workers share; "disk" keeps them in a
+    memory-mapped file of `folder`, called after `name`, that later runs reuse until an image file changes.
+    Raises DatasetError when they do not fit, or when an image cannot be decoded.
+    """
+    if kind == "none" or images.pixels is not None:
+        return images
+    path = folder / f"decoded_{name}_{fingerprint(images.names)}.bin"
+    if kind == "disk" and path.exists():
+        return replace(images, pixels=PixelStore(np.memmap(path, np.uint8, "c"), np.load(path.with_suffix(".npy"))))
+    with ThreadPoolExecutor() as pool:
+        sizes = np.array(list(pool.map(image_size, images.names)), dtype=np.int64)
+        n_bytes = int(3 * sizes.prod(1).sum())
+        free = free_memory() if kind == "ram" else free_space(folder)
+        if free is not None and n_bytes > 0.9 * free:
+            raise DatasetError(
+                f"--cache {kind}: the decoded {name} images take {n_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
+                f"are free{'' if kind == 'ram' else f' in {folder}'}; use --cache {'disk' if kind == 'ram' else 'none'}"
+            )
+        temporary = path.with_suffix(f".{os.getpid()}.part")
+        flat = np.empty(n_bytes, np.uint8) if kind == "ram" else np.memmap(temporary, np.uint8, "w+", shape=n_bytes)
+        store = PixelStore(flat, sizes)
+
+        def fill(index: int) -> None:
+            store[index][:] = read_image(images.names[index]).permute(1, 2, 0).numpy()
+
+        try:
+            list(tqdm(pool.map(fill, range(len(images))), f"decoding {name}", len(images), unit="img", disable=None))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    if kind == "disk":
+        flat.flush()
+        np.save(path.with_suffix(".npy"), sizes)
+        for stale in folder.glob(f"decoded_{name}_*.bin"):
+            stale.unlink()
+            stale.with_suffix(".npy").unlink(missing_ok=True)
+        temporary.rename(path)
+    return replace(images, pixels=store)
+
+
+def fingerprint(paths: list[str]) -> str:
+    """Return a digest of files' paths, sizes and times of change. Raises DatasetError for a file that is not there."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            status = os.stat(path)
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode(errors="surrogateescape"))
+    except OSError as error:
+        raise DatasetError(f"cannot read the image {path} ({error.strerror}); repair or remove it") from error
+    return digest.hexdigest()[:16]
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Return (height, width) from an image file's header. Raises DatasetError that names the file."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"cannot decode the image {path} ({error}); repair or remove it") from error
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that can be used without swapping, None where the system does not say."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    return None
+
+
+def free_space(folder: Path) -> int:
+    """Return the free bytes of the disk that holds a folder, which is made. Raises DatasetError where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise DatasetError(f"--cache disk: cannot create {folder} ({error.strerror}); see --save_path") from error
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -206,6 +304,8 @@ def make_loader(
     """
     # Its own generator: else each pass would take a number from the one that the losses draw from
     loading = {"num_workers": n_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
+    if n_workers and sys.platform == "linux":
+        loading["multiprocessing_context"] = "fork"  # shares decoded images with the workers instead of copying them
     if batch_sampler is None:
         return DataLoader(dataset, batch_size, **loading)
     return DataLoader(dataset, batch_sampler=batch_sampler, persistent_workers=n_workers > 0, **loading)
@@ -610,6 +710,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     return render
 
 
+CACHES = ("none", "ram", "disk")
 READERS = {
     "cub200": read_class_folders,
     "cars196": read_cars,

@@ -112,6 +112,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "epoch, is always among them (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, "
         "others 1 2 4 8)")  # fmt: skip
 
+    add("--cache", choices=datasets.CACHES, default="none", help="keep decoded images: in memory, or in a file in "
+        "SAVE_PATH/DATASET that later runs reuse; does not change results")  # fmt: skip
+
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=count, default=130, metavar="N", help="epochs; each has (training images / bs) iterations")
     add("--kernels", type=count_or_zero, default=8, metavar="N", help="data loader workers, at most one per CPU core; "
@@ -473,6 +476,11 @@ def rows_of_set(rows: Sequence[Mapping[str, float]], name: str) -> list[dict[str
     ]
 
 
+def file_suffix(test_set: str) -> str:
+    """Return a test set's name as it stands in file names: "set1" for "Set 1"."""
+    return test_set.lower().replace(" ", "")
+
+
 def print_split(split: str, images: datasets.ImageSet) -> None:
     """Print the size of a split, and how many of its classes have a single image."""
     n_single = int((np.bincount(images.labels) == 1).sum())
@@ -511,7 +519,7 @@ def record_evaluation(
     auxiliaries.append_row(folder / "log_val_Class.csv", progress["val_rows"][-1])
     best_lines = []
     for name, loader in test_loaders.items():
-        suffix = f"_{name.lower().replace(' ', '')}" if name else ""
+        suffix = f"_{file_suffix(name)}" if name else ""
         rows = rows_of_set(progress["val_rows"], name)
         best = max(rows, key=lambda row: row["Recall @ 1"])
         best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
@@ -554,6 +562,12 @@ def main(args: argparse.Namespace) -> Path:
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
+    cache_folder = Path(args.save_path) / args.dataset
+    train_images = datasets.cached(train_images, args.cache, cache_folder, "train")
+    test_sets = {
+        name: datasets.cached(images, args.cache, cache_folder, file_suffix(name) or "test")
+        for name, images in test_sets.items()
+    }
     print_split("train", train_images)
     for name, images in test_sets.items():
         print_split(name or "test", images)

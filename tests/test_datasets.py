@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 
 import layouts
 import numpy as np
@@ -223,6 +224,64 @@ def test_broken_image_in_a_loader_is_one_line(class_folders, n_workers):
         list(loader)
     assert str(error.value).startswith(f"cannot decode the image {broken} ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_cached_pixels_are_the_same_and_are_read_once(class_folders, tmp_path, kind, monkeypatch):
+    write_class_folders(class_folders / "more", per_class=(2, 3, 2, 2), size=51)
+    small, _ = datasets.load_dataset("tiny", class_folders)
+    large, _ = datasets.load_dataset("more", class_folders)
+    images = replace(small, names=small.names[:3] + large.names, labels=np.zeros(3 + len(large), dtype=int))
+    cached = datasets.cached(images, kind, tmp_path / "cache", "train")
+    monkeypatch.setattr(datasets, "read_image", None)
+    kept = [cached.read(i) for i in range(len(images))]
+    monkeypatch.undo()
+    assert {tuple(image.shape) for image in kept} == {(3, 40, 48), (3, 51, 59)}
+    assert all((image == images.read(i)).all() for i, image in enumerate(kept))
+    assert datasets.cached(cached, kind, tmp_path / "cache", "train") is cached
+
+
+def test_disk_cache_is_reused_until_an_image_changes(class_folders, tmp_path, monkeypatch):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    datasets.cached(images, "disk", tmp_path / "cache", "train")
+    first = sorted(os.listdir(tmp_path / "cache"))
+    assert len(first) == 2
+    monkeypatch.setattr(datasets, "read_image", None)
+    again = datasets.cached(images, "disk", tmp_path / "cache", "train")
+    monkeypatch.undo()
+    assert (again.read(3) == images.read(3)).all()
+    os.replace(images.names[0], images.names[3])
+    changed = replace(images, names=images.names[1:], labels=images.labels[1:])
+    rebuilt = datasets.cached(changed, "disk", tmp_path / "cache", "train")
+    second = sorted(os.listdir(tmp_path / "cache"))
+    assert len(second) == 2
+    assert second != first
+    assert (rebuilt.read(2) == changed.read(2)).all()
+
+
+def test_caches_refuse_politely(class_folders, tmp_path, monkeypatch):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    monkeypatch.setattr(datasets, "free_memory", lambda: 50_000)
+    with pytest.raises(datasets.DatasetError, match="--cache ram: the decoded train images take 0.0 GB.*--cache disk"):
+        datasets.cached(images, "ram", tmp_path, "train")
+    monkeypatch.setattr(datasets, "free_space", lambda folder: 50_000)
+    with pytest.raises(datasets.DatasetError, match="--cache disk: .*use --cache none"):
+        datasets.cached(images, "disk", tmp_path, "train")
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(datasets.DatasetError, match="--cache disk: cannot create"):
+        datasets.cached(images, "disk", tmp_path / "file" / "cache", "train")
+    with open(images.names[4], "r+b") as file:
+        file.truncate(700)
+    for kind in ("ram", "disk"):
+        with pytest.raises(datasets.DatasetError, match=f"cannot decode the image {images.names[4]}"):
+            datasets.cached(images, kind, tmp_path / "cache", "train")
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_free_memory_is_told_on_linux():
+    if os.path.exists("/proc/meminfo"):
+        assert datasets.free_memory() > 2**20
 
 
 def test_evaluation_transform_is_resize_and_centre_crop(shapes):

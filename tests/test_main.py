@@ -42,7 +42,7 @@ METHOD_DEFAULTS = {
     "adv_weights": [2500], "adv_dim": 512, "shared_num_classes": 30, "cluster_update_freq": 3, "cluster_mode": "mean",
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
-    "weights": None,
+    "weights": None, "cache": "none",
 }  # fmt: skip
 
 
@@ -240,6 +240,15 @@ def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_r
     for name, table in read_logs(first).items():
         pd.testing.assert_frame_equal(table, read_logs(again)[name], check_exact=True)
     assert not read_logs(first)["log_train_Class.csv"].equals(read_logs(other)["log_train_Class.csv"])
+
+
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_a_cache_changes_no_digit(tiny_run, tmp_path, cache):
+    plain, cached = tiny_run(), tiny_run("--cache", cache, "--kernels", 1)
+    for name, table in read_logs(plain).items():
+        pd.testing.assert_frame_equal(table, read_logs(cached)[name], check_exact=True)
+    files = list((tmp_path / "results" / "tiny").glob("decoded_*"))
+    assert len(files) == (4 if cache == "disk" else 0)
 
 
 def test_baseline_mines_nothing_and_loads_no_shared_batch(tiny_run, monkeypatch):

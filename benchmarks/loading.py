@@ -1,0 +1,178 @@
+"""Images per second and core of the training loader against the plain pipeline, side by side in one run.
+
+    python benchmarks/loading.py [--images FOLDER] [--seconds 3]
+
+Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tensor. Ours: the training dataset of
+datasets.py, a uint8 tensor that is normalised on the device; without a cache, from --cache ram and from --cache disk.
+First a single process and thread, then loaders with workers. Images are generated (with the 1/f amplitude spectrum of
+natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then: the time for reading a generated
+online_products of 120,053 entries, for one epoch of its batches without decoding, and memory.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+
+SIZES = ((500, 375), (1200, 900))
+N_IMAGES = 32
+
+
+def natural_image(width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """Return noise with the 1/f amplitude spectrum of natural images, its channels correlated."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    channels = []
+    shared = rng.normal(size=(height, width))
+    for _ in range(3):
+        spectrum = np.fft.rfft2(0.8 * shared + 0.2 * rng.normal(size=(height, width))) / frequency
+        spectrum[0, 0] = 0
+        channel = np.fft.irfft2(spectrum, s=(height, width))
+        channels.append(128 + 50 * channel / channel.std())
+    return Image.fromarray(np.clip(np.stack(channels, 2), 0, 255).astype(np.uint8))
+
+
+class Plain(Dataset):
+    """The usual pipeline: Pillow to a normalised float32 tensor."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+class Drawn(Dataset):
+    """Our dataset, asked with draws as the batch samplers ask it."""
+
+    def __init__(self, images: datasets.ImageSet):
+        self.dataset = datasets.ImageDataset(images, datasets.train_transform(224, flip=True))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.dataset[(index, 0, index)][0]
+
+
+def per_second(passes: dict[str, Callable[[], int]], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
+    """Return the median images per second of each pass by the clock; rounds alternate between them."""
+    rates: dict[str, list[float]] = {name: [] for name in passes}
+    end = time.perf_counter() + seconds * len(passes)
+    while time.perf_counter() < end or len(next(iter(rates.values()))) < 3:
+        for name, run in passes.items():
+            start = clock()
+            n_images = run()
+            rates[name].append(n_images / (clock() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def compare(title: str, paths: list[str], seconds: float, folder: Path) -> None:
+    """Print images per second per core, and with workers, for one set of images."""
+    images = datasets.ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
+    sets = {"plain": Plain(paths), "ours": Drawn(images)}
+    for kind in ("ram", "disk"):
+        sets[f"ours, {kind} cache"] = Drawn(datasets.cached(images, kind, folder, "benchmark"))
+
+    def one_by_one(dataset: Dataset) -> int:
+        return sum(len(dataset[i][None]) for i in range(len(dataset)))
+
+    rates = per_second({name: lambda d=d: one_by_one(d) for name, d in sets.items()}, seconds, time.process_time)
+    print(f"\n{title}: images per second of CPU time, one thread")
+    for name, rate in rates.items():
+        print(f"  {name:18} {rate:8.0f}  {rate / rates['plain']:5.2f} x plain", flush=True)
+    for n_workers in (0, 1, 2):
+        order = torch.arange(len(paths)).repeat(-(-1024 // len(paths))).tolist()
+        loaders = {
+            name: DataLoader(
+                d, 32, sampler=order, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None
+            )
+            for name, d in sets.items()
+        }
+        rates = per_second({name: lambda x=x: sum(map(len, x)) for name, x in loaders.items()}, 0, time.perf_counter)
+        shown = "  ".join(f"{name} {rate:.0f} ({rate / rates['plain']:.2f} x)" for name, rate in rates.items())
+        print(f"  {n_workers} workers, images per second: {shown}", flush=True)
+
+
+def measure_lists(folder: Path) -> None:
+    """Print the time of a pass over 60,000 list entries and of reading 120,053, and the memory it takes."""
+    root = folder / "online_products"
+    (root / "Info_Files").mkdir(parents=True)
+    n_written = 0
+    for split, n_images, n_classes in (("train", 59_551, 11_318), ("test", 60_502, 11_316)):
+        lines = ["image_id class_id super_class_id path"]
+        for i in range(n_images):
+            category = f"category_{i % 12}_final"
+            path = root / "images" / category / f"{split}_{i}.JPG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            n_written += 1
+            lines.append(f"{n_written} {i % n_classes + 11_318 * (split == 'test') + 1} 1 {category}/{path.name}")
+        (root / "Info_Files" / f"Ebay_{split}.txt").write_text("\n".join(lines) + "\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    train, tests = datasets.load_dataset("online_products", folder)
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(
+        f"\nreading online_products, {len(train) + len(tests[''])} list entries: {seconds:.2f} s, {grown:.0f} MB more"
+    )
+    sampler = datasets.ClassBalancedBatchSampler(112, 4, seed=(0, 0))
+    sampler.set_epoch(0, train.labels, len(train) // 112)
+    start = time.perf_counter()
+    n_drawn = sum(map(len, sampler))
+    print(f"one epoch of class-balanced batches, {n_drawn} entries, no decoding: {time.perf_counter() - start:.2f} s")
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", help="folder of images to load instead of generated ones")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time per entry of the single-process tables")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Pillow {Image.__version__}, {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        measure_lists(folder)
+        if args.images:
+            paths = sorted(str(path) for path in Path(args.images).rglob("*") if path.is_file())
+            compare(args.images, paths, args.seconds, folder)
+        for width, height in () if args.images else SIZES:
+            paths = []
+            for i in range(N_IMAGES):
+                paths.append(str(folder / f"{width}_{i}.jpg"))
+                natural_image(width, height, np.random.default_rng(i)).save(paths[-1], quality=90)
+            compare(f"{width} x {height}", paths, args.seconds, folder)
+    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tensor. Ours: the training dataset of
 datasets.py, a uint8 tensor that is normalised on the device; without a cache, from --cache ram and from --cache disk.
 First a single process and thread, then loaders with workers. Images are generated (with the 1/f amplitude spectrum of
-natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then: the time for reading a generated
+natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then the time to read a generated
 online_products of 120,053 entries, for one epoch of its batches without decoding, and memory.
 """
 

@@ -52,13 +52,21 @@ vehicle_id() {
         --tau 20 35 --n_epochs 45 "$@"
 }
 demo() {
-    run --dataset shapes --not_pretrained --img_size 64 --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 \
+    # Without a GPU, so that everyone sees the same figures
+    CUDA_VISIBLE_DEVICES='' run --dataset shapes --not_pretrained --img_size 64 --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 \
         --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
 case $name in
     demo | cub200 | cars196 | online_products | in-shop | vehicle_id) "$name" "$@" ;;
-    all) for each in cub200 cars196 online_products in-shop vehicle_id; do "$each" "$@"; done ;;
+    all)
+        failed=()
+        for each in cub200 cars196 online_products in-shop vehicle_id; do "$each" "$@" || failed+=("$each"); done
+        if [[ ${#failed[@]} -gt 0 ]]; then
+            echo "Result_Runs.sh: failed: ${failed[*]}" >&2
+            exit 1
+        fi
+        ;;
     *)
         echo "Result_Runs.sh: error: no set-up '$name'; one of demo, cub200, cars196, online_products, in-shop," \
             "vehicle_id, all" >&2

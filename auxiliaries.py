@@ -31,6 +31,17 @@ def set_seeds(seed: int) -> None:
     torch.backends.cudnn.deterministic = True
 
 
+def check_run_folder(parent: str | Path, name: str) -> None:
+    """Raise RunFolderError where parent/name could not be made, as far as that shows without making anything."""
+    existing = next(folder for folder in (Path(parent), *Path(parent).absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise RunFolderError(f"--save_path: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunFolderError(f"--save_path: {existing} is not writable")
+    if len(os.fsencode(name)) > 200:
+        raise RunFolderError(f"--savename: {name[:20]}... is longer than 200 bytes")
+
+
 def make_run_folder(parent: str | Path, name: str) -> Path:
     """Create and return parent/name, or parent/name_1, _2, ... where that exists: nothing is ever overwritten.
 
@@ -92,17 +103,14 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
 
     Raises ValueError where the row has columns that the file does not have.
     """
-    is_new = not path.exists()
-    if is_new:
-        columns = list(row)
-    else:
-        with open(path, newline="", encoding="utf-8") as file:
-            columns = next(csv.reader(file))
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    if not path.exists():
+        with replaced_file(path, "w") as file:  # never seen without its header
+            csv.writer(file, lineterminator="\n").writerows([list(row), list(row.values())])
+        return
+    with open(path, "r+", newline="", encoding="utf-8") as file:
+        columns = next(csv.reader(file))
+        file.seek(0, os.SEEK_END)
+        csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
 
 
 def save_checkpoint(path: Path, network: torch.nn.Module, flags: Mapping[str, object], progress: dict) -> None:
@@ -166,7 +174,7 @@ def draw_progress(
         best = max(val_rows, key=lambda row: row["Recall @ 1"]) if "Recall @ 1" in scores else val_rows[-1]
         score_axis.axvline(best["Epochs"], color="0.6", linestyle=":", zorder=0)
         score_axis.set(title=f"Test classes (best epoch {best['Epochs']})", xlabel="epoch", ylabel="score", ylim=(0, 1))
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
         with replaced_file(path) as file:
             figure.savefig(file, format="svg", metadata={"Date": None})
 
@@ -181,7 +189,8 @@ def draw_curves(axis: matplotlib.axes.Axes, rows: Sequence[Mapping[str, float]],
             axis.plot([row["Epochs"] for row in rows], values, marker=marker, markersize=4, label=name)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9)
+    if axis.lines:
+        axis.legend(fontsize=9)
 
 
 def draw_recoveries(
@@ -227,7 +236,7 @@ def draw_tile(axis: matplotlib.axes.Axes, image: np.ndarray, caption: str, colou
     """Draw one captioned and framed image."""
     axis.imshow(image)
     axis.set_axis_off()
-    axis.set_title(caption, fontsize=8, color=colour)
+    axis.set_title(caption, fontsize=8, color=colour, parse_math=False)
     axis.add_patch(
         Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, color=colour, linewidth=4, linestyle=line_style)
     )

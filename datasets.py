@@ -93,15 +93,26 @@ def read_image(path: str) -> torch.Tensor:
     refuses, through Pillow. Raises DatasetError that names the file.
     """
     if decode_image is not None and path.lower().endswith((".jpg", ".jpeg")):
-        try:
-            return decode_image(path, mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # Pillow reads more kinds of JPEG, and says better what is wrong with the others
+        # Pillow reads more kinds of JPEG, and says better what is wrong with the others
+        with contextlib.suppress(RuntimeError):
+            image = decode_image(path, mode=ImageReadMode.RGB)
+            if image.dtype == torch.uint8 and image.shape[:-2] == (3,):  # not so for other formats under that name
+                return image
+    with opened_image(path) as image:
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert would clip to white
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def opened_image(path: str) -> Iterator[Image.Image]:
+    """Open an image file with Pillow. Raises DatasetError that names the file for whatever goes wrong with it."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"cannot decode the image {path} ({error}); repair or remove it") from error
+            yield image
+    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DatasetError(f"cannot decode the image {path} ({reason}); repair or remove it") from error
 
 
 def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
@@ -130,6 +141,7 @@ def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
         store = PixelStore(flat, sizes)
 
         def fill(index: int) -> None:
+            """Decode an image into its place."""
             store[index][:] = read_image(images.names[index]).permute(1, 2, 0).numpy()
 
         try:
@@ -161,11 +173,8 @@ def fingerprint(paths: list[str]) -> str:
 
 def image_size(path: str) -> tuple[int, int]:
     """Return (height, width) from an image file's header. Raises DatasetError that names the file."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"cannot decode the image {path} ({error}); repair or remove it") from error
+    with opened_image(path) as image:
+        return image.height, image.width
 
 
 def free_memory() -> int | None:
@@ -378,9 +387,12 @@ def locate(name: str, source_path: Path) -> Path:
     candidates = list(
         dict.fromkeys([source_path / name, source_path / name / known.archive, source_path / known.archive])
     )
-    for root in candidates:
-        if any((root / landmark).is_dir() or (root / landmark).is_file() for landmark in known.landmarks):
-            return root
+    try:
+        for root in candidates:
+            if any((root / landmark).exists() for landmark in known.landmarks):
+                return root
+    except OSError as error:
+        raise DatasetError(f"--dataset {name}: cannot look into {root} ({error.strerror})") from error
     lines = [f"no images of --dataset {name} in --source_path {source_path}"]
     lines.append(f"looked for  {known.layout} in {' or '.join(map(str, candidates))}")
     present = [folder for folder in (*candidates, source_path) if folder.is_dir()]
@@ -396,6 +408,7 @@ def advise(known: Published, name: str, source_path: Path, present: list[Path]) 
     """Return what to do about a data set that is not where it is expected, as far as its surroundings tell."""
 
     def is_marked(folder: Path) -> bool:
+        """Tell whether a folder is the data set's."""
         return any((folder / landmark).exists() for landmark in known.landmarks)
 
     if is_marked(source_path):
@@ -685,6 +698,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     stripe_angle, stripes = rng.uniform(0, np.pi), rng.uniform(1.0, 4.0)
 
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
+        """Render one image, (64, 64, 3) uint8."""
         size = 2 * SHAPES_SIZE  # twice the resolution, averaged down at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
         scale = size * (0.28, 0.36, 0.44)[levels["size"]]
@@ -759,6 +773,7 @@ def list_broken(image_sets: Sequence[ImageSet]) -> list[str]:
     """Decode every image, with a progress bar, and return the message of each that cannot be decoded."""
 
     def message(source: tuple[ImageSet, int]) -> str | None:
+        """Return what is wrong with an image, None for a sound one."""
         try:
             source[0].read(source[1])
         except DatasetError as error:

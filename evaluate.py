@@ -12,6 +12,10 @@ import auxiliaries
 from netlib import EmbeddingNetwork
 
 
+class NonFiniteFeaturesError(FloatingPointError):
+    """The network's output is NaN or infinite; the message is one line for the user."""
+
+
 @torch.inference_mode()
 def extract_features(
     network: EmbeddingNetwork, loader: DataLoader, outputs: Sequence[str], amp: str = "none"
@@ -19,7 +23,7 @@ def extract_features(
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
     outputs: names that EmbeddingNetwork.forward knows. amp: none or bf16.
-    Returns {output: (N, D) float32}.
+    Returns {output: (N, D) float32}. Raises NonFiniteFeaturesError.
     """
     was_training = network.training
     network.eval()
@@ -38,6 +42,12 @@ def extract_features(
             done += len(images)
     finally:
         network.train(was_training)
+    for name, values in features.items():
+        if not np.isfinite(values).all():
+            raise NonFiniteFeaturesError(
+                f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "
+                "weights it started from are damaged"
+            )
     return features
 
 

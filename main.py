@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ class FlagHelpFormatter(argparse.HelpFormatter):
     """Help at up to 100 columns that shows list defaults and pairs as they are typed."""
 
     def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=min(100, int(os.environ.get("COLUMNS", 100))))
+        super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size((100, 24)).columns))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
@@ -68,11 +69,13 @@ def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[
     """Return an argparse type: a finite number of `kind` for which `holds`; `wanted` says so in words."""
 
     def convert(text: str) -> float:
+        """Return the number; see argparse."""
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not holds(value):
+            is_wanted = math.isfinite(value) and holds(value)
+        except (ValueError, OverflowError):
+            is_wanted = False
+        if not is_wanted:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
@@ -87,6 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     pixels = number(int, lambda value: value >= 32, "a whole number of at least 32")
     positive = number(float, lambda value: value > 0, "a number above 0")
     not_negative = number(float, lambda value: value >= 0, "a number of at least 0")
+    seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
     probability = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
 
@@ -119,7 +123,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_epochs", type=count, default=130, metavar="N", help="epochs; each has (training images / bs) iterations")
     add("--kernels", type=count_or_zero, default=8, metavar="N", help="data loader workers, at most one per CPU core; "
         "0 loads in the main process; does not change results")  # fmt: skip
-    add("--seed", type=count_or_zero, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
+    add("--seed", type=seed, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
     add("--amp", choices=["none", "bf16"], default="none", help="precision of the network: float32, or bfloat16 "
         "autocast, which is faster and takes less memory")  # fmt: skip
     add("--eval_every", type=count, default=1, metavar="N", help="score the test classes after every N-th epoch, and "
@@ -201,8 +205,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
         )
     for flag in ("dataset", "savename"):
         value = getattr(args, flag)
-        if value in (".", "..") or Path(value).name != value:
-            parser.error(f"--{flag} {value!r}: give a plain folder name; see --source_path and --save_path for folders")
+        if value in (".", "..") or Path(value).name != value or not value.isprintable() or len(value.encode()) > 200:
+            parser.error(
+                f"--{flag} {value!r}: give a plain folder name of up to 200 bytes; --source_path and --save_path "
+                "take folders"
+            )
     if not args.dataset:
         parser.error("--dataset '': give the name of a data set")
     if args.not_pretrained and args.weights is not None:
@@ -213,7 +220,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
         parser.error("--make_graph is not available yet; leave it out")
 
     args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
-    for task, name, images_per_class in zip(TASKS, args.losses, args.cs_per_bs):
+    if args.bs < 2:
+        parser.error(f"--bs {args.bs}: a batch needs at least 2 images")
+    for task, name, images_per_class, p in zip(TASKS, args.losses, args.cs_per_bs, args.task_p):
+        if p == 0:
+            continue
         if losses.needs_triplets(name) and images_per_class < 2:
             parser.error(f"--cs_per_bs {images_per_class} for {task}: {name} needs at least 2 images per class")
         if args.bs % images_per_class:
@@ -327,9 +338,10 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
     standardised = np.empty_like(features)
     order = np.argsort(labels, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        centred = features[members] - features[members].mean(0)
+        centred = features[members] - features[members].mean(0, dtype=np.float64)
         if mode == "mstd":
-            centred /= np.maximum(centred.std(0), 1e-8)
+            deviation = features[members].std(0, dtype=np.float64)
+            centred = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0)
         standardised[members] = centred
     return standardised
 
@@ -377,7 +389,7 @@ def train_one_epoch(
     """Train one epoch and return the average losses, None for what took no step.
 
     adversaries: direction target-source to (term, weight). schedule: (iterations, 2) bool, which task takes its step;
-    a task's loader holds exactly that many batches. bar: told of every image and, now and then, of the losses.
+    a task's loader holds exactly that many batches. bar: progress bar, told of every image and at times of the losses.
     Raises NonFiniteLossError that names the term, the task's step and the iteration.
     """
     network.train()
@@ -547,7 +559,7 @@ def one_line_errors() -> Iterator[None]:
     except (datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, DeviceError) as error:
         print(f"main.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, evaluate.NonFiniteFeaturesError) as error:
         print(f"main.py: stopped: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -558,6 +570,9 @@ def main(args: argparse.Namespace) -> Path:
     start = time.time()
     auxiliaries.set_seeds(args.seed)
     device = pick_device(args.gpu)
+
+    savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    auxiliaries.check_run_folder(Path(args.save_path) / args.dataset, savename)
 
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
@@ -589,6 +604,7 @@ def main(args: argparse.Namespace) -> Path:
 
     # First labels
     def mine(before_epoch: int) -> tuple[np.ndarray, dict[str, float]]:
+        """Return mined labels and their row of log_mining.csv."""
         mining_start = time.time()
         mined, inertia = mine_labels(
             network,
@@ -607,6 +623,9 @@ def main(args: argparse.Namespace) -> Path:
     labels = {"Class": train_images.labels}
     if is_mining:
         labels["Shared"], mining_row = mine(before_epoch=0)
+    else:
+        for _ in ordered_loaders["train"]:  # a broken image is to show now, not in the middle of a run
+            pass
 
     # Losses
     n_classes = {"Class": len(train_images.class_names), "Shared": args.shared_num_classes}
@@ -616,8 +635,7 @@ def main(args: argparse.Namespace) -> Path:
     # Optimiser
     optimizer, scheduler = build_optimizer(args, network, terms)
 
-    # Run folder: whatever can be wrong with the input has shown by now
-    savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    # Run folder: every image has been decoded by now, and the network has run
     folder = auxiliaries.make_run_folder(Path(args.save_path) / args.dataset, savename)
     auxiliaries.write_flags(folder, vars(args))
     print(f"run folder: {folder}")
@@ -648,7 +666,7 @@ def main(args: argparse.Namespace) -> Path:
             )
             print(f"epoch {epoch}  {scores_line(scores)}  (best Recall @ 1: {best})  {time.time() - epoch_start:.1f} s")
 
-        if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
+        if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
             labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
             log_mining(folder / "log_mining.csv", mining_row)
         if scheduler is not None:

@@ -1,6 +1,7 @@
 """The two-headed embedding network, its ResNet50 backbone, pretrained weights and the BatchNorm policy."""
 
-import pickle
+import http.client
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -127,28 +128,54 @@ def build_network(
     if weights_file is not None:
         fit_weights(backbone, read_weights(weights_file), f"--weights {weights_file}", arch)
     elif pretrained:
-        try:
-            state = backbone.download()
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"cannot download the pretrained {arch} weights ({error}): pass a local torchvision state dict with "
-                "--weights FILE, or train from random weights with --not_pretrained"
-            ) from error
-        fit_weights(backbone, state, "downloaded weights", arch)
+        fit_weights(backbone, download_weights(backbone, arch), "downloaded weights", arch)
     network = EmbeddingNetwork(backbone, embed_sizes, freeze_batchnorm)
     return network.to(memory_format=torch.channels_last)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict of tensors. Raises WeightsError where the file is missing or is no plain state dict."""
-    if not Path(path).is_file():
-        raise WeightsError(f"--weights {path}: no such file; give a torchvision state dict (.pth)")
+def download_weights(backbone: nn.Module, arch: str) -> dict[str, Tensor]:
+    """Return the backbone's pretrained state dict from torchvision's cache or the network. Raises WeightsError."""
+    elsewhere = (
+        "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"
+    )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"--weights {path}: cannot be read as a state dict of tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        return backbone.download()
+    except (OSError, http.client.HTTPException) as error:
+        raise WeightsError(
+            f"cannot download the pretrained {arch} weights ({first_line(error)}): {elsewhere}"
+        ) from error
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise WeightsError(
+            f"the pretrained {arch} weights cannot be read: delete the damaged file in {cache}, or {elsewhere}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict of tensors; no code in the file is executed.
+
+    Raises WeightsError where the file is missing or is no plain state dict.
+    """
+    try:
+        if not Path(path).is_file():
+            raise WeightsError(f"--weights {path}: no such file; give a torchvision state dict (.pth)")
+        with warnings.catch_warnings(record=True):  # torch warns of files that are refused here anyhow
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
+    except Exception as error:  # untrusted bytes make the unpickler raise almost anything
+        raise WeightsError(
+            f"--weights {path}: cannot be read as a state dict of tensors ({type(error).__name__}); it is damaged, or "
+            "not a file written by torch.save(network.state_dict(), ...)"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise WeightsError(f"--weights {path}: holds no state dict of tensors; give a torchvision state dict (.pth)")
     return state
 
@@ -156,14 +183,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 def fit_weights(backbone: nn.Module, state: dict[str, Tensor], source: str, arch: str) -> None:
     """Copy a torchvision state dict into the backbone; its classifier (fc.*) is not used.
 
-    Raises WeightsError that names the first keys that are missing, unexpected or of another shape.
+    Raises WeightsError that names the first keys that are missing, unexpected or of another shape or type.
     """
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     own = backbone.layers.state_dict()
     problems = {
         "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in state if key not in own],
-        "of another shape": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "of another shape or type": [key for key in own if key in state and not fits(state[key], own[key])],
     }
     if any(problems.values()):
         listed = "; ".join(
@@ -173,3 +200,9 @@ def fit_weights(backbone: nn.Module, state: dict[str, Tensor], source: str, arch
         )
         raise WeightsError(f"{source}: not the weights of torchvision's {arch} ({listed})")
     backbone.layers.load_state_dict(state, strict=False)
+
+
+def fits(value: Tensor, own: Tensor) -> bool:
+    """Tell whether a stored tensor can be copied into the network's own."""
+    is_plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return is_plain and value.shape == own.shape and value.is_floating_point() == own.is_floating_point()

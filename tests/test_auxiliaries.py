@@ -37,6 +37,16 @@ def test_run_folder_below_a_file_is_refused(tmp_path):
         auxiliaries.make_run_folder(tmp_path / "file", "run")
 
 
+def test_run_folder_that_cannot_be_made_is_refused_early(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(auxiliaries.RunFolderError, match="is a file"):
+        auxiliaries.check_run_folder(tmp_path / "file" / "below", "run")
+    with pytest.raises(auxiliaries.RunFolderError, match="longer than 200 bytes"):
+        auxiliaries.check_run_folder(tmp_path, "x" * 201)
+    auxiliaries.check_run_folder(tmp_path / "new" / "deeper", "run")
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_replaced_file_keeps_the_old_one_on_failure(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")

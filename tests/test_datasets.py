@@ -202,6 +202,36 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert decoded.dtype == torch.uint8
 
 
+def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    decoded = datasets.read_image(str(tmp_path / "ramp.png"))
+    assert (decoded[0].numpy() == ramp >> 8).all()
+
+
+def test_other_formats_under_the_name_of_jpeg(tmp_path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.full((10, 20), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    for name in ("animation.gif", "deep.png"):
+        path = (tmp_path / name).rename(tmp_path / f"{name}.jpg")
+        decoded = datasets.read_image(str(path))
+        assert decoded.dtype == torch.uint8
+        assert decoded.shape == (3, 10, 20)
+
+
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+
+    def fail(*_):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(datasets.DatasetError) as error:
+        datasets.read_image(str(tmp_path / "a.png"))
+    assert str(error.value) == f"cannot decode the image {tmp_path / 'a.png'} (first line); repair or remove it"
+
+
 @pytest.mark.parametrize("content", [b"", b"no image at all", "truncated"])
 def test_broken_images_are_named(tmp_path, content):
     path = tmp_path / "broken.jpg"
@@ -284,7 +314,7 @@ def test_free_memory_is_told_on_linux():
         assert datasets.free_memory() > 2**20
 
 
-def test_evaluation_transform_is_resize_and_centre_crop(shapes):
+def test_evaluation_transform_is_resize_and_centre_crop():
     pixels = Image.fromarray(np.random.default_rng(0).integers(0, 255, (150, 200, 3), dtype=np.uint8).repeat(2, 0))
     ours = datasets.test_transform(56)(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
     pillow = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(pixels)

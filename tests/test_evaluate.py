@@ -99,3 +99,29 @@ def test_features_come_in_order_and_the_mode_is_restored(shapes, was_training):
     with torch.no_grad():
         expected = network(torch.stack([dataset[i][0] for i in range(7)]))["Class"]
     np.testing.assert_allclose(features["Class"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_not_finite_are_refused(shapes):
+    network = netlib.build_network("resnet50", {"Class": 4}, pretrained=False, freeze_batchnorm=False)
+    torch.nn.init.constant_(network.heads["Class"].bias, torch.nan)
+    dataset = datasets.ImageDataset(shapes[0], datasets.test_transform(32))
+    loader = datasets.make_loader(torch.utils.data.Subset(dataset, [0, 1]), n_workers=0, pin_memory=False)
+    with pytest.raises(evaluate.NonFiniteFeaturesError, match="Class features are not finite"):
+        evaluate.extract_features(network, loader, ["Class"])
+
+
+def test_queries_are_searched_in_the_gallery_only():
+    # query 0 has its class in the gallery behind another class; query 1 lies on query 0, which is no gallery image
+    embeddings = np.array([[0.0], [0.0], [1.0], [2.0]], dtype=np.float32)
+    labels = np.array([0, 0, 1, 0])
+    is_query = np.array([True, True, False, False])
+    assert evaluate.recall_at_k(embeddings, labels, [1, 2], is_query=is_query) == {1: 0.0, 2: 1.0}
+    rng = np.random.default_rng(1)
+    embeddings, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(0, 9, 80)
+    is_query = rng.random(80) < 0.4
+    hits = []
+    for i in np.flatnonzero(is_query):
+        gallery = sorted(np.flatnonzero(~is_query), key=lambda j, i=i: ((embeddings[i] - embeddings[j]) ** 2).sum())
+        hits.append(labels[i] in labels[gallery[:3]])
+    recalls = evaluate.recall_at_k(embeddings, labels, [3], is_query=is_query, block_size=7)
+    assert recalls[3] == pytest.approx(np.mean(hits))

@@ -55,6 +55,10 @@ def test_defaults_are_those_that_scripts_rely_on():
     assert vars(parse()) == METHOD_DEFAULTS
 
 
+def test_a_task_that_never_steps_may_have_any_batches():
+    assert parse("--task_p", 1, 0, "--cs_per_bs", 4, 1).cs_per_bs == [4, 1]
+
+
 def test_defaults_that_depend_on_other_flags():
     assert parse("--not_pretrained").bn == "train"
     assert parse("--not_pretrained", "--bn", "frozen").bn == "frozen"
@@ -87,6 +91,11 @@ def test_defaults_that_depend_on_other_flags():
         (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
         (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3"),
+        (["--seed", "9" * 30], "is not a whole number from 0 to 2^63 - 1"),
+        (["--n_epochs", "9" * 400], "is not a whole number"),
+        (["--savename", "a\nb"], "give a plain folder name"),
+        (["--dataset", "x" * 300], "give a plain folder name"),
+        (["--losses", "proxynca", "proxynca", "--bs", "1"], "--bs 1: a batch needs at least 2 images"),
     ],
 )
 def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
@@ -110,6 +119,8 @@ def spoil_first_image(root):
         (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
         (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
         (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
+        (["--dataset", "tiny", "--task_p", "1", "0"], spoil_first_image, "class_01/2.jpg"),
+        (["--dataset", "tiny", "--save_path", "/dev/null/x"], None, "--save_path: /dev/null is a file"),
     ],
 )
 def test_bad_data_is_one_line_and_leaves_no_run_folder(
@@ -150,6 +161,8 @@ def test_no_data_as_a_user_sees_it(tmp_path):
 
 
 def test_help_fits_100_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "not a number")
+    assert main.get_args_parser().format_help()
     monkeypatch.setenv("COLUMNS", "100")
     text = main.get_args_parser().format_help()
     assert max(map(len, text.splitlines())) <= 100
@@ -275,6 +288,72 @@ def test_baseline_mines_nothing_and_loads_no_shared_batch(tiny_run, monkeypatch)
     assert (log["Train Loss"] == log["Class Loss"]).all()
 
 
+def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embedding(tiny_run, monkeypatch):
+    clustered = []
+    original = auxiliaries.kmeans
+
+    def spy(points, n_clusters, seed, **options):
+        if n_clusters == 3:  # mining; the evaluation has 2 clusters
+            clustered.append(points.copy())
+        return original(points, n_clusters, seed, **options)
+
+    monkeypatch.setattr(auxiliaries, "kmeans", spy)
+    tiny_run("--embed_sizes", 8, 6, "--cluster_mode", "mean")
+    assert [points.shape for points in clustered] == [(10, 4096), (10, 6), (10, 6)]
+    class_labels = np.repeat([0, 1], 5)
+    for label in range(2):  # the class means are gone from the early features, and from nothing else
+        np.testing.assert_allclose(clustered[0][class_labels == label].mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(clustered[1], axis=1), 1, rtol=1e-5)
+
+
+def test_batches_carry_the_labels_of_their_task(tiny_run, monkeypatch):
+    class_labels = np.repeat([0, 1], 5)
+    mined = [np.arange(10) % 3, (np.arange(10) + 1) % 3, np.arange(10) // 4]
+    answers = iter(mined)
+    monkeypatch.setattr(main, "mine_labels", lambda *_, **__: (next(answers), 0.0))
+    drawn = {"Class": [], "Shared": []}
+    original = datasets.ImageDataset.__getitem__
+
+    def spy(self, key):
+        if isinstance(key, tuple):
+            drawn["Class" if len(self.transform.transforms) == 2 else "Shared"].append(key)
+        return original(self, key)
+
+    monkeypatch.setattr(datasets.ImageDataset, "__getitem__", spy)
+    tiny_run("--task_p", 1, 1, "--random_cluster_pick_p", 0)
+    assert len(drawn["Class"]) == len(drawn["Shared"]) == 2 * 8
+    assert all(class_labels[index] == label for index, label, _ in drawn["Class"])
+    for epoch in range(2):
+        assert all(mined[epoch][index] == label for index, label, _ in drawn["Shared"][8 * epoch : 8 * (epoch + 1)])
+
+
+def test_random_cluster_picks_are_for_the_shared_task_only(class_folders):
+    train, tests = datasets.load_dataset("tiny", class_folders)
+    samplers, _, _ = main.build_loaders(parse("--random_cluster_pick_p", 0.35), train, tests, pin_memory=False)
+    assert {task: sampler.random_pick_p for task, sampler in samplers.items()} == {"Class": 0.0, "Shared": 0.35}
+
+
+def test_the_scheduler_steps_once_an_epoch(tiny_run, monkeypatch):
+    rates = []
+    original = main.train_one_epoch
+
+    def spy(network, criteria, adversaries, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return original(network, criteria, adversaries, optimizer, *rest)
+
+    monkeypatch.setattr(main, "train_one_epoch", spy)
+    tiny_run("--n_epochs", 3, "--lr", "1e-3", "--tau", 1, 2, "--gamma", 0.5)
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-4])
+
+
+def test_names_with_signs_of_mathematics(class_folders, run_main):
+    images = class_folders / "tiny" / "images"
+    (images / "class_03").rename(images / "cost $5 to_$9")
+    folder = run_main("--dataset", "tiny", "--source_path", class_folders, "--savename", "a$^$ b", "--n_epochs", 1)
+    assert folder.name == "a$^$ b"
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+
+
 def test_labels_change_at_the_update_interval(tiny_run):
     logs = read_logs(tiny_run("--n_epochs", 5, "--cluster_update_freq", 1, "--eval_every", 2))
     assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 2, 4]
@@ -393,6 +472,30 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(tiny_run, monkeypatc
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert "the Class-Shared loss is nan at iteration 0" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_that_hold_nan_are_told_before_training(class_folders, run_main, tmp_path, capsys):
+    state = torchvision.models.resnet50(weights=None).state_dict()
+    state["conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(SystemExit) as stop:
+        run_main(
+            "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "nan.pth", not_pretrained=False
+        )  # fmt: skip
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "features are not finite" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_last_step_that_diverges_is_told_at_the_evaluation(tiny_run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tiny_run("--lr", "1e30", "--task_p", 1, 0, "--adv_weights", 0)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "not finite" in error or "loss is" in error
     assert error.count("\n") == 1
 
 

@@ -101,6 +101,25 @@ def test_weights_file_is_loaded(tmp_path):
     assert all((loaded[name] == value).all() for name, value in state.items() if not name.startswith("fc."))
 
 
+def test_random_bytes_are_refused_in_one_line(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 5, 40, 300) * 5:
+        path = tmp_path / "random.pth"
+        path.write_bytes(bytes(torch.randint(0, 256, (size,), generator=generator).tolist()))
+        with pytest.raises(netlib.WeightsError) as error:
+            build_from(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_damaged_download_is_to_be_deleted(monkeypatch):
+    def damaged():
+        raise EOFError
+
+    monkeypatch.setattr(netlib.ResNet50, "download", staticmethod(damaged))
+    with pytest.raises(netlib.WeightsError, match="delete the damaged file in .*checkpoints"):
+        netlib.build_network("resnet50", SIZES, pretrained=True, freeze_batchnorm=True)
+
+
 def test_unusable_weights_are_named(tmp_path):
     with pytest.raises(netlib.WeightsError, match="no such file"):
         build_from(tmp_path / "missing.pth")
@@ -118,6 +137,14 @@ def test_unusable_weights_are_named(tmp_path):
     torch.save({"conv1.weight": object}, path)
     with pytest.raises(netlib.WeightsError, match="cannot be read"):
         build_from(path)
+    torch.save({1: torch.zeros(1)}, path)
+    with pytest.raises(netlib.WeightsError, match="no state dict"):
+        build_from(path)
+    save_state(path, lambda state: state | {"conv1.weight": state["conv1.weight"].to_sparse()})
+    with pytest.raises(netlib.WeightsError, match="1 of another shape or type: conv1.weight"):
+        build_from(path)
+    with pytest.raises(netlib.WeightsError, match="cannot be read"):
+        build_from(tmp_path / ("x" * 300))
     save_state(path, lambda state: {name: value for name, value in state.items() if name != "conv1.weight"})
     with pytest.raises(netlib.WeightsError, match="1 missing: conv1.weight"):
         build_from(path)

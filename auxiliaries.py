@@ -33,7 +33,10 @@ def set_seeds(seed: int) -> None:
 
 def check_run_folder(parent: str | Path, name: str) -> None:
     """Raise RunFolderError where parent/name could not be made, as far as that shows without making anything."""
-    existing = next(folder for folder in (Path(parent), *Path(parent).absolute().parents) if folder.exists())
+    try:
+        existing = next(folder for folder in (Path(parent), *Path(parent).absolute().parents) if folder.exists())
+    except OSError as error:
+        raise RunFolderError(f"--save_path: cannot look into {parent} ({error.strerror})") from error
     if not existing.is_dir():
         raise RunFolderError(f"--save_path: {existing} is a file, not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

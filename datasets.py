@@ -125,7 +125,7 @@ def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
     if kind == "none" or images.pixels is not None:
         return images
     path = folder / f"decoded_{name}_{fingerprint(images.names)}.bin"
-    if kind == "disk" and path.exists():
+    if kind == "disk" and path.exists() and path.with_suffix(".npy").exists():
         return replace(images, pixels=PixelStore(np.memmap(path, np.uint8, "c"), np.load(path.with_suffix(".npy"))))
     with ThreadPoolExecutor() as pool:
         sizes = np.array(list(pool.map(image_size, images.names)), dtype=np.int64)
@@ -151,11 +151,14 @@ def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
             raise
     if kind == "disk":
         flat.flush()
-        np.save(path.with_suffix(".npy"), sizes)
-        for stale in folder.glob(f"decoded_{name}_*.bin"):
-            stale.unlink()
-            stale.with_suffix(".npy").unlink(missing_ok=True)
+        temporary_sizes = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(temporary_sizes, sizes)
+        temporary_sizes.rename(path.with_suffix(".npy"))
         temporary.rename(path)
+        for stale in folder.glob(f"decoded_{name}_*.bin"):
+            if stale != path:
+                stale.unlink(missing_ok=True)
+                stale.with_suffix(".npy").unlink(missing_ok=True)
     return replace(images, pixels=store)
 
 
@@ -178,10 +181,14 @@ def image_size(path: str) -> tuple[int, int]:
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that can be used without swapping, None where the system does not say."""
+    """Return the bytes of memory that this process may still take, None where the system does not say."""
+    limits = []
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    return None
+        limits.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # of a container or a job; "max" is none
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(limits, default=None)
 
 
 def free_space(folder: Path) -> int:
@@ -415,7 +422,7 @@ def advise(known: Published, name: str, source_path: Path, present: list[Path]) 
         return [f"{source_path} is the data set itself: name it {name} and give its parent as --source_path"]
     for folder in present:
         for child in visible(folder, folders=True):
-            if is_marked(folder / child):
+            if folder != source_path and is_marked(folder / child):  # beside it may lie another data set
                 return [f"it lies one level off: rename or move {folder / child} to {source_path / name}"]
         archives = [file for file in visible(folder, folders=False) if file.endswith((".zip", ".tar", ".tgz", ".gz"))]
         if archives:
@@ -501,10 +508,8 @@ def read_cars(root: Path) -> Splits:
         zlib.error,
     ) as error:
         raise DatasetError(f"{path}: cannot be read as the annotations of CARS196 ({error})") from error
-    if len(class_names) < 4 or labels.min() < 1 or labels.max() > len(class_names):
-        raise DatasetError(
-            f"{path}: {len(class_names)} class names, labels {labels.min()} to {labels.max()}; expected 196"
-        )
+    if len(class_names) < 4 or not labels.size or labels.min() < 1 or labels.max() > len(class_names):
+        raise DatasetError(f"{path}: {len(class_names)} class names and {labels.size} labels that do not fit them")
     require_images(path, root, files)
     per_class: dict[str, list[str]] = {name: [] for name in class_names}
     for file, label in zip(files, labels):
@@ -533,6 +538,9 @@ def read_in_shop(root: Path) -> Splits:
             raise DatasetError(f"{path}, line {i + 3}: status {status!r} is not train, query or gallery")
     train = [row for row in rows if row[2] == "train"]
     test = [row for row in rows if row[2] != "train"]
+    for status in ("query", "gallery"):
+        if not any(row[2] == status for row in test):
+            raise DatasetError(f"{path}: lists no image with the status {status}")
     train_set, test_set = (
         listed_split(path, images, [row[0] for row in side], [row[1] for row in side]) for side in (train, test)
     )

@@ -33,7 +33,7 @@ def triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Ten
 
 
 def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one column per row of (N, M) non-negative weights, with probability proportional to the weight.
+    """Draw one column per row of (N, M) non-negative weights, with probability proportional to the weight, to 1e-6.
 
     Inverts the cumulative sum. Unlike torch.multinomial it takes one random number per row and never waits for the
     device. A row without a positive weight gives an arbitrary column.
@@ -54,7 +54,8 @@ def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
 class TripletSampler:
     """Picks B triplets of a batch; a subclass says how.
 
-    generator: torch generator on the embeddings' device that the draws come from; None is the device's default one.
+    generator: torch generator on the embeddings' device that the draws come from; None is the device's default one,
+    which torch.compile(fullgraph=True) needs: it does not take a generator into its graph.
     """
 
     def __init__(self, generator: torch.Generator | None = None):
@@ -95,7 +96,7 @@ class DistanceWeightedSampler(TripletSampler):
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
         """See TripletSampler; does not depend on the positives."""
         log_weights = inverse_density_log_weights(pairwise_squared_distances(embeddings), embeddings.shape[1])
-        return log_weights.masked_fill_(~negative_mask, -torch.inf).softmax(1)
+        return log_weights.masked_fill_(~negative_mask, -torch.inf).softmax(1).nan_to_num_(0.0)
 
 
 def inverse_density_log_weights(squared_distances: Tensor, dim: int) -> Tensor:
@@ -299,7 +300,8 @@ class AdversarialLoss(nn.Module):
             target, source = (
                 reverse_gradient(F.normalize(full_precision(values), dim=1)) for values in (target, source)
             )
-            return -(target * F.normalize(self.projection(source), dim=1)).square().mean()
+            projected = self.projection(source.to(self.projection[0].weight.dtype))
+            return -(target * F.normalize(projected, dim=1)).square().mean()
 
     def param_groups(self) -> list[dict]:
         """Return the optimiser groups: the projection network."""

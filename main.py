@@ -496,7 +496,7 @@ def file_suffix(test_set: str) -> str:
 def print_split(split: str, images: datasets.ImageSet) -> None:
     """Print the size of a split, and how many of its classes have a single image."""
     n_single = int((np.bincount(images.labels) == 1).sum())
-    note = f" ({n_single} classes have one image: never a hit in Recall, no positive in a batch)" if n_single else ""
+    note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
     print(f"{split}: {len(images)} images of {len(images.class_names)} classes{note}")
 
 

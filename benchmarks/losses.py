@@ -3,10 +3,11 @@
     pip install pytorch-metric-learning
     python benchmarks/losses.py [--sizes 112 512 2048] [--dim 128] [--seconds 2]
 
-Both libraries get the same embeddings and labels; rounds alternate between them, and the median is printed. `growth` is
-the time relative to the smallest batch. The pairs: margin loss with distance-weighted sampling (their miner draws a
-negative for every anchor-positive pair, ours one per anchor), triplet loss with semihard sampling (theirs takes all
-semihard triplets, ours one per anchor), ProxyNCA with one proxy per class, which has no sampler.
+Both libraries get the same L2-normalised embeddings, 4 images per class; rounds alternate between them, and the median
+is printed. `growth` is the time relative to the smallest batch. The pairs: margin loss with distance-weighted sampling
+(ours one triplet per anchor, theirs as many per anchor as its class has images; their upper cut-off of distances is set
+to 2.1, that is, off), triplet loss with semihard sampling (ours one triplet per anchor, theirs all semihard triplets),
+and ProxyNCA with one proxy per class, which has no sampler.
 """
 
 import argparse
@@ -25,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses as ours
 
 IMAGES_PER_CLASS = 4
-N_CLASSES = 100
 
 
-def our_step(name: str, sampling: str, dim: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def our_step(
+    name: str, sampling: str, n_classes: int, dim: int, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Return our loss as a function of embeddings (B, D) and labels (B,)."""
     return ours.build_loss(
         name,
         sampling,
-        n_classes=N_CLASSES,
+        n_classes=n_classes,
         embed_size=dim,
         margin=0.2,
         beta=1.2,
@@ -43,18 +45,18 @@ def our_step(name: str, sampling: str, dim: int, device: torch.device) -> Callab
     ).to(device)
 
 
-def their_step(name: str, dim: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def their_step(name: str, n_classes: int, dim: int, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Return pytorch-metric-learning's counterpart as a function of embeddings (B, D) and labels (B,)."""
     from pytorch_metric_learning import losses as theirs
     from pytorch_metric_learning import miners
 
     if name == "proxynca":
-        return theirs.ProxyNCALoss(N_CLASSES, dim).to(device)
+        return theirs.ProxyNCALoss(n_classes, dim).to(device)
     if name == "triplet":
         loss, miner = theirs.TripletMarginLoss(margin=0.2), miners.TripletMarginMiner(0.2, "semihard")
     else:
-        loss = theirs.MarginLoss(margin=0.2, beta=1.2, learn_beta=True, num_classes=N_CLASSES)
-        miner = miners.DistanceWeightedMiner()
+        loss = theirs.MarginLoss(margin=0.2, beta=1.2, learn_beta=True, num_classes=n_classes)
+        miner = miners.DistanceWeightedMiner(nonzero_loss_cutoff=2.1)
     loss.to(device)
 
     def step(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -95,8 +97,8 @@ def synchronise(tensor: Tensor) -> None:
 def make_batch(size: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return L2-normalised embeddings (B, D), spread around their classes, and labels (B,), 4 images per class."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(size // IMAGES_PER_CLASS).repeat_interleave(IMAGES_PER_CLASS) % N_CLASSES
-    centres = torch.randn(N_CLASSES, dim, generator=generator)
+    labels = torch.arange(size // IMAGES_PER_CLASS).repeat_interleave(IMAGES_PER_CLASS)
+    centres = torch.randn(size // IMAGES_PER_CLASS, dim, generator=generator)
     embeddings = normalize(centres[labels] + torch.randn(size, dim, generator=generator), dim=1)
     return embeddings.to(device).requires_grad_(), labels.to(device)
 
@@ -116,7 +118,11 @@ def main() -> None:
         for name, sampling in (("marginloss", "distance"), ("triplet", "semihard"), ("proxynca", "-")):
             smallest = None
             for size in args.sizes:
-                steps = [our_step(name, sampling, args.dim, device), their_step(name, args.dim, device)]
+                n_classes = size // IMAGES_PER_CLASS
+                steps = [
+                    our_step(name, sampling, n_classes, args.dim, device),
+                    their_step(name, n_classes, args.dim, device),
+                ]
                 mine, theirs = time_steps(steps, *make_batch(size, args.dim, device), args.seconds)
                 smallest = smallest or (mine, theirs)
                 print(f"{device.type:6} {name:10} {sampling:9} {size:5} {mine:8.2f} {theirs:9.2f} {mine / theirs:11.2f}"

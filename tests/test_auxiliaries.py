@@ -43,6 +43,8 @@ def test_run_folder_that_cannot_be_made_is_refused_early(tmp_path):
         auxiliaries.check_run_folder(tmp_path / "file" / "below", "run")
     with pytest.raises(auxiliaries.RunFolderError, match="longer than 200 bytes"):
         auxiliaries.check_run_folder(tmp_path, "x" * 201)
+    with pytest.raises(auxiliaries.RunFolderError, match="--save_path"):
+        auxiliaries.check_run_folder(tmp_path / ("x" * 300), "run")
     auxiliaries.check_run_folder(tmp_path / "new" / "deeper", "run")
     assert os.listdir(tmp_path) == ["file"]
 

@@ -80,6 +80,11 @@ def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
     assert f"rename or move {deeper} to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
 
 
+def test_another_data_set_is_not_to_be_renamed(tmp_path):
+    layouts.LAYOUTS["cars196", "readme"](tmp_path)
+    assert "rename" not in message_of("cub200", tmp_path)
+
+
 def test_class_folders_one_level_deeper_are_diagnosed(tmp_path):
     write_class_folders(tmp_path / "mine")
     images = tmp_path / "mine" / "images"
@@ -142,6 +147,8 @@ def test_in_shop_status_and_online_products_ids_are_checked(tmp_path):
     path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
     path.write_text(path.read_text().replace("query", "probe", 1))
     assert "status 'probe' is not train, query or gallery" in message_of("in-shop", tmp_path)
+    path.write_text(path.read_text().replace("probe", "gallery").replace("query", "gallery"))
+    assert "lists no image with the status query" in message_of("in-shop", tmp_path)
     layouts.LAYOUTS["online_products", "readme"](tmp_path)
     path = tmp_path / "online_products" / "Info_Files" / "Ebay_test.txt"
     path.write_text(path.read_text().replace(" 4 1 ", " four 1 ", 1))
@@ -287,6 +294,30 @@ def test_disk_cache_is_reused_until_an_image_changes(class_folders, tmp_path, mo
     assert len(second) == 2
     assert second != first
     assert (rebuilt.read(2) == changed.read(2)).all()
+
+
+def test_two_runs_that_build_the_same_disk_cache_leave_a_whole_one(class_folders, tmp_path, monkeypatch):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    original, folder = datasets.read_image, tmp_path / "cache"
+
+    def read_while_another_run_finishes(path):
+        monkeypatch.setattr(datasets, "read_image", original)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        datasets.cached(images, "disk", folder, "train")
+        return original(path)
+
+    class OneThread(datasets.ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__(max_workers=1)
+
+    monkeypatch.setattr(datasets, "ThreadPoolExecutor", OneThread)
+    monkeypatch.setattr(datasets, "read_image", read_while_another_run_finishes)
+    datasets.cached(images, "disk", folder, "train")
+    assert len(os.listdir(folder)) == 2
+    monkeypatch.setattr(datasets, "read_image", None)
+    again = datasets.cached(images, "disk", folder, "train")
+    monkeypatch.undo()
+    assert all((again.read(i) == images.read(i)).all() for i in range(len(images)))
 
 
 def test_caches_refuse_politely(class_folders, tmp_path, monkeypatch):

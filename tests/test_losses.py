@@ -1,5 +1,6 @@
 """Losses and samplers against golden values, naive float64 loops, finite differences and their distributions."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -344,7 +345,7 @@ DEGENERATE = {
 def test_degenerate_batches(name, sampling, labels, has_triplets):
     embeddings, labels = random_batch(2, labels, dtype=torch.float32)
     loss = make_loss(name, n_classes=4, sampling=sampling, nu=0.1, beta=0.9)
-    for batch in (embeddings, embeddings[:1].expand(len(labels), -1), torch.cat([-embeddings[:1], embeddings[1:]])):
+    for batch in (embeddings, embeddings[:1].expand(len(labels), -1), torch.cat([-embeddings[-1:], embeddings[1:]])):
         batch = batch.clone().requires_grad_()
         value = loss(batch, labels)
         value.backward()
@@ -373,8 +374,7 @@ def test_extreme_dimensions_and_opposite_points_are_finite(name, dim):
 @pytest.mark.parametrize(
     ("name", "sampling"), [("proxynca", "distance"), *((n, s) for n in TRIPLET_LOSSES for s in losses.SAMPLERS)]
 )
-def test_a_step_is_one_graph_without_a_look_at_values(name, sampling):
-    # fullgraph: a copy to the host, or a branch on a value, would break the graph and raise
+def test_a_step_is_one_graph(name, sampling):
     embeddings, labels = random_batch(7, LABEL_SETS["unequal"], dtype=torch.float32)
     loss = make_loss(name, n_classes=7, sampling=sampling, nu=0.1)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -384,6 +384,50 @@ def test_a_step_is_one_graph_without_a_look_at_values(name, sampling):
     assert value.isfinite()
     assert batch.grad.isfinite().all()
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("proxynca", "distance"), *((n, s) for n in TRIPLET_LOSSES for s in losses.SAMPLERS)]
+)
+def test_a_step_never_looks_at_values(name, sampling, monkeypatch):
+    # the meta device has no values: any copy to the host, or branch on a value, raises there
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    loss = make_loss(name, n_classes=7, sampling=sampling, nu=0.1).to("meta")
+    term = losses.AdversarialLoss(8, 8).to("meta")
+    embeddings = torch.empty(10, 8, device="meta", requires_grad=True)
+    labels = torch.empty(10, dtype=torch.int64, device="meta")
+    (loss(embeddings, labels) + term(embeddings, embeddings)).backward()
+    assert embeddings.grad.shape == (10, 8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("name", "sampling"), [("proxynca", "distance"), *((n, s) for n in TRIPLET_LOSSES for s in losses.SAMPLERS)]
+)
+def test_a_step_never_waits_for_the_gpu(name, sampling):
+    embeddings, labels = (values.cuda() for values in random_batch(7, LABEL_SETS["unequal"], dtype=torch.float32))
+    loss = make_loss(name, n_classes=7, sampling=sampling, nu=0.1).cuda()
+    embeddings.requires_grad_()
+    loss(embeddings, labels).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(embeddings, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_semihard_sampling_has_the_margin_of_its_task():
+    assert make_loss("triplet", 3, sampling="semihard", margin=0.37).sampler.margin == 0.37
+
+
+def test_the_adversarial_term_keeps_its_precision():
+    target, _ = random_batch(1, [0] * 4, dim=3)
+    source, _ = random_batch(2, [0] * 4, dim=5)
+    term = losses.AdversarialLoss(3, 5, 7)
+    plain = term(target.float(), source.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert term(target.float(), source.float()).item() == plain.item()
+    assert term(target, source).item() == pytest.approx(plain.item(), rel=1e-5)
 
 
 def test_the_adversarial_term_is_one_graph():

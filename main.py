@@ -557,7 +557,9 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, DeviceError) as error:
-        print(f"main.py: error: {error}", file=sys.stderr)
+        # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
+        message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
+        print(f"main.py: error: {message}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteLossError, evaluate.NonFiniteFeaturesError) as error:
         print(f"main.py: stopped: {error}", file=sys.stderr)

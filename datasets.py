@@ -1,6 +1,7 @@
 """Data sets: split readers, decoding and transforms, class-balanced batches, and the built-in rendered set.
 
-A reader turns a folder into two ImageSets, train and test. Every reader sorts, so that runs repeat.
+A reader turns a folder into an ImageSet to train on and the test sets by name. Labels and folders are sorted, so that
+runs repeat.
 """
 
 import argparse
@@ -36,7 +37,10 @@ Draw = tuple[int, int, int]
 
 
 class DatasetError(ValueError):
-    """A data set is missing, unusable or holds an image that cannot be read; the message is one line for the user."""
+    """A data set is missing, unusable or holds an image that cannot be read; the message is for the user.
+
+    It is one line, but for a missing data set, whose diagnosis has several.
+    """
 
     def __init__(self, message: str):
         # A DataLoader worker's error arrives as "Caught ... Original Traceback ... DatasetError: message".

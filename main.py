@@ -625,7 +625,7 @@ def main(args: argparse.Namespace) -> Path:
     labels = {"Class": train_images.labels}
     if is_mining:
         labels["Shared"], mining_row = mine(before_epoch=0)
-    else:
+    elif train_images.pixels is None:
         for _ in ordered_loaders["train"]:  # a broken image is to show now, not in the middle of a run
             pass
 

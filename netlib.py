@@ -21,8 +21,8 @@ class WeightsError(ValueError):
 class ResNet50(nn.Module):
     """torchvision's ResNet50 as a backbone: (B, 3, H, W) normalised images to (B, 2048) pooled features.
 
-    Random weights start with every residual branch at zero (Goyal et al. 2017, section 5.1): without it a metric loss
-    takes many times longer to leave the collapsed state in which all embeddings coincide.
+    Random weights start with every residual branch at zero (Goyal et al. 2017, section 5.1), which helps a metric loss
+    out of the collapsed state in which all embeddings coincide.
     """
 
     out_features = 2048
@@ -95,9 +95,8 @@ class EmbeddingNetwork(nn.Module):
             features["Early"] = F.normalize(torch.flatten(pool_to_grid(early_maps.float()), 1), dim=1)
         if set(outputs) - {"Early"}:
             features["Pooled"] = self.backbone.pooled(early_maps).float()
-            with torch.autocast(
-                images.device.type, enabled=False
-            ):  # the heads are cheap: keep all digits of the scores
+            # The heads are cheap: in full precision even under autocast, for the digits of the scores
+            with torch.autocast(images.device.type, enabled=False):
                 for task, head in self.heads.items():
                     if task in outputs:
                         features[task] = F.normalize(head(features["Pooled"]), dim=1)

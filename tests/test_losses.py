@@ -39,24 +39,27 @@ def assert_matches(actual, expected, *, is_gradient=False):
     torch.testing.assert_close(actual.detach(), expected.to(actual.dtype), **tolerance)
 
 
+def assert_golden(value, golden, name, gradients):
+    """Compare a loss with golden["<name>_loss"], and gradients, name in the file to tensor, after backward."""
+    value.backward()
+    assert_matches(value, golden[f"{name}_loss"])
+    for gradient, tensor in gradients.items():
+        assert_matches(tensor.grad, golden[gradient], is_gradient=True)
+
+
 def test_margin_loss_golden(golden):
     loss = make_loss("marginloss", int(golden["n_classes"]), margin=float(golden["margin"]))
     loss.beta.data = golden["beta"].clone()
     embeddings = golden["embeddings"].clone().requires_grad_()
     value = loss(embeddings, golden["labels"], golden["triplets"])
-    value.backward()
-    assert_matches(value, golden["margin_loss"])
-    assert_matches(embeddings.grad, golden["margin_grad"], is_gradient=True)
-    assert_matches(loss.beta.grad, golden["margin_beta_grad"], is_gradient=True)
+    assert_golden(value, golden, "margin", {"margin_grad": embeddings, "margin_beta_grad": loss.beta})
 
 
 def test_triplet_loss_golden(golden):
     embeddings = golden["embeddings"].clone().requires_grad_()
     loss = make_loss("triplet", int(golden["n_classes"]), margin=float(golden["margin"]))
     value = loss(embeddings, golden["labels"], golden["triplets"])
-    value.backward()
-    assert_matches(value, golden["triplet_loss"])
-    assert_matches(embeddings.grad, golden["triplet_grad"], is_gradient=True)
+    assert_golden(value, golden, "triplet", {"triplet_grad": embeddings})
 
 
 def test_proxynca_golden(golden):
@@ -64,10 +67,7 @@ def test_proxynca_golden(golden):
     loss = make_loss("proxynca", int(golden["n_classes"]), dim=embeddings.shape[1])
     loss.proxies.data = golden["proxies"].clone()
     value = loss(embeddings, golden["labels"])
-    value.backward()
-    assert_matches(value, golden["proxynca_loss"])
-    assert_matches(embeddings.grad, golden["proxynca_grad"], is_gradient=True)
-    assert_matches(loss.proxies.grad, golden["proxynca_proxy_grad"], is_gradient=True)
+    assert_golden(value, golden, "proxynca", {"proxynca_grad": embeddings, "proxynca_proxy_grad": loss.proxies})
 
 
 def test_adversarial_golden(golden):
@@ -76,13 +76,9 @@ def test_adversarial_golden(golden):
     term = losses.AdversarialLoss(target.shape[1], source.shape[1], len(golden["adv_b1"]))
     state = {"0.weight": "adv_W1", "0.bias": "adv_b1", "2.weight": "adv_W2", "2.bias": "adv_b2"}
     term.projection.load_state_dict({key: golden[name] for key, name in state.items()})
-    value = term(target, source)
-    value.backward()
-    assert_matches(value, golden["adv_loss"])
-    assert_matches(target.grad, golden["adv_class_grad"], is_gradient=True)
-    assert_matches(source.grad, golden["adv_aux_grad"], is_gradient=True)
-    assert_matches(term.projection[0].weight.grad, golden["adv_W1_grad"], is_gradient=True)
-    assert_matches(term.projection[2].weight.grad, golden["adv_W2_grad"], is_gradient=True)
+    first, last = term.projection[0].weight, term.projection[2].weight
+    gradients = {"adv_class_grad": target, "adv_aux_grad": source, "adv_W1_grad": first, "adv_W2_grad": last}
+    assert_golden(term(target, source), golden, "adv", gradients)
 
 
 def test_distance_sampling_distribution_golden(golden):

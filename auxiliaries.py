@@ -174,7 +174,7 @@ def draw_progress(
         loss_axis.set(title="Training", xlabel="epoch", ylabel="loss")
         scores = [name for name in val_rows[0] if name not in ("Epochs", "Time")]
         draw_curves(score_axis, val_rows, scores)
-        best = max(val_rows, key=lambda row: row["Recall @ 1"]) if "Recall @ 1" in scores else val_rows[-1]
+        best = max(val_rows, key=lambda row: row["Recall @ 1"])
         score_axis.axvline(best["Epochs"], color="0.6", linestyle=":", zorder=0)
         score_axis.set(title=f"Test classes (best epoch {best['Epochs']})", xlabel="epoch", ylabel="score", ylim=(0, 1))
         figure.suptitle(title, parse_math=False)

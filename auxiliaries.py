@@ -2,9 +2,12 @@
 
 import contextlib
 import csv
+import html
+import importlib.util
 import os
 import pickle
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -248,3 +251,30 @@ def draw_tile(axis: matplotlib.axes.Axes, image: np.ndarray, caption: str, colou
 def shortened(name: str, length: int = 20) -> str:
     """Return a name cut to `length` characters."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def missing_for_graphs() -> list[str]:
+    """Return what has to be installed before draw_graph works, in words."""
+    package = [] if importlib.util.find_spec("graphviz") else ["the Python package graphviz (pip install graphviz)"]
+    program = [] if shutil.which("dot") else ["the program dot of Graphviz (https://graphviz.org/download)"]
+    return package + program
+
+
+def draw_graph(
+    path: Path, nodes: Mapping[str, tuple[str, Sequence[str]]], edges: Sequence[tuple[str, str]], title: str
+) -> None:
+    """Draw boxes and arrows as SVG with Graphviz; missing_for_graphs tells whether that is possible.
+
+    nodes: name to (kind, lines of text), the first line in bold; kinds are data, layer and head. edges: (name, name).
+    """
+    import graphviz
+
+    colours = {"data": "#ffffff", "layer": "#dbe9f6", "head": "#fde5cc"}
+    graph = graphviz.Digraph(graph_attr={"label": graphviz.escape(title), "labelloc": "t", "rankdir": "TB"})
+    graph.attr("node", shape="box", style="filled,rounded", fontname="Helvetica", fontsize="11", margin="0.15,0.06")
+    for name, (kind, lines) in nodes.items():
+        first, *others = (html.escape(line) for line in lines)
+        graph.node(name, f"<{'<br/>'.join([f'<b>{first}</b>', *others])}>", fillcolor=colours[kind])
+    graph.edges(edges)
+    with replaced_file(path) as file:
+        file.write(graph.pipe(format="svg"))

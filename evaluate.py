@@ -9,7 +9,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch.utils.data import DataLoader
 
 import auxiliaries
-from netlib import EmbeddingNetwork
+from netlib import EmbeddingNetwork, autocast
 
 
 class NonFiniteFeaturesError(FloatingPointError):
@@ -22,7 +22,7 @@ def extract_features(
 ) -> dict[str, np.ndarray]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
-    outputs: names that EmbeddingNetwork.forward knows. amp: none or bf16.
+    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16.
     Returns {output: (N, D) float32}. Raises NonFiniteFeaturesError.
     """
     was_training = network.training
@@ -33,7 +33,7 @@ def extract_features(
     try:
         for images, _ in loader:
             images = images.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+            with autocast(device, amp):
                 batch = network(images, outputs)
             for name, values in batch.items():
                 if name not in features:

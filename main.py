@@ -105,9 +105,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
         "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME/images/<class>/<image>, the "
         "first half of the classes trains, the second half tests")  # fmt: skip
-    add("--arch", default="resnet50", choices=[*netlib.BACKBONES, "googlenet"], help="the backbone")
+    add("--arch", default="resnet50", choices=list(netlib.BACKBONES), help="the backbone")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--weights", metavar="FILE", help="start from this torchvision state dict instead of downloading one")
+    add("--weights", metavar="FILE", help="start from this torchvision state dict, checkpoint of this program or "
+        ".safetensors instead of downloading weights; heads that it has in the right size are taken too")  # fmt: skip
     add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
         "batches (default: frozen with pretrained weights, train with random ones)")  # fmt: skip
     add("--img_size", type=pixels, default=224, metavar="PIXELS", help="side of the square network input; smaller is "
@@ -124,8 +125,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--kernels", type=count_or_zero, default=8, metavar="N", help="data loader workers, at most one per CPU core; "
         "0 loads in the main process; does not change results")  # fmt: skip
     add("--seed", type=seed, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
-    add("--amp", choices=["none", "bf16"], default="none", help="precision of the network: float32, or bfloat16 "
-        "autocast, which is faster and takes less memory")  # fmt: skip
+    add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
+        "autocast to bfloat16 or (with a gradient scaler, for GPUs before 2020) float16, which is faster and takes less "
+        "memory")  # fmt: skip
+    add("--tf32", action="store_true", help="let float32 matrix products and convolutions round their inputs to 10 bits "
+        "of mantissa: faster; needs an NVIDIA GPU of 2020 or later")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile the network for training: minutes at the start, faster "
+        "steps; where it does not work the run says so and goes on without")  # fmt: skip
     add("--eval_every", type=count, default=1, metavar="N", help="score the test classes after every N-th epoch, and "
         "after the last")  # fmt: skip
 
@@ -180,7 +186,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--gpu", type=count_or_zero, default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")  # fmt: skip
-    add("--make_graph", action="store_true", help="also store a picture of the network's graph")
+    add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs graphviz")
     add("--source_path", default="./Datasets", metavar="FOLDER", help="folder that holds the dataset folders")
     add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to SAVE_PATH/DATASET/NAME")
     return parser
@@ -214,10 +220,9 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
         parser.error("--dataset '': give the name of a data set")
     if args.not_pretrained and args.weights is not None:
         parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
-    if args.arch not in netlib.BACKBONES:
-        parser.error(f"--arch {args.arch} is not available yet; use {', '.join(netlib.BACKBONES)}")
-    if args.make_graph:
-        parser.error("--make_graph is not available yet; leave it out")
+    missing = auxiliaries.missing_for_graphs() if args.make_graph else []
+    if missing:
+        parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
 
     args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
     if args.bs < 2:
@@ -254,6 +259,18 @@ def pick_device(gpu: int) -> torch.device:
         raise DeviceError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     print(f"device: GPU {gpu}, {torch.cuda.get_device_name(gpu)}")
     return torch.device("cuda", gpu)
+
+
+def set_tf32(enabled: bool, device: torch.device) -> None:
+    """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
+
+    Raises DeviceError where the device has no TF32.
+    """
+    if enabled and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise DeviceError("--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out")
+    # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def build_loaders(
@@ -381,6 +398,7 @@ def train_one_epoch(
     criteria: Mapping[str, nn.Module],
     adversaries: Mapping[str, tuple[nn.Module, float]],
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     loaders: Mapping[str, DataLoader],
     schedule: np.ndarray,
     amp: str,
@@ -388,8 +406,9 @@ def train_one_epoch(
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses, None for what took no step.
 
-    adversaries: direction target-source to (term, weight). schedule: (iterations, 2) bool, which task takes its step;
-    a task's loader holds exactly that many batches. bar: progress bar, told of every image and at times of the losses.
+    adversaries: direction target-source to (term, weight). scaler: of the loss, for fp16; it leaves out steps whose
+    gradients overflow. schedule: (iterations, 2) bool, which task takes its step; a task's loader holds exactly that
+    many batches. bar: progress bar, told of every image and at times of the losses.
     Raises NonFiniteLossError that names the term, the task's step and the iteration.
     """
     network.train()
@@ -399,7 +418,7 @@ def train_one_epoch(
     for iteration, takes_step in enumerate(schedule):
         for task in (task for task, active in zip(TASKS, takes_step) if active):
             images, labels = (values.to(device, non_blocking=True) for values in next(batches[task]))
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+            with netlib.autocast(device, amp):
                 embeddings = network(images)
             terms = {task: criteria[task](embeddings[task], labels)}
             for direction, (adversary, weight) in adversaries.items():
@@ -407,8 +426,9 @@ def train_one_epoch(
                 terms[direction] = weight * adversary(embeddings[target], embeddings[source])
             loss = sum(terms.values())
             optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             meter.add(iteration, task, terms)
             bar.update(len(images))
         if iteration % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or iteration == len(schedule) - 1:
@@ -572,6 +592,7 @@ def main(args: argparse.Namespace) -> Path:
     start = time.time()
     auxiliaries.set_seeds(args.seed)
     device = pick_device(args.gpu)
+    set_tf32(args.tf32, device)
 
     savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     auxiliaries.check_run_folder(Path(args.save_path) / args.dataset, savename)
@@ -636,11 +657,17 @@ def main(args: argparse.Namespace) -> Path:
 
     # Optimiser
     optimizer, scheduler = build_optimizer(args, network, terms)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    trained = network
+    if args.compile:
+        trained = netlib.compile_network(network, (args.bs, 3, args.img_size, args.img_size), args.amp)
 
     # Run folder: every image has been decoded by now, and the network has run
     folder = auxiliaries.make_run_folder(Path(args.save_path) / args.dataset, savename)
     auxiliaries.write_flags(folder, vars(args))
     print(f"run folder: {folder}")
+    if args.make_graph:
+        auxiliaries.draw_graph(folder / "network.svg", *netlib.describe_graph(network, args.img_size), args.arch)
     if is_mining:
         log_mining(folder / "log_mining.csv", mining_row)
 
@@ -653,7 +680,9 @@ def main(args: argparse.Namespace) -> Path:
             samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
         n_images = args.bs * int(schedule.sum())
         with tqdm(desc=f"epoch {epoch}", total=n_images, unit="img", unit_scale=True, leave=False, disable=None) as bar:
-            averages = train_one_epoch(network, criteria, adversaries, optimizer, loaders, schedule, args.amp, bar)
+            averages = train_one_epoch(
+                trained, criteria, adversaries, optimizer, scaler, loaders, schedule, args.amp, bar
+            )
         progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
         auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
 

@@ -1,0 +1,53 @@
+"""GoogLeNet (Inception v1) as a backbone, on torchvision's implementation."""
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+
+class GoogLeNet(nn.Module):
+    """torchvision's GoogLeNet: (B, 3, H, W) images, normalised as for ImageNet, to (B, 1024) pooled features.
+
+    Szegedy et al.: Going Deeper with Convolutions, CVPR 2015, with BatchNorm and without the auxiliary classifiers.
+    The published weights were ported from a network that saw images in [-1, 1], so images are brought to that range
+    first, as torchvision's `transform_input` does. This happens with any weights: it is one affine map per channel,
+    which random weights can live with, and so nothing about it has to be remembered with a checkpoint. The dropout
+    before torchvision's classifier is left out: it would make the distances between embeddings of one batch noisy.
+    Random weights follow He et al. 2015. torchvision's own, of deviation 0.01, make the output vanish until BatchNorm
+    has seen data: before training all embeddings would coincide.
+    """
+
+    out_features = 1024
+    unused_weights = ("fc.", "aux1.", "aux2.")
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torchvision.models.googlenet(weights=None, aux_logits=False, init_weights=False)
+        self.layers.fc = self.layers.dropout = nn.Identity()
+        for module in self.layers.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("input_scale", (std / 0.5).view(3, 1, 1), persistent=False)
+        self.register_buffer("input_shift", ((mean - 0.5) / 0.5).view(3, 1, 1), persistent=False)
+
+    def early_maps(self, images: Tensor) -> Tensor:
+        """Return the output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4)."""
+        net = self.layers
+        images = images * self.input_scale + self.input_shift
+        return net.conv3(net.conv2(net.maxpool1(net.conv1(images))))
+
+    def pooled(self, early_maps: Tensor) -> Tensor:
+        """Return the globally average-pooled output of the last inception block, (B, 1024), from conv3's maps."""
+        net = self.layers
+        maps = net.inception3b(net.inception3a(net.maxpool2(early_maps)))
+        maps = net.inception4b(net.inception4a(net.maxpool3(maps)))
+        maps = net.inception4e(net.inception4d(net.inception4c(maps)))
+        maps = net.inception5b(net.inception5a(net.maxpool4(maps)))
+        return torch.flatten(net.avgpool(maps), 1)
+
+    @staticmethod
+    def download() -> dict[str, Tensor]:
+        """Return torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
+        weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
+        return weights.get_state_dict(progress=True, check_hash=True)

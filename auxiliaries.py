@@ -26,6 +26,10 @@ class RunFolderError(OSError):
     """The run folder cannot be made; the message is one line for the user."""
 
 
+class GraphError(RuntimeError):
+    """A picture of a graph cannot be drawn; the message is one line for the user."""
+
+
 def set_seeds(seed: int) -> None:
     """Seed Python, numpy and torch (all devices) and ask cuDNN for repeatable algorithms."""
     random.seed(seed)
@@ -260,21 +264,25 @@ def missing_for_graphs() -> list[str]:
     return package + program
 
 
-def draw_graph(
-    path: Path, nodes: Mapping[str, tuple[str, Sequence[str]]], edges: Sequence[tuple[str, str]], title: str
-) -> None:
-    """Draw boxes and arrows as SVG with Graphviz; missing_for_graphs tells whether that is possible.
+def draw_graph(nodes: Mapping[str, tuple[str, Sequence[str]]], edges: Sequence[tuple[str, str]], title: str) -> bytes:
+    """Draw boxes and arrows with Graphviz and return the SVG; missing_for_graphs tells whether that is possible.
 
     nodes: name to (kind, lines of text), the first line in bold; kinds are data, layer and head. edges: (name, name).
+    Raises GraphError where the program dot fails.
     """
     import graphviz
 
     colours = {"data": "#ffffff", "layer": "#dbe9f6", "head": "#fde5cc"}
-    graph = graphviz.Digraph(graph_attr={"label": graphviz.escape(title), "labelloc": "t", "rankdir": "TB"})
+    graph = graphviz.Digraph(graph_attr={"label": graphviz.escape(title), "labelloc": "t", "ranksep": "0.3"})
+    graph.attr("graph", fontname="Helvetica")
     graph.attr("node", shape="box", style="filled,rounded", fontname="Helvetica", fontsize="11", margin="0.15,0.06")
     for name, (kind, lines) in nodes.items():
         first, *others = (html.escape(line) for line in lines)
         graph.node(name, f"<{'<br/>'.join([f'<b>{first}</b>', *others])}>", fillcolor=colours[kind])
     graph.edges(edges)
-    with replaced_file(path) as file:
-        file.write(graph.pipe(format="svg"))
+    try:
+        return graph.pipe(format="svg", quiet=True)
+    except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
+        raise GraphError(
+            f"--make_graph: Graphviz's program dot fails; mend it, or leave the flag out ({error})"
+        ) from error

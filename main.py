@@ -126,10 +126,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "0 loads in the main process; does not change results")  # fmt: skip
     add("--seed", type=seed, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
-        "autocast to bfloat16 or (with a gradient scaler, for GPUs before 2020) float16, which is faster and takes less "
+        "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less "
         "memory")  # fmt: skip
-    add("--tf32", action="store_true", help="let float32 matrix products and convolutions round their inputs to 10 bits "
-        "of mantissa: faster; needs an NVIDIA GPU of 2020 or later")  # fmt: skip
+    add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
+        "mantissa: faster; needs an NVIDIA GPU of 2020 or later")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile the network for training: minutes at the start, faster "
         "steps; where it does not work the run says so and goes on without")  # fmt: skip
     add("--eval_every", type=count, default=1, metavar="N", help="score the test classes after every N-th epoch, and "
@@ -576,7 +576,9 @@ def one_line_errors() -> Iterator[None]:
     """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
     try:
         yield
-    except (datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, DeviceError) as error:
+    except (
+        datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, auxiliaries.GraphError, DeviceError
+    ) as error:  # fmt: skip
         # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
         message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
         print(f"main.py: error: {message}", file=sys.stderr)
@@ -622,6 +624,8 @@ def main(args: argparse.Namespace) -> Path:
         weights_file=args.weights,
         freeze_batchnorm=args.bn == "frozen",
     ).to(device)
+    if args.make_graph:
+        picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     initial_scores, _ = score_tests(network, test_loaders, args)
     print(f"before training  {scores_line(initial_scores)}")
 
@@ -667,7 +671,8 @@ def main(args: argparse.Namespace) -> Path:
     auxiliaries.write_flags(folder, vars(args))
     print(f"run folder: {folder}")
     if args.make_graph:
-        auxiliaries.draw_graph(folder / "network.svg", *netlib.describe_graph(network, args.img_size), args.arch)
+        with auxiliaries.replaced_file(folder / "network.svg") as file:
+            file.write(picture)
     if is_mining:
         log_mining(folder / "log_mining.csv", mining_row)
 

@@ -1,5 +1,6 @@
-"""Seeds, the run folder and its files, plots and contact sheets, checkpoints, and k-means."""
+"""Command lines and devices, seeds, the run folder and its files, plots and contact sheets, checkpoints, k-means."""
 
+import argparse
 import contextlib
 import csv
 import html
@@ -10,20 +11,59 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import faiss
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+COLOUR_CYCLE = matplotlib.cycler(
+    color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"]
+)
+"""Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
+
 
 class RunFolderError(OSError):
-    """The run folder cannot be made; the message is one line for the user."""
+    """A run folder cannot be made or read; the message is one line for the user."""
+
+
+class DeviceError(ValueError):
+    """The device asked for does not exist; the message is one line for the user."""
+
+
+class DivergedError(FloatingPointError):
+    """A value of the training is NaN or infinite; the message is one line for the user."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
+
+    def error(self, message: str) -> None:
+        """Exit with the message; see argparse."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def pick_device(gpu: int) -> torch.device:
+    """Return CUDA device `gpu`, or the CPU where there is no CUDA. Raises DeviceError for a GPU that does not exist."""
+    if not torch.cuda.is_available():
+        print("device: CPU (no CUDA GPU found)")
+        return torch.device("cpu")
+    if not 0 <= gpu < torch.cuda.device_count():
+        raise DeviceError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(gpu)}")
+    return torch.device("cuda", gpu)
+
+
+def n_workers(wanted: int) -> int:
+    """Return how many loader workers to start: as many as wanted, but at most one per CPU core."""
+    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
 class GraphError(RuntimeError):
@@ -108,6 +148,54 @@ def write_flags(folder: Path, flags: Mapping[str, object]) -> None:
             file.write(f"{name:<{width}}  {shown}\n")
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of plain values (dict, list, str, numbers) and refuses everything that would run code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        """Refuse every class and function."""
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored run: its folder, its flags, and the rows of log_val_Class.csv, at least one, epochs ascending."""
+
+    folder: Path
+    flags: dict[str, object]
+    val_rows: list[dict[str, float]]
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder; no code in its files is executed. Raises RunFolderError that says what is wrong with it."""
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: no such folder")
+    for name in ("hypa.pkl", "log_val_Class.csv"):
+        if not (folder / name).is_file():
+            scored = "; no epoch has been scored yet?" if name.endswith("csv") else ""
+            raise RunFolderError(f"{folder}: holds no {name}{scored}")
+    try:
+        with open(folder / "hypa.pkl", "rb") as file:
+            flags = PlainUnpickler(file).load()
+        if not isinstance(flags, dict) or not isinstance(flags.get("dataset"), str):
+            raise ValueError("no flags of a run")
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
+        raise RunFolderError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
+    try:
+        table = pd.read_csv(folder / "log_val_Class.csv", float_precision="round_trip")
+        recalls = [name for name in table if name.endswith("Recall @ 1")]
+        table = table.dropna(subset=["Epochs", *recalls]).astype({"Epochs": int} | dict.fromkeys(recalls, float))
+    except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{folder}: log_val_Class.csv cannot be read ({first_line(error)})") from error
+    if not recalls or table.empty:
+        raise RunFolderError(f"{folder}: log_val_Class.csv holds no Recall @ 1")
+    return Run(folder, flags, table.to_dict("records"))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def append_row(path: Path, row: Mapping[str, object]) -> None:
     """Append a row to a CSV file by column name; a new file gets the row's names as header. None is an empty cell.
 
@@ -134,16 +222,19 @@ def write_summary(
 ) -> None:
     """Write the best value of each score with its epoch, the value before training, epochs done and the run's seconds.
 
-    initial: scores before training. history: the rows of log_val_Class.csv so far, at least one.
+    initial: scores before training. history: the rows of log_val_Class.csv so far, at least one. A score that was left
+    out of all of them is left out here.
     """
     scores = [name for name in history[-1] if name not in ("Epochs", "Time")]
+    scores = [name for name in scores if any(row[name] is not None for row in history)]
     width = max(len(name) for name in scores)
     with replaced_file(path, "w") as file:
         file.write(f"{'score':<{width}}    best  epoch    last  before training\n")
         for name in scores:
-            best = max(history, key=lambda row: row[name])
-            file.write(f"{name:<{width}}  {best[name]:.4f}  {best['Epochs']:5d}  {history[-1][name]:.4f}")
-            file.write(f"  {initial[name]:15.4f}\n")
+            known = [row for row in history if row[name] is not None]
+            best = max(known, key=lambda row: row[name])
+            last = "     -" if history[-1][name] is None else f"{history[-1][name]:.4f}"
+            file.write(f"{name:<{width}}  {best[name]:.4f}  {best['Epochs']:5d}  {last}  {initial[name]:15.4f}\n")
         file.write(f"epochs done: {history[-1]['Epochs'] + 1}\nseconds: {seconds:.1f}\n")
 
 
@@ -174,7 +265,7 @@ def draw_progress(
     path: Path, train_rows: Sequence[Mapping[str, float]], val_rows: Sequence[Mapping[str, float]], title: str
 ) -> None:
     """Draw the logged history as SVG: training losses left, test scores right, the best Recall@1 marked."""
-    with matplotlib.rc_context({"svg.hashsalt": "mic", "font.size": 11}):
+    with matplotlib.rc_context({"svg.hashsalt": "mic", "font.size": 11, "axes.prop_cycle": COLOUR_CYCLE}):
         figure = Figure(figsize=(13, 5), layout="constrained")
         loss_axis, score_axis = figure.subplots(1, 2)
         draw_curves(loss_axis, train_rows, [name for name in train_rows[0] if name.endswith("Loss")])
@@ -201,6 +292,33 @@ def draw_curves(axis: matplotlib.axes.Axes, rows: Sequence[Mapping[str, float]],
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=9)
+
+
+def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw Recall@1 over the epochs, a line for the mean of each setting in a band of one standard deviation.
+
+    curves: setting to (epochs (E,), recall (runs, E)). The format is that of the path's ending.
+    """
+    markers, styles = "osD^vP*X", ("-", "--", ":", "-.")
+    with matplotlib.rc_context({"svg.hashsalt": "mic", "font.size": 11, "axes.prop_cycle": COLOUR_CYCLE}):
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        axis = figure.subplots()
+        for i, (setting, (epochs, recalls)) in enumerate(curves.items()):
+            mean, spread = recalls.mean(0), recalls.std(0, ddof=1) if len(recalls) > 1 else np.zeros(len(epochs))
+            label = f"{shortened(setting, 70)} ({len(recalls)} run{'s' if len(recalls) > 1 else ''})"
+            (line,) = axis.plot(
+                epochs, mean, styles[i // 8 % 4], marker=markers[i % 8], markersize=4, label=label.replace("$", r"\$")
+            )
+            axis.fill_between(epochs, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="epoch", ylabel="Recall @ 1 on the test classes")
+        axis.set_title("mean over runs, band: one standard deviation", fontsize=10)
+        axis.legend(fontsize=9)
+        with replaced_file(path) as file:
+            figure.savefig(
+                file, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {}
+            )
 
 
 def draw_recoveries(

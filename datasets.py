@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,11 +160,20 @@ def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
         np.save(temporary_sizes, sizes)
         temporary_sizes.rename(path.with_suffix(".npy"))
         temporary.rename(path)
-        for stale in folder.glob(f"decoded_{name}_*.bin"):
-            if stale != path:
-                stale.unlink(missing_ok=True)
-                stale.with_suffix(".npy").unlink(missing_ok=True)
+        remove_stale_caches(folder, name, path)
     return replace(images, pixels=store)
+
+
+def remove_stale_caches(folder: Path, name: str, current: Path) -> None:
+    """Remove cache files that `current` replaces, and what killed runs left half-built more than a day ago."""
+    for stale in folder.glob(f"decoded_{name}_*.bin"):
+        if stale != current:
+            stale.unlink(missing_ok=True)
+            stale.with_suffix(".npy").unlink(missing_ok=True)
+    for unfinished in folder.glob(f"decoded_{name}_*.*.part"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - unfinished.stat().st_mtime > 24 * 3600:
+                unfinished.unlink()
 
 
 def fingerprint(paths: list[str]) -> str:

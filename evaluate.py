@@ -1,24 +1,42 @@
-"""Feature extraction and scores: Recall@k, NMI and F1 of an embedding."""
+"""Feature extraction and scores of an embedding; as a command: score a stored run, or compare runs.
 
-from collections.abc import Mapping, Sequence
+python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
+python evaluate.py --compare RUN [RUN ...] [--csv FILE] [--plot FILE]
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from sklearn.metrics import normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import auxiliaries
-from netlib import EmbeddingNetwork, autocast
+import datasets
+import netlib
+
+UNIT_ROUNDOFF = 2.0**-24
+"""Largest relative error of rounding to float32."""
 
 
-class NonFiniteFeaturesError(FloatingPointError):
+CROWD = 4096
+"""Pairs of one query whose order is in doubt beyond which they are not compared one by one."""
+
+
+class NonFiniteFeaturesError(auxiliaries.DivergedError):
     """The network's output is NaN or infinite; the message is one line for the user."""
 
 
 @torch.inference_mode()
 def extract_features(
-    network: EmbeddingNetwork, loader: DataLoader, outputs: Sequence[str], amp: str = "none"
+    network: netlib.EmbeddingNetwork, loader: DataLoader, outputs: Sequence[str], amp: str = "none"
 ) -> dict[str, np.ndarray]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
@@ -30,16 +48,27 @@ def extract_features(
     device = network.mean.device
     features: dict[str, np.ndarray] = {}
     done = 0
+
+    def store(batch: Mapping[str, Tensor]) -> None:
+        """Copy a batch's features behind those of the batches before it."""
+        nonlocal done
+        for name, values in batch.items():
+            if name not in features:
+                features[name] = np.empty((len(loader.dataset), values.shape[1]), dtype=np.float32)
+            features[name][done : done + len(values)] = values.cpu().numpy()
+        done += len(values)
+
     try:
+        waiting = None
         for images, _ in loader:
             images = images.to(device, non_blocking=True)
-            with autocast(device, amp):
+            with netlib.autocast(device, amp):
                 batch = network(images, outputs)
-            for name, values in batch.items():
-                if name not in features:
-                    features[name] = np.empty((len(loader.dataset), values.shape[1]), dtype=np.float32)
-                features[name][done : done + len(images)] = values.cpu().numpy()
-            done += len(images)
+            if waiting is not None:  # copied while a GPU computes the next batch
+                store(waiting)
+            waiting = batch
+        if waiting is not None:
+            store(waiting)
     finally:
         network.train(was_training)
     for name, values in features.items():
@@ -51,43 +80,221 @@ def extract_features(
     return features
 
 
-def recall_at_k(
+def retrieval_scores(
     embeddings: np.ndarray,
     labels: np.ndarray,
     k_vals: Sequence[int],
     device: torch.device | str = "cpu",
-    block_size: int = 1024,
     is_query: np.ndarray | None = None,
-) -> dict[int, float]:
-    """Return, for each k, the fraction of queries with a point of their class among their k nearest points.
+    block_size: int = 256,
+) -> dict[str, float]:
+    """Score how well each query finds the points of its class by Euclidean distance, exactly.
 
-    embeddings: (N, D) float, Euclidean distances. labels: (N,) int. is_query: (N,) bool, the queries, which are
-    searched in the other points; None: each point is searched in all others. Works from the rank of the first hit, in
-    blocks of `block_size` queries; another point at the very distance of the first hit counts as nearer. A query whose
-    class has no other point never hits.
+    Recall @ k: the fraction of queries with a point of their class among their k nearest. With R the number of points
+    to be found, R-Precision is the fraction of the query's R nearest that are of its class, and mAP @ R the mean of
+    the precisions at the ranks of those, over R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020). Where
+    distances tie, points of other classes come first. A query whose class has nothing to be found scores 0.
+
+    embeddings: (N, D) float, finite. labels: (N,) int. is_query: (N,) bool, the queries, which are searched in the
+    other points; None: each point is searched in all others. block_size: queries at a time; memory grows with
+    block_size * N. Returns {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
     """
-    queries = gallery = torch.as_tensor(embeddings, device=device)
-    query_classes = gallery_classes = torch.as_tensor(labels, device=device)
-    if is_query is not None:
-        chosen = torch.as_tensor(is_query, device=device)
-        queries, query_classes, gallery, gallery_classes = (
-            values[mask] for mask in (chosen, ~chosen) for values in (queries, query_classes)
-        )
-    half_squared_norms = gallery.square().sum(1) / 2
-    ranks = []
-    for start in range(0, len(queries), block_size):
-        # x.y - |y|^2/2 orders the points y by their distance to x, nearest first from the top
-        closeness = queries[start : start + block_size] @ gallery.T - half_squared_norms
-        if is_query is None:
-            rows = torch.arange(len(closeness), device=device)
-            closeness[rows, rows + start] = -torch.inf
-        same = query_classes[start : start + block_size, None] == gallery_classes
-        first_hit = closeness.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-        rank = ((closeness >= first_hit) & ~same).sum(1)
-        never = torch.iinfo(rank.dtype).max
-        ranks.append(torch.where(first_hit[:, 0] == -torch.inf, never, rank))
-    ranks = torch.cat(ranks)
-    return {k: (ranks < k).double().mean().item() for k in k_vals}
+    labels, points = np.asarray(labels), np.asarray(embeddings)
+    is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~np.asarray(is_query)
+    queries = np.flatnonzero(is_gallery if is_query is None else is_query)
+    gallery = np.flatnonzero(is_gallery)
+    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of neighbours in memory
+    search = ClassSearch(points, labels, queries, gallery, device, block_size)
+    first_hits, average_precisions, r_precisions = (
+        torch.cat(parts).double() for parts in zip(*search.blocks(max(k_vals)), strict=True)
+    )
+    recalls = {f"Recall @ {k}": (first_hits < k).double().mean().item() for k in k_vals}
+    return recalls | {"mAP @ R": average_precisions.mean().item(), "R-Precision": r_precisions.mean().item()}
+
+
+class ClassSearch:
+    """Searches queries in a gallery and tells where the points of their class come, without sorting the gallery.
+
+    Distances are compared through float32 products of centred points, x.y - |y|^2/2 (closeness: larger is nearer),
+    whose error is bounded; the pairs whose order that leaves in doubt are compared by their distances in float64.
+
+    points: (N, D) float. labels: (N,) int. queries: (Q,) indices. gallery: (G,) indices, sorted by label; a query that
+    is in it is not found by itself.
+    """
+
+    def __init__(
+        self,
+        points: np.ndarray,
+        labels: np.ndarray,
+        queries: np.ndarray,
+        gallery: np.ndarray,
+        device: torch.device | str,
+        block_size: int,
+    ):
+        self.device, self.block_size = torch.device(device), block_size
+        exact = torch.as_tensor(points, device=device).double()
+        centred = exact - exact.mean(0)
+        centred /= centred.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)
+        self.doubt = (1.5 * points.shape[1] + 40) * UNIT_ROUNDOFF  # of a closeness, for points in the unit ball
+        to_gallery, to_queries = (torch.as_tensor(i, device=device) for i in (gallery, queries))
+        self.exact_queries, self.exact_gallery = exact[to_queries], exact[to_gallery]
+        class_labels, starts, sizes = np.unique(labels[gallery], return_index=True, return_counts=True)
+        place = np.searchsorted(class_labels, labels[queries])
+        known = class_labels[np.minimum(place, len(class_labels) - 1)] == labels[queries]
+        place = np.where(known, place, 0)
+        in_gallery = np.full(len(points), -1)
+        in_gallery[gallery] = np.arange(len(gallery))
+        self.own_place = torch.as_tensor(in_gallery[queries], device=device)  # -1: not in the gallery
+        self.starts = torch.as_tensor(starts[place], device=device)
+        self.sizes = torch.as_tensor(np.where(known, sizes[place], 0), device=device)
+        self.n_wanted = self.sizes - (self.own_place >= 0).long()
+        most_wanted = max(int(self.n_wanted.max()), 1)
+        self.group = next(g for g in (64, 16, 4, 1) if g == 1 or len(gallery) // g >= 4 * most_wanted)
+        n_padded = -(-len(gallery) // self.group) * self.group
+        # One more dimension takes in the norms; padding is infinitely far
+        self.right = torch.zeros(n_padded, points.shape[1] + 1, device=device)
+        self.right[: len(gallery), :-1] = centred[to_gallery]
+        self.right[:, -1] = -torch.inf
+        self.right[: len(gallery), -1] = -centred[to_gallery].square().sum(1) / 2
+        self.left = torch.ones(len(queries), points.shape[1] + 1, device=device)
+        self.left[:, :-1] = centred[to_queries]
+
+    def blocks(self, max_k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield, block by block of queries, three (B,) tensors: the rank of the first hit, counted from 0, the average
+        precision at R, and the R-precision. A rank of max_k or more need not be exact.
+        """
+        buffer = torch.empty(min(self.block_size, len(self.left)), len(self.right), device=self.device)
+        for start in range(0, len(self.left), self.block_size):
+            block = torch.arange(start, min(start + self.block_size, len(self.left)), device=self.device)
+            closeness = self.closeness(block, buffer)
+            certain, rows, columns = self.candidates(closeness, block, max_k)
+            counts = torch.bincount(rows, minlength=len(block))
+            is_crowded = counts > 4 * self.n_wanted[block] + CROWD
+            if is_crowded.any():
+                kept = ~is_crowded[rows]
+                certain[is_crowded] = 0
+                crowded = is_crowded.nonzero()[:, 0]
+                more, more_squared = self.nearest_of_crowded(block[crowded], max_k)
+                squared = torch.cat([self.squared_distances(block[rows[kept]], columns[kept]), more_squared.flatten()])
+                rows = torch.cat([rows[kept], crowded.repeat_interleave(more.shape[1])])
+                columns = torch.cat([columns[kept], more.flatten()])
+            else:
+                squared = self.squared_distances(block[rows], columns)
+            yield self.ranks(block, certain, rows, columns, squared)
+
+    def closeness(self, block: Tensor, buffer: Tensor) -> Tensor:
+        """Return the (B, padded G) closeness of a block of queries, in the buffer; a query is far from itself."""
+        with full_precision_products():
+            closeness = torch.mm(self.left[block], self.right.T, out=buffer[: len(block)])
+        own_place = self.own_place[block]
+        found = own_place >= 0
+        closeness[found.nonzero()[:, 0], own_place[found]] = -torch.inf
+        return closeness
+
+    def candidates(self, closeness: Tensor, block: Tensor, max_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which points have to be looked at closely: how many others are nearer for certain, and pairs.
+
+        Returns (B,) counts of points of other classes that are nearer than the nearest of the query's class beyond
+        doubt, and the rows and columns of the pairs that come next. These hold the query's R nearest points, where one
+        of its class can be among them, and the first of its class with all whose order to it is in doubt.
+        """
+        wanted, sizes = self.n_wanted[block], self.sizes[block]
+        offsets = torch.arange(max(int(sizes.max()), 1), device=self.device)
+        own = (self.starts[block, None] + offsets).clamp_max(closeness.shape[1] - 1)
+        best = closeness.gather(1, own).masked_fill(offsets >= sizes[:, None], -torch.inf).amax(1)
+        # The R-th largest of the maxima of groups is at most the R-th largest of all
+        maxima = closeness.view(len(block), -1, self.group).amax(2)
+        largest = maxima.topk(max(int(wanted.max()), 1), dim=1).values
+        bound = largest.gather(1, (wanted - 1).clamp_min(0)[:, None])[:, 0]
+        is_reachable = (best >= bound - 2 * self.doubt) | (wanted == 0)
+        low = torch.where(wanted == 0, torch.inf, torch.minimum(best, bound) - 2 * self.doubt)
+        high = torch.where(is_reachable, torch.inf, best + 2 * self.doubt)
+        is_certain = closeness > high[:, None]
+        is_open = (closeness >= low[:, None]).logical_xor_(is_certain)
+        certain = count_rows(is_certain)
+        is_open[certain >= max_k] = False
+        return certain, *positions(is_open)
+
+    def squared_distances(self, queries: Tensor, columns: Tensor, chunk: int = 16384) -> Tensor:
+        """Return the (P,) squared distances of pairs in float64."""
+        squared = torch.empty(len(columns), dtype=torch.float64, device=self.device)
+        for start in range(0, len(columns), chunk):
+            pairs = slice(start, start + chunk)
+            squared[pairs] = (self.exact_queries[queries[pairs]] - self.exact_gallery[columns[pairs]]).square().sum(1)
+        return squared
+
+    def nearest_of_crowded(self, queries: Tensor, max_k: int) -> tuple[Tensor, Tensor]:
+        """Return the columns and squared distances, both (C, n), of queries' nearest points, at least max_k or R.
+
+        For queries among a great many points at the same distance (a collapsed embedding). Distances come from float64
+        products; where they agree to their rounding error, points of other classes come first.
+        """
+        centre = self.exact_gallery.mean(0)
+        left, right = self.exact_queries[queries] - centre, self.exact_gallery - centre
+        norms = right.square().sum(1)
+        squared = left.square().sum(1, keepdim=True) + norms - 2 * left @ right.T
+        tolerance = 4 * left.shape[1] * torch.finfo(squared.dtype).eps * norms.max()
+        place = torch.arange(squared.shape[1], device=self.device)
+        is_own = self.is_own(queries[:, None], place)
+        squared = squared.masked_fill(place == self.own_place[queries, None], torch.inf) - tolerance * ~is_own
+        n_nearest = min(max(max_k, int(self.n_wanted.max())), squared.shape[1])
+        squared, columns = squared.topk(n_nearest, dim=1, largest=False)
+        return columns, squared
+
+    def is_own(self, queries: Tensor, columns: Tensor) -> Tensor:
+        """Tell which gallery columns are of the class of their query."""
+        starts = self.starts[queries]
+        return (columns >= starts) & (columns < starts + self.sizes[queries])
+
+    def ranks(
+        self, block: Tensor, certain: Tensor, rows: Tensor, columns: Tensor, squared: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (rank of first hit, average precision at R, R-precision), each (B,), from the counts and pairs."""
+        is_own = self.is_own(block[rows], columns) & squared.isfinite()  # not the query itself
+        order = torch.argsort(is_own.byte(), stable=True)  # where distances tie, other classes come first
+        order = order[torch.argsort(squared[order], stable=True)]
+        order = order[torch.argsort(rows[order], stable=True)]
+        rows, is_own = rows[order], is_own[order]
+        counts = torch.bincount(rows, minlength=len(block))
+        first = counts.cumsum(0) - counts
+        place = certain[rows] + torch.arange(len(rows), device=self.device) - first[rows]
+        n_own = is_own.long().cumsum(0)
+        before = torch.cat([n_own.new_zeros(1), n_own])[first]
+        rows, place, n_own = rows[is_own], place[is_own], (n_own - before[rows])[is_own]
+        never = torch.iinfo(place.dtype).max
+        first_hits = torch.full_like(block, never).scatter_reduce(0, rows, place, "amin")
+        is_found = place < self.n_wanted[block[rows]]
+        zeros = torch.zeros(len(block), dtype=torch.float64, device=self.device)
+        precisions = zeros.scatter_add(0, rows, is_found * n_own.double() / (place + 1))
+        n_found = zeros.scatter_add(0, rows, is_found.double())
+        wanted = self.n_wanted[block].clamp_min(1)
+        return first_hits, precisions / wanted, n_found / wanted
+
+
+@contextlib.contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever --tf32 allows elsewhere."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def count_rows(mask: Tensor) -> Tensor:
+    """Return how many values of each row of a (B, N) bool tensor are true, (B,) int64."""
+    if mask.device.type != "cpu":
+        return mask.sum(1)
+    return torch.tensor([np.count_nonzero(row) for row in mask.numpy()])  # 20 times as fast as the sum
+
+
+def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows and columns where a (B, N) bool tensor is true, row by row."""
+    if mask.device.type != "cpu":
+        return mask.nonzero(as_tuple=True)
+    flat = torch.from_numpy(np.flatnonzero(mask.numpy()))  # 10 times as fast as nonzero
+    return flat // mask.shape[1], flat % mask.shape[1]
 
 
 def clustering_scores(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
@@ -133,14 +340,334 @@ def score_set(
     seed: int,
     device: torch.device | str = "cpu",
     is_query: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Score one test set: Recall of every image against all others, or of the queries against the gallery.
+    with_clustering: bool = True,
+) -> dict[str, float | None]:
+    """Score one test set: every image searched in all others, or the queries in the gallery.
 
-    embeddings: (N, D) float. labels: (N,) int. is_query: (N,) bool or None, see recall_at_k; the clustering is of all
-    images. seed: of the k-means, which has as many clusters as there are classes.
-    Returns {"NMI", "F1", "Recall @ k" for each k}.
+    embeddings: (N, D) float. labels: (N,) int. is_query: (N,) bool or None, see retrieval_scores; the clustering is of
+    all images. seed: of the k-means, which has as many clusters as there are classes. with_clustering: False leaves
+    NMI and F1 out, as None. Returns {"NMI", "F1"} and what retrieval_scores returns.
     """
-    clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
-    nmi, f1 = clustering_scores(labels, clusters)
-    recalls = recall_at_k(embeddings, labels, k_vals, device, is_query=is_query)
-    return {"NMI": nmi, "F1": f1} | {f"Recall @ {k}": value for k, value in recalls.items()}
+    nmi = f1 = None
+    if with_clustering:
+        clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
+        nmi, f1 = clustering_scores(labels, clusters)
+    return {"NMI": nmi, "F1": f1} | retrieval_scores(embeddings, labels, k_vals, device, is_query)
+
+
+def file_suffix(test_set: str) -> str:
+    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for the only one, ""."""
+    return f"_{test_set.lower().replace(' ', '')}" if test_set else ""
+
+
+def scores_of_set(row: Mapping[str, float | None], test_set: str) -> dict[str, float | None]:
+    """Return the scores of one test set, under their plain names, of a row of log_val_Class.csv."""
+    prefix = f"{test_set} " if test_set else ""
+    return {
+        name[len(prefix) :]: value
+        for name, value in row.items()
+        if name.startswith(prefix) and name not in ("Epochs", "Time")
+    }
+
+
+def scores_line(scores: Mapping[str, float | None]) -> str:
+    """Return scores as one line of text; those that were left out are not in it."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+
+
+STORED_FLAGS = {"dataset": str, "source_path": str, "img_size": int, "bs": int, "amp": str, "seed": int, "kernels": int}
+
+
+def stored_flags(stored: Mapping[str, Mapping], path: str | Path) -> dict:
+    """Return the flags of a checkpoint that scoring needs. Raises WeightsError where one is missing or wrong."""
+    flags = dict(stored["flags"])
+    wrong = [name for name, kind in STORED_FLAGS.items() if type(flags.get(name)) is not kind]
+    wrong += [name for name in ("img_size", "bs") if name not in wrong and not 0 < flags[name] < 2**16]
+    wrong += ["amp"] if flags.get("amp") not in ("none", *netlib.AMP_TYPES) else []
+    k_vals = flags.get("k_vals")
+    if not isinstance(k_vals, list) or not k_vals or not all(type(k) is int and k > 0 for k in k_vals):
+        wrong.append("k_vals")
+    if wrong:
+        raise netlib.WeightsError(f"{path}: its flags hold no usable {', '.join(dict.fromkeys(wrong))}")
+    return flags
+
+
+def score_run(args: argparse.Namespace) -> None:
+    """Score the checkpoints of a run on their test sets, print what comes out beside what the run logged, and store
+    the embeddings where asked for. Raises DatasetError, WeightsError, RunFolderError, NonFiniteFeaturesError.
+    """
+    run = Path(args.runs[0])
+    found = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
+    if args.checkpoint:
+        found = [run / args.checkpoint if (run / args.checkpoint).is_file() else Path(args.checkpoint)]
+    if not found:
+        raise netlib.WeightsError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
+    flags = stored_flags(netlib.read_checkpoint(found[0]), found[0])
+    dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
+    _, test_sets = datasets.load_dataset(dataset, source)
+    device = auxiliaries.pick_device(args.gpu)
+    for name, images in test_sets.items():
+        own = run / f"checkpoint{file_suffix(name)}.pth.tar"
+        path = own if own in found else found[0]
+        stored = netlib.read_checkpoint(path)
+        flags = stored_flags(stored, path)
+        loader = datasets.make_loader(
+            datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
+            batch_size=flags["bs"],
+            n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
+            pin_memory=device.type == "cuda",
+        )
+        network = netlib.load(path).to(device)
+        embeddings = extract_features(network, loader, [args.embedding], flags["amp"])[args.embedding]
+        scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
+        is_as_logged = args.embedding == "Class" and dataset == flags["dataset"]
+        print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{f', {name}' if name else ''}")
+        print_scores(scores, last_scored(stored["progress"]) if is_as_logged else {}, name)
+        if args.save_embeddings:
+            save_embeddings(embeddings_path(args.save_embeddings, name), embeddings, images)
+
+
+def last_scored(progress: Mapping) -> dict:
+    """Return the last row of log_val_Class.csv that a checkpoint's progress holds, the epoch it was kept for."""
+    rows = progress.get("val_rows")
+    return rows[-1] if isinstance(rows, list) and rows and isinstance(rows[-1], dict) else {}
+
+
+def print_scores(scores: Mapping[str, float], row: Mapping[str, float | None], test_set: str) -> None:
+    """Print scores with all their digits, beside those that the run logged, if it did."""
+    logged = scores_of_set(row, test_set)
+    width = max(map(len, scores))
+    print(f"{'score':<{width}}  {'now':<20}" + (f"  logged in epoch {row.get('Epochs')}" if logged else ""))
+    for name, value in scores.items():
+        then = logged.get(name)
+        print(f"{name:<{width}}  {value!r:<20}  {'' if then is None else then}".rstrip())
+
+
+def embeddings_path(path: str, test_set: str) -> Path:
+    """Return the file that a test set's embeddings go to."""
+    return Path(path).with_name(f"{Path(path).stem}{file_suffix(test_set)}.npz")
+
+
+def save_embeddings(path: Path, embeddings: np.ndarray, images: datasets.ImageSet) -> None:
+    """Store embeddings (N, D) float32, labels (N,), paths (N,), class_names and is_query (N,) as .npz."""
+    is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
+    with auxiliaries.replaced_file(path) as file:
+        np.savez(
+            file,
+            embeddings=embeddings,
+            labels=images.labels,
+            paths=np.array(images.names),
+            class_names=np.array(images.class_names),
+            is_query=is_query,
+        )
+    print(f"stored {path}")
+
+
+PAPER = {
+    "cub200": {"": {"Recall @ 1": 0.661, "Recall @ 2": 0.768, "Recall @ 4": 0.856, "NMI": 0.697}},
+    "cars196": {"": {"Recall @ 1": 0.826, "Recall @ 2": 0.891, "Recall @ 4": 0.932, "NMI": 0.684}},
+    "online_products": {"": {"Recall @ 1": 0.772, "Recall @ 10": 0.894, "Recall @ 100": 0.956, "NMI": 0.900}},
+    "in-shop": {"": {"Recall @ 1": 0.882, "Recall @ 10": 0.970, "Recall @ 30": 0.980, "Recall @ 50": 0.988}},
+    "vehicle_id": {
+        "Set 1": {"Recall @ 1": 0.869, "Recall @ 5": 0.934},
+        "Set 3": {"Recall @ 1": 0.820, "Recall @ 5": 0.910},
+    },
+}
+"""Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
+
+NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph")
+"""Flags in which runs of one setting may differ."""
+
+
+def compare_runs(args: argparse.Namespace) -> None:
+    """Print a table of stored runs for each data set and test set; write the CSV and the plot that are asked for.
+
+    Raises RunFolderError where no run can be read.
+    """
+    runs, skipped = [], []
+    for folder in dict.fromkeys(path for root in args.runs for path in run_folders(Path(root))):
+        try:
+            runs.append(auxiliaries.read_run(folder))
+        except auxiliaries.RunFolderError as error:
+            skipped.append(str(error))
+    for reason in skipped:
+        print(f"skipped {reason}")
+    if not runs:
+        raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
+    tables, curves = [], {}
+    for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
+        of_dataset = [run for run in runs if run.flags["dataset"] == dataset]
+        for test_set in test_set_names(of_dataset[0].val_rows):
+            table, more_curves = compare_setting(of_dataset, dataset, test_set)
+            curves |= more_curves
+            shown = table.drop(columns=["data set", "test set"]).map(shown_cell)
+            print(f"\n{dataset} {test_set}".rstrip())
+            print(shown.to_string(index=False))
+            tables.append(table)
+    if args.csv:
+        with auxiliaries.replaced_file(Path(args.csv), "w") as file:
+            pd.concat(tables).to_csv(file, index=False)
+    if args.plot:
+        auxiliaries.draw_comparison(Path(args.plot), curves)
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Return a run folder itself, or the folders in a folder of runs."""
+    if (root / "hypa.pkl").exists() or not root.is_dir():
+        return [root]
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
+
+
+def test_set_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return the names of the test sets that a run was scored on."""
+    return [name.removesuffix("Recall @ 1").strip() for name in rows[0] if name.endswith("Recall @ 1")]
+
+
+def compare_setting(
+    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str
+) -> tuple[pd.DataFrame, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Return the table of one test set, and for each setting (epochs (E,), Recall @ 1 (n runs, E)) by its name.
+
+    The table has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of
+    a setting, that differ in the seed only; the paper's row; and the gap to it.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_SETTING)
+    differing = [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+    rows, curves = [], {}
+    paper = PAPER.get(dataset, {}).get(test_set, {})
+    for setting, members in grouped_by_setting(runs, differing).items():
+        flags = dict(zip(differing, setting, strict=True))
+        frames = [pd.DataFrame([scores_of_set(row, test_set) for row in run.val_rows]) for run in members]
+        head = {"data set": dataset, "test set": test_set, "run": "", **flags, "seed": ""}
+        for at in ("best", "last"):
+            scores = []
+            for run, frame in zip(members, frames, strict=True):
+                index = frame["Recall @ 1"].idxmax() if at == "best" else frame.index[-1]
+                epoch, done = run.val_rows[index]["Epochs"], run.val_rows[-1]["Epochs"] + 1
+                scores.append(frame.loc[index])
+                own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}
+                rows.append(head | own | {"epoch": epoch, "epochs done": done} | dict(frame.loc[index]))
+            means = pd.DataFrame(scores).mean()
+            if len(members) > 1:
+                rows.append(head | {"run": f"mean of {len(members)}", "at": at} | dict(means))
+                rows.append(head | {"run": "standard deviation", "at": at} | dict(pd.DataFrame(scores).std()))
+            if paper:
+                gap = {name: means[name] - value for name, value in paper.items() if name in means}
+                rows.append(head | {"run": "gap to the paper", "at": at} | gap)
+        label = " ".join([dataset, test_set, *(f"{name} {value}" for name, value in flags.items())])
+        epochs = sorted(set.intersection(*({row["Epochs"] for row in run.val_rows} for run in members)))
+        recalls = [
+            [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows if row["Epochs"] in epochs]
+            for run in members
+        ]
+        curves[label] = (np.array(epochs), np.array(recalls))
+    if paper:
+        rows.append({"data set": dataset, "test set": test_set, "run": "paper: MIC + margin"} | paper)
+    return pd.DataFrame(rows).dropna(axis=1, how="all"), curves
+
+
+def grouped_by_setting(
+    runs: Sequence[auxiliaries.Run], differing: Sequence[str]
+) -> dict[tuple[str, ...], list[auxiliaries.Run]]:
+    """Return the runs of each setting of the differing flags."""
+    groups: dict[tuple[str, ...], list[auxiliaries.Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(shown_flag(run.flags.get(name)) for name in differing), []).append(run)
+    return groups
+
+
+def shown_flag(value: object) -> str:
+    """Return a flag's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def shown_cell(value: object) -> str:
+    """Return a table's cell as text."""
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.0f}" if value.is_integer() and value > 1 else f"{value:.4f}"
+    return str(value)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = auxiliaries.OneLineParser(
+        prog="evaluate.py",
+        description="Score a stored run, with the flags it was trained with, or compare stored runs.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number of run "
+        "folders, or folders that hold them")  # fmt: skip
+    add("--compare", action="store_true", help="print a table of stored runs: the flags in which they differ, scores "
+        "at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")  # fmt: skip
+    add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
+    add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs (.svg, .png or .pdf)")
+    add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
+    add("--dataset", metavar="NAME", help="score on the test classes of another data set")
+    add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
+    add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
+    add("--save_embeddings", metavar="FILE.npz", help="store embeddings, labels, paths and class names")
+    add("--gpu", type=int, default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
+    add("--kernels", type=int, metavar="N", help="data loader workers (default: as in the run)")
+    return parser
+
+
+def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags; `parser.error` on flags that do not fit together or files that exist already."""
+    only = {"compare": ["csv", "plot"], "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"]}
+    for flag in only["score" if args.compare else "compare"]:
+        if getattr(args, flag) is not None:
+            parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
+    if not args.compare and len(args.runs) > 1:
+        parser.error(f"{len(args.runs)} runs; give one to score, or --compare for several")
+    for flag in ("csv", "plot", "save_embeddings"):
+        value = getattr(args, flag)
+        if value is not None and Path(value).exists():
+            parser.error(f"--{flag} {value}: exists already; nothing is overwritten")
+        if value is not None and not Path(value).absolute().parent.is_dir():
+            parser.error(f"--{flag} {value}: there is no folder {Path(value).parent}")
+    if args.plot and Path(args.plot).suffix not in (".svg", ".png", ".pdf"):
+        parser.error(f"--plot {args.plot}: give a file name that ends in .svg, .png or .pdf")
+    if args.save_embeddings and Path(args.save_embeddings).suffix != ".npz":
+        parser.error(f"--save_embeddings {args.save_embeddings}: give a file name that ends in .npz")
+    if args.kernels is not None and args.kernels < 0:
+        parser.error(f"--kernels {args.kernels}: give 0 or more")
+    return args
+
+
+USER_ERRORS = (
+    datasets.DatasetError,
+    netlib.WeightsError,
+    auxiliaries.RunFolderError,
+    auxiliaries.GraphError,
+    auxiliaries.DeviceError,
+)
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
+        message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
+        print(f"{prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except auxiliaries.DivergedError as error:
+        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+@one_line_errors("evaluate.py")
+def main(args: argparse.Namespace) -> None:
+    """Score a run or compare runs, with flags that `check_args` has seen."""
+    if args.compare:
+        compare_runs(args)
+    else:
+        score_run(args)
+
+
+if __name__ == "__main__":
+    args_parser = get_args_parser()
+    main(check_args(args_parser.parse_args(), args_parser))

@@ -1,13 +1,10 @@
 """Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019)."""
 
 import argparse
-import contextlib
 import math
-import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -31,20 +28,8 @@ PAIRS = ["task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr",
 LOSS_READ_INTERVAL = 10
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(auxiliaries.DivergedError):
     """A loss is NaN or infinite; the message is one line for the user."""
-
-
-class DeviceError(ValueError):
-    """The device asked for does not exist; the message is one line for the user."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
-
-    def error(self, message: str) -> None:
-        """Exit with the message; see argparse."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -94,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     probability = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
 
-    parser = OneLineParser(
+    parser = auxiliaries.OneLineParser(
         prog="main.py",
         description="Train MIC: deep metric learning with mined interclass characteristics.",
         epilog="CLASS SHARED are two values: one for the Class task, one for the Shared (interclass) task.",
@@ -134,6 +119,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "steps; where it does not work the run says so and goes on without")  # fmt: skip
     add("--eval_every", type=count, default=1, metavar="N", help="score the test classes after every N-th epoch, and "
         "after the last")  # fmt: skip
+    add("--fast_eval", action="store_true", help="leave NMI and F1, which need a k-means with as many clusters as "
+        "classes, out of all but every tenth epoch and the last: empty cells in the CSV")  # fmt: skip
 
     add = parser.add_argument_group("optimiser and schedule").add_argument
     add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
@@ -250,24 +237,15 @@ def check_sizes(args: argparse.Namespace, n_images: int) -> None:
         raise datasets.DatasetError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
 
 
-def pick_device(gpu: int) -> torch.device:
-    """Return CUDA device `gpu`, or the CPU where there is no CUDA. Raises DeviceError for a GPU that does not exist."""
-    if not torch.cuda.is_available():
-        print("device: CPU (no CUDA GPU found)")
-        return torch.device("cpu")
-    if gpu >= torch.cuda.device_count():
-        raise DeviceError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
-    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(gpu)}")
-    return torch.device("cuda", gpu)
-
-
 def set_tf32(enabled: bool, device: torch.device) -> None:
     """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
 
     Raises DeviceError where the device has no TF32.
     """
     if enabled and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise DeviceError("--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out")
+        raise auxiliaries.DeviceError(
+            "--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out"
+        )
     # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
     torch.backends.cuda.matmul.allow_tf32 = enabled
     torch.backends.cudnn.allow_tf32 = enabled
@@ -283,8 +261,7 @@ def build_loaders(
 
     The latter are called "train" and by the names of the test sets.
     """
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    loading = {"n_workers": min(args.kernels, n_cores), "pin_memory": pin_memory}
+    loading = {"n_workers": auxiliaries.n_workers(args.kernels), "pin_memory": pin_memory}
     replacement = {"Class": 0.0, "Shared": args.random_cluster_pick_p}
     samplers, train_loaders = {}, {}
     for i, task in enumerate(TASKS):
@@ -477,40 +454,31 @@ class LossMeter:
 
 
 def score_tests(
-    network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], args: argparse.Namespace
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    network: netlib.EmbeddingNetwork,
+    loaders: Mapping[str, DataLoader],
+    args: argparse.Namespace,
+    with_clustering: bool = True,
+) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
     """Return the scores of the Class embedding on all test sets, and that embedding, (N, D) float32, by test set.
 
-    loaders: of each test set in order, by its name, which stands before the names of its scores.
+    loaders: of each test set in order, by its name, which stands before the names of its scores. with_clustering: see
+    evaluate.score_set.
     """
     scores, embeddings = {}, {}
     for name, loader in loaders.items():
         images = loader.dataset.images
         embeddings[name] = evaluate.extract_features(network, loader, ["Class"], args.amp)["Class"]
         of_set = evaluate.score_set(
-            embeddings[name], images.labels, args.k_vals, args.seed, network.mean.device, images.is_query
+            embeddings[name],
+            images.labels,
+            args.k_vals,
+            args.seed,
+            network.mean.device,
+            images.is_query,
+            with_clustering,
         )
         scores |= {f"{name} {score}".strip(): value for score, value in of_set.items()}
     return scores, embeddings
-
-
-def rows_of_set(rows: Sequence[Mapping[str, float]], name: str) -> list[dict[str, float]]:
-    """Return the rows of log_val_Class.csv with the scores of one test set only, under their plain names."""
-    prefix = f"{name} " if name else ""
-    return [
-        {"Epochs": row["Epochs"], "Time": row["Time"]}
-        | {
-            score[len(prefix) :]: row[score]
-            for score in row
-            if score.startswith(prefix) and score not in ("Epochs", "Time")
-        }
-        for row in rows
-    ]
-
-
-def file_suffix(test_set: str) -> str:
-    """Return a test set's name as it stands in file names: "set1" for "Set 1"."""
-    return test_set.lower().replace(" ", "")
 
 
 def print_split(split: str, images: datasets.ImageSet) -> None:
@@ -518,11 +486,6 @@ def print_split(split: str, images: datasets.ImageSet) -> None:
     n_single = int((np.bincount(images.labels) == 1).sum())
     note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
     print(f"{split}: {len(images)} images of {len(images.class_names)} classes{note}")
-
-
-def scores_line(scores: Mapping[str, float]) -> str:
-    """Return scores as one line of text."""
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def log_mining(path: Path, row: Mapping[str, float]) -> None:
@@ -551,8 +514,11 @@ def record_evaluation(
     auxiliaries.append_row(folder / "log_val_Class.csv", progress["val_rows"][-1])
     best_lines = []
     for name, loader in test_loaders.items():
-        suffix = f"_{file_suffix(name)}" if name else ""
-        rows = rows_of_set(progress["val_rows"], name)
+        suffix = evaluate.file_suffix(name)
+        rows = [
+            {"Epochs": row["Epochs"], "Time": row["Time"]} | evaluate.scores_of_set(row, name)
+            for row in progress["val_rows"]
+        ]
         best = max(rows, key=lambda row: row["Recall @ 1"])
         best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
         if best is rows[-1]:
@@ -571,29 +537,12 @@ def record_evaluation(
     return ", ".join(best_lines)
 
 
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
-    try:
-        yield
-    except (
-        datasets.DatasetError, netlib.WeightsError, auxiliaries.RunFolderError, auxiliaries.GraphError, DeviceError
-    ) as error:  # fmt: skip
-        # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
-        message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
-        print(f"main.py: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except (NonFiniteLossError, evaluate.NonFiniteFeaturesError) as error:
-        print(f"main.py: stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-@one_line_errors()
+@evaluate.one_line_errors("main.py")
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
     start = time.time()
     auxiliaries.set_seeds(args.seed)
-    device = pick_device(args.gpu)
+    device = auxiliaries.pick_device(args.gpu)
     set_tf32(args.tf32, device)
 
     savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -605,7 +554,7 @@ def main(args: argparse.Namespace) -> Path:
     cache_folder = Path(args.save_path) / args.dataset
     train_images = datasets.cached(train_images, args.cache, cache_folder, "train")
     test_sets = {
-        name: datasets.cached(images, args.cache, cache_folder, file_suffix(name) or "test")
+        name: datasets.cached(images, args.cache, cache_folder, evaluate.file_suffix(name)[1:] or "test")
         for name, images in test_sets.items()
     }
     print_split("train", train_images)
@@ -627,7 +576,7 @@ def main(args: argparse.Namespace) -> Path:
     if args.make_graph:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     initial_scores, _ = score_tests(network, test_loaders, args)
-    print(f"before training  {scores_line(initial_scores)}")
+    print(f"before training  {evaluate.scores_line(initial_scores)}")
 
     # First labels
     def mine(before_epoch: int) -> tuple[np.ndarray, dict[str, float]]:
@@ -693,14 +642,16 @@ def main(args: argparse.Namespace) -> Path:
 
         if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
             eval_start = time.time()
-            scores, embeddings = score_tests(network, test_loaders, args)
+            with_clustering = not args.fast_eval or (epoch + 1) % 10 == 0 or epoch == args.n_epochs - 1
+            scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
             progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
             best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
             auxiliaries.write_summary(
                 folder / "Curr_Summary_Class.txt", initial_scores, progress["val_rows"], seconds=time.time() - start
             )
-            print(f"epoch {epoch}  {scores_line(scores)}  (best Recall @ 1: {best})  {time.time() - epoch_start:.1f} s")
+            shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
+            print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
 
         if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
             labels["Shared"], mining_row = mine(before_epoch=epoch + 1)

@@ -296,6 +296,17 @@ def test_disk_cache_is_reused_until_an_image_changes(class_folders, tmp_path, mo
     assert (rebuilt.read(2) == changed.read(2)).all()
 
 
+def test_half_built_caches_of_killed_runs_are_removed_after_a_day(class_folders, tmp_path):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    killed, running = tmp_path / "decoded_train_0.1.part", tmp_path / "decoded_train_1.2.part"
+    for path in (killed, running):
+        path.touch()
+    os.utime(killed, (0, 0))
+    datasets.cached(images, "disk", tmp_path, "train")
+    assert not killed.exists()
+    assert running.exists()
+
+
 def test_two_runs_that_build_the_same_disk_cache_leave_a_whole_one(class_folders, tmp_path, monkeypatch):
     images, _ = datasets.load_dataset("tiny", class_folders)
     original, folder = datasets.read_image, tmp_path / "cache"

@@ -19,11 +19,11 @@ def golden(request):
         return dict(values)
 
 
-@pytest.mark.parametrize("block_size", [7, 1024])
+@pytest.mark.parametrize("block_size", [7, 256])
 def test_recall_golden(golden, block_size):
     k_vals = golden["k_vals"].tolist()
-    recalls = evaluate.recall_at_k(golden["embeddings"], golden["labels"], k_vals, block_size=block_size)
-    assert list(recalls.values()) == pytest.approx(golden["recall"].tolist(), abs=1e-12)
+    scores = evaluate.retrieval_scores(golden["embeddings"], golden["labels"], k_vals, block_size=block_size)
+    assert [scores[f"Recall @ {k}"] for k in k_vals] == pytest.approx(golden["recall"].tolist(), abs=1e-12)
 
 
 def test_clustering_scores_golden(golden):
@@ -32,32 +32,113 @@ def test_clustering_scores_golden(golden):
     assert f1 == pytest.approx(float(golden["f1"]), abs=1e-6)
 
 
-def naive_recall(embeddings, labels, k):
-    hits = 0
-    for i in range(len(labels)):
-        others = [j for j in range(len(labels)) if j != i]
-        others.sort(key=lambda j: (((embeddings[i] - embeddings[j]) ** 2).sum(), labels[j] == labels[i]))
-        hits += any(labels[j] == labels[i] for j in others[:k])
-    return hits / len(labels)
+K_VALS = [1, 2, 5, 1000]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_recall_agrees_with_sorting_all_distances(seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 12, 60)
-    # whole numbers: many exact ties and duplicates, and exact arithmetic
-    embeddings = rng.integers(-3, 4, (60, 3)).astype(np.float32)
-    recalls = evaluate.recall_at_k(embeddings, labels, [1, 2, 5, 100], block_size=17)
-    for k, value in recalls.items():
-        assert value == pytest.approx(naive_recall(embeddings, labels, k), abs=1e-12)
+def naive_scores(embeddings, labels, is_query=None):
+    """Sort all distances in float64, other classes first where they tie."""
+    points = embeddings.astype(np.float64)
+    everyone = np.arange(len(labels))
+    queries = everyone if is_query is None else np.flatnonzero(is_query)
+    sums = dict.fromkeys([*(f"Recall @ {k}" for k in K_VALS), "mAP @ R", "R-Precision"], 0.0)
+    for i in queries:
+        gallery = everyone[everyone != i] if is_query is None else np.flatnonzero(~is_query)
+        distances = ((points[gallery] - points[i]) ** 2).sum(1)
+        order = np.lexsort([labels[gallery] == labels[i], distances])
+        hits = (labels[gallery] == labels[i])[order]
+        n_wanted = int(hits.sum())
+        for k in K_VALS:
+            sums[f"Recall @ {k}"] += hits[:k].any()
+        for place in range(n_wanted):
+            sums["mAP @ R"] += hits[place] * hits[: place + 1].mean() / n_wanted
+            sums["R-Precision"] += hits[place] / n_wanted
+    return {name: total / len(queries) for name, total in sums.items()}
+
+
+def points_of_kind(kind, rng):
+    """Return (embeddings, labels) of a kind that makes the order of distances hard to tell in float32."""
+    labels = rng.integers(0, 12, 90)
+    if kind == "random":
+        embeddings = rng.normal(size=(90, 5))
+    elif kind == "clustered":  # by class, all of them far from the origin
+        embeddings = 50 + rng.normal(size=(12, 6))[labels] + 1e-4 * rng.normal(size=(90, 6))
+    elif kind == "duplicated":
+        embeddings = rng.integers(-2, 3, (90, 3))
+    elif kind == "collinear":
+        embeddings = np.outer(rng.integers(-40, 40, 90), [1, 2, -1])
+    elif kind == "identical":
+        embeddings = np.ones((90, 4))
+    elif kind == "almost the same":  # the float32 product of the raw points would tell nothing
+        embeddings = 1 + 1e-5 * rng.integers(-8, 8, (90, 4))
+    elif kind == "single images":
+        labels = rng.permutation(np.minimum(np.arange(90), 60))
+        embeddings = rng.normal(size=(90, 4))
+    else:  # one class is most of the set
+        labels = np.where(rng.random(90) < 0.8, 3, labels)
+        embeddings = rng.normal(size=(90, 4))
+    return embeddings.astype(np.float32), labels
+
+
+KINDS = ["random", "clustered", "duplicated", "collinear", "identical", "almost the same", "single images", "one class"]
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_agree_with_sorting_all_distances(kind, with_gallery):
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        embeddings, labels = points_of_kind(kind, rng)
+        is_query = rng.random(len(labels)) < 0.4 if with_gallery else None
+        expected = naive_scores(embeddings, labels, is_query)
+        for block_size in (1, 17, 256):
+            scores = evaluate.retrieval_scores(embeddings, labels, K_VALS, is_query=is_query, block_size=block_size)
+            assert scores == pytest.approx(expected, abs=1e-12), f"{kind}, seed {seed}, blocks of {block_size}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crowd_at_one_distance_is_scored_alike(kind, monkeypatch):
+    monkeypatch.setattr(evaluate, "CROWD", -1000)  # so that every query takes the way for crowds
+    embeddings, labels = points_of_kind(kind, np.random.default_rng(5))
+    scores = evaluate.retrieval_scores(embeddings, labels, K_VALS, block_size=32)
+    assert scores == pytest.approx(naive_scores(embeddings, labels), abs=1e-12)
+
+
+def test_large_sets_search_groups_of_points():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 300, 1500)
+    embeddings = rng.normal(size=(300, 8))[labels] + 0.6 * rng.normal(size=(1500, 8))
+    embeddings = embeddings.astype(np.float32)
+    queries, gallery = np.arange(1500), np.argsort(labels, kind="stable")
+    assert evaluate.ClassSearch(embeddings, labels, queries, gallery, "cpu", 256).group > 1
+    scores = evaluate.retrieval_scores(embeddings, labels, K_VALS)
+    assert 0.2 < scores["mAP @ R"] < 0.9
+    assert scores == pytest.approx(naive_scores(embeddings, labels), abs=1e-12)
+
+
+def test_map_at_r_is_that_of_pytorch_metric_learning():
+    """Values of pytorch-metric-learning 2.9 (AccuracyCalculator, k="max_bin_count") for these points."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), 6)
+    embeddings = (rng.normal(size=(20, 4))[labels] + rng.normal(size=(120, 4))).astype(np.float32)
+    scores = evaluate.retrieval_scores(embeddings, labels, [1])
+    assert scores["mAP @ R"] == pytest.approx(0.10397222, abs=1e-6)
+    assert scores["R-Precision"] == pytest.approx(0.15833333, abs=1e-6)
+    assert scores["Recall @ 1"] == pytest.approx(0.19166667, abs=1e-6)
 
 
 def test_recall_by_hand():
     # a duplicate of another class ties with the own class: no hit at 1; a class of one image never hits
     embeddings = np.array([[0.0], [0.0], [0.0], [9.0]], dtype=np.float32)
-    labels = np.array([0, 0, 1, 2])
-    recalls = evaluate.recall_at_k(embeddings, labels, [1, 2, 3])
-    assert recalls == {1: 0.0, 2: 0.5, 3: 0.5}
+    scores = evaluate.retrieval_scores(embeddings, np.array([0, 0, 1, 2]), [1, 2, 3])
+    assert scores == {"Recall @ 1": 0, "Recall @ 2": 0.5, "Recall @ 3": 0.5, "mAP @ R": 0, "R-Precision": 0}
+
+
+def test_map_at_r_by_hand():
+    # the query at 0 wants 2 points: the first comes at rank 1, the second at rank 3, beyond R
+    embeddings = np.array([[0.0], [1.0], [2.0], [3.0]], dtype=np.float32)
+    labels, is_query = np.array([0, 0, 1, 0]), np.array([True, False, False, False])
+    scores = evaluate.retrieval_scores(embeddings, labels, [1], is_query=is_query)
+    assert scores == {"Recall @ 1": 1.0, "mAP @ R": 0.5, "R-Precision": 0.5}
 
 
 def test_f1_by_hand():
@@ -72,7 +153,10 @@ def test_score_set_of_perfect_embeddings():
     labels = np.repeat(np.arange(4), 5)
     embeddings = np.eye(4, dtype=np.float32)[labels] + 1e-3 * np.random.default_rng(0).normal(size=(20, 4))
     scores = evaluate.score_set(embeddings.astype(np.float32), labels, [1, 2], seed=0)
-    assert scores == pytest.approx({"NMI": 1.0, "F1": 1.0, "Recall @ 1": 1.0, "Recall @ 2": 1.0})
+    names = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "mAP @ R", "R-Precision"]
+    assert scores == pytest.approx(dict.fromkeys(names, 1.0))
+    without = evaluate.score_set(embeddings, labels, [1, 2], seed=0, with_clustering=False)
+    assert without == scores | {"NMI": None, "F1": None}
 
 
 def test_clusters_are_described_by_size_and_what_they_match():
@@ -115,13 +199,5 @@ def test_queries_are_searched_in_the_gallery_only():
     embeddings = np.array([[0.0], [0.0], [1.0], [2.0]], dtype=np.float32)
     labels = np.array([0, 0, 1, 0])
     is_query = np.array([True, True, False, False])
-    assert evaluate.recall_at_k(embeddings, labels, [1, 2], is_query=is_query) == {1: 0.0, 2: 1.0}
-    rng = np.random.default_rng(1)
-    embeddings, labels = rng.normal(size=(80, 4)).astype(np.float32), rng.integers(0, 9, 80)
-    is_query = rng.random(80) < 0.4
-    hits = []
-    for i in np.flatnonzero(is_query):
-        gallery = sorted(np.flatnonzero(~is_query), key=lambda j, i=i: ((embeddings[i] - embeddings[j]) ** 2).sum())
-        hits.append(labels[i] in labels[gallery[:3]])
-    recalls = evaluate.recall_at_k(embeddings, labels, [3], is_query=is_query, block_size=7)
-    assert recalls[3] == pytest.approx(np.mean(hits))
+    scores = evaluate.retrieval_scores(embeddings, labels, [1, 2], is_query=is_query)
+    assert (scores["Recall @ 1"], scores["Recall @ 2"]) == (0.0, 1.0)

@@ -181,7 +181,7 @@ def read_run(folder: Path) -> Run:
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise RunFolderError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     try:
-        table = pd.read_csv(folder / "log_val_Class.csv", float_precision="round_trip")
+        table = pd.read_csv(folder / "log_val_Class.csv")
         recalls = [name for name in table if name.endswith("Recall @ 1")]
         table = table.dropna(subset=["Epochs", *recalls]).astype({"Epochs": int} | dict.fromkeys(recalls, float))
     except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:

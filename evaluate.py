@@ -168,19 +168,17 @@ class ClassSearch:
             block = torch.arange(start, min(start + self.block_size, len(self.left)), device=self.device)
             closeness = self.closeness(block, buffer)
             certain, rows, columns = self.candidates(closeness, block, max_k)
-            counts = torch.bincount(rows, minlength=len(block))
-            is_crowded = counts > 4 * self.n_wanted[block] + CROWD
-            if is_crowded.any():
-                kept = ~is_crowded[rows]
-                certain[is_crowded] = 0
-                crowded = is_crowded.nonzero()[:, 0]
-                more, more_squared = self.nearest_of_crowded(block[crowded], max_k)
-                squared = torch.cat([self.squared_distances(block[rows[kept]], columns[kept]), more_squared.flatten()])
-                rows = torch.cat([rows[kept], crowded.repeat_interleave(more.shape[1])])
-                columns = torch.cat([columns[kept], more.flatten()])
-            else:
-                squared = self.squared_distances(block[rows], columns)
-            yield self.ranks(block, certain, rows, columns, squared)
+            is_crowded = torch.bincount(rows, minlength=len(block)) > 4 * self.n_wanted[block] + CROWD
+            crowded, kept = is_crowded.nonzero()[:, 0], ~is_crowded[rows]
+            rows, columns = rows[kept], columns[kept]
+            rows, is_own = self.ordered(block, rows, columns, closeness[rows, columns])
+            if len(crowded):
+                certain[crowded] = 0
+                more = self.nearest_of_crowded(block[crowded], max_k)
+                rows = torch.cat([rows, crowded.repeat_interleave(more.shape[1])])
+                rows, order = rows.sort(stable=True)
+                is_own = torch.cat([is_own, more.flatten()])[order]
+            yield self.ranks(block, certain, rows, is_own)
 
     def closeness(self, block: Tensor, buffer: Tensor) -> Tensor:
         """Return the (B, padded G) closeness of a block of queries, in the buffer; a query is far from itself."""
@@ -215,6 +213,29 @@ class ClassSearch:
         is_open[certain >= max_k] = False
         return certain, *positions(is_open)
 
+    def ordered(self, block: Tensor, rows: Tensor, columns: Tensor, closeness: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows of pairs and whether they are of one class, row by row and nearest first.
+
+        rows, columns, closeness: (P,). Pairs that follow each other within the error of closeness are in doubt if both
+        kinds are among them; their order is that of the exact distances. Where these tie, other classes come first.
+        """
+        order = torch.argsort(closeness, descending=True, stable=True)
+        order = order[torch.argsort(rows[order], stable=True)]
+        rows, columns, closeness = rows[order], columns[order], closeness[order]
+        is_own = self.is_own(block[rows], columns)
+        if not len(rows):
+            return rows, is_own
+        is_next = (rows.diff() != 0) | (closeness.diff() < -2 * self.doubt)
+        group = torch.cat([is_next.new_zeros(1), is_next]).cumsum(0)
+        n_own = torch.bincount(group, is_own.double())
+        in_doubt = ((n_own > 0) & (n_own < torch.bincount(group)))[group].nonzero()[:, 0]
+        squared = self.squared_distances(block[rows[in_doubt]], columns[in_doubt])
+        again = torch.argsort(is_own[in_doubt].byte(), stable=True)
+        again = again[torch.argsort(squared[again], stable=True)]
+        again = again[torch.argsort(group[in_doubt][again], stable=True)]
+        is_own[in_doubt] = is_own[in_doubt][again]  # they stay in their row and group
+        return rows, is_own
+
     def squared_distances(self, queries: Tensor, columns: Tensor, chunk: int = 16384) -> Tensor:
         """Return the (P,) squared distances of pairs in float64."""
         squared = torch.empty(len(columns), dtype=torch.float64, device=self.device)
@@ -223,8 +244,8 @@ class ClassSearch:
             squared[pairs] = (self.exact_queries[queries[pairs]] - self.exact_gallery[columns[pairs]]).square().sum(1)
         return squared
 
-    def nearest_of_crowded(self, queries: Tensor, max_k: int) -> tuple[Tensor, Tensor]:
-        """Return the columns and squared distances, both (C, n), of queries' nearest points, at least max_k or R.
+    def nearest_of_crowded(self, queries: Tensor, max_k: int) -> Tensor:
+        """Return (C, n) whether queries' nearest points are of their class, nearest first, at least max_k or R of them.
 
         For queries among a great many points at the same distance (a collapsed embedding). Distances come from float64
         products; where they agree to their rounding error, points of other classes come first.
@@ -233,28 +254,25 @@ class ClassSearch:
         left, right = self.exact_queries[queries] - centre, self.exact_gallery - centre
         norms = right.square().sum(1)
         squared = left.square().sum(1, keepdim=True) + norms - 2 * left @ right.T
-        tolerance = 4 * left.shape[1] * torch.finfo(squared.dtype).eps * norms.max()
+        numbers = torch.finfo(squared.dtype)
+        tolerance = 4 * left.shape[1] * numbers.eps * norms.max() + numbers.tiny
         place = torch.arange(squared.shape[1], device=self.device)
-        is_own = self.is_own(queries[:, None], place)
-        squared = squared.masked_fill(place == self.own_place[queries, None], torch.inf) - tolerance * ~is_own
+        is_itself = place == self.own_place[queries, None]
+        is_own = self.is_own(queries[:, None], place) & ~is_itself
+        squared = squared.masked_fill(is_itself, torch.inf) - tolerance * ~is_own
         n_nearest = min(max(max_k, int(self.n_wanted.max())), squared.shape[1])
-        squared, columns = squared.topk(n_nearest, dim=1, largest=False)
-        return columns, squared
+        return is_own.gather(1, squared.topk(n_nearest, dim=1, largest=False).indices)
 
     def is_own(self, queries: Tensor, columns: Tensor) -> Tensor:
         """Tell which gallery columns are of the class of their query."""
         starts = self.starts[queries]
         return (columns >= starts) & (columns < starts + self.sizes[queries])
 
-    def ranks(
-        self, block: Tensor, certain: Tensor, rows: Tensor, columns: Tensor, squared: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (rank of first hit, average precision at R, R-precision), each (B,), from the counts and pairs."""
-        is_own = self.is_own(block[rows], columns) & squared.isfinite()  # not the query itself
-        order = torch.argsort(is_own.byte(), stable=True)  # where distances tie, other classes come first
-        order = order[torch.argsort(squared[order], stable=True)]
-        order = order[torch.argsort(rows[order], stable=True)]
-        rows, is_own = rows[order], is_own[order]
+    def ranks(self, block: Tensor, certain: Tensor, rows: Tensor, is_own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (rank of first hit, average precision at R, R-precision), each (B,).
+
+        certain: (B,), how many points of other classes come before the ordered pairs of a row. rows, is_own: (P,).
+        """
         counts = torch.bincount(rows, minlength=len(block))
         first = counts.cumsum(0) - counts
         place = certain[rows] + torch.arange(len(rows), device=self.device) - first[rows]

@@ -1,13 +1,20 @@
-"""Scores against golden values and naive loops; feature extraction."""
+"""Scores against golden values and naive loops; feature extraction; the command."""
 
+import pickle
 from pathlib import Path
 
+import layouts
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import write_class_folders
+from PIL import Image
 
+import auxiliaries
 import datasets
 import evaluate
+import main
 import netlib
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -201,3 +208,183 @@ def test_queries_are_searched_in_the_gallery_only():
     is_query = np.array([True, True, False, False])
     scores = evaluate.retrieval_scores(embeddings, labels, [1, 2], is_query=is_query)
     assert (scores["Recall @ 1"], scores["Recall @ 2"]) == (0.0, 1.0)
+
+
+def command(*flags):
+    """Run evaluate.py as a user would."""
+    parser = evaluate.get_args_parser()
+    evaluate.main(evaluate.check_args(parser.parse_args([str(flag) for flag in flags]), parser))
+
+
+def refused(capsys, *flags):
+    """Run evaluate.py, which is to stop with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(*flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("evaluate.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A stored run of two epochs on a data set "tiny"."""
+    folder = tmp_path_factory.mktemp("stored")
+    write_class_folders(folder / "source" / "tiny")
+    return small_run(folder, "run", "--seed", 5)
+
+
+def small_run(folder, name, *flags):
+    """Train on the data set "tiny" in folder/source and return the run folder."""
+    base = "--dataset tiny --img_size 32 --bs 8 --cs_per_bs 2 2 --n_epochs 2 --kernels 0 --lr 1e-3 --adv_weights 50 "
+    base += (
+        f"--shared_num_classes 3 --not_pretrained --source_path {folder}/source --save_path {folder} --savename {name}"
+    )
+    parser = main.get_args_parser()
+    return main.main(main.check_args(parser.parse_args([*base.split(), *map(str, flags)]), parser))
+
+
+def read_table(printed):
+    """Return {score: (now, logged)} from what the command printed."""
+    rows = [line.split("  ") for line in printed.splitlines()]
+    return {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows if len(row) > 1}
+
+
+def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys):
+    command(stored)
+    table = read_table(capsys.readouterr().out)
+    log = pd.read_csv(stored / "log_val_Class.csv", dtype=str)
+    best = log.iloc[log["Recall @ 1"].astype(float).idxmax()]
+    for name in ("NMI", "F1", "Recall @ 1", "Recall @ 8", "mAP @ R", "R-Precision"):
+        assert table[name] == [best[name], best[name]]
+
+
+def test_a_checkpoint_file_and_the_shared_embedding(stored, capsys):
+    command(stored / "checkpoint.pth.tar", "--embedding", "Shared")
+    printed = capsys.readouterr().out
+    assert "Shared embedding of 10 tiny images" in printed
+    assert "logged" not in printed
+    command(stored, "--checkpoint", "checkpoint.pth.tar")
+    assert "Class embedding of 10 tiny images" in capsys.readouterr().out
+
+
+def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
+    command(stored, "--save_embeddings", tmp_path / "e.npz")
+    with np.load(tmp_path / "e.npz") as kept:
+        assert kept["embeddings"].shape == (10, 128)
+        np.testing.assert_allclose(np.linalg.norm(kept["embeddings"], axis=1), 1, rtol=1e-5)
+        assert kept["labels"].tolist() == [0] * 5 + [1] * 5
+        assert all(Path(path).is_file() for path in kept["paths"])
+        scores = evaluate.retrieval_scores(kept["embeddings"], kept["labels"], [1])
+    capsys.readouterr()
+    command(stored)
+    assert read_table(capsys.readouterr().out)["Recall @ 1"][0] == repr(scores["Recall @ 1"])
+    assert "exists already" in refused(capsys, stored, "--save_embeddings", tmp_path / "e.npz")
+
+
+def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, run_main, capsys):
+    layouts.LAYOUTS["vehicle_id", "readme"](tmp_path / "source")
+    flags = ["--n_epochs", 1, "--bs", 4, "--shared_num_classes", 2]
+    folder = run_main("--dataset", "vehicle_id", "--source_path", tmp_path / "source", *flags)
+    capsys.readouterr()
+    command(folder, "--save_embeddings", tmp_path / "e.npz")
+    printed, log = capsys.readouterr().out, pd.read_csv(folder / "log_val_Class.csv")
+    for i, part in enumerate(printed.split(str(folder))[1:], start=1):
+        assert part.startswith(f"/checkpoint_set{i}.pth.tar")
+        assert read_table(part)["NMI"][0] == repr(float(log[f"Set {i} NMI"][0]))
+        assert (tmp_path / f"e_set{i}.npz").exists()
+    assert i == 3
+
+
+def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
+    good = (stored / "checkpoint.pth.tar").read_bytes()
+    path = tmp_path / "checkpoint.pth.tar"
+    contents = torch.load(stored / "checkpoint.pth.tar", weights_only=True)
+
+    path.write_bytes(good[: len(good) // 2])
+    assert str(path) in refused(capsys, path)
+    torch.save(contents | {"flags": Path("x")}, path)
+    assert str(path) in refused(capsys, path)
+    torch.save(contents | {"flags": contents["flags"] | {"arch": "googlenet"}}, path)
+    assert "resnet50" in refused(capsys, path)
+    for flag, value in [("img_size", "64"), ("bs", -1), ("k_vals", [0]), ("amp", "int3"), ("seed", None)]:
+        torch.save(contents | {"flags": contents["flags"] | {flag: value}}, path)
+        assert f"its flags hold no usable {flag}" in refused(capsys, path)
+    assert "holds no checkpoint" in refused(capsys, tmp_path / "empty")
+    assert "no images of --dataset" in refused(capsys, stored, "--source_path", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["a", "b"], "2 runs; give one to score, or --compare"),
+        (["a", "--csv", "t.csv"], "--csv: goes only with --compare"),
+        (["a", "--compare", "--checkpoint", "x"], "--checkpoint: does not go with --compare"),
+        (["a", "--compare", "--plot", "x.jpeg"], "ends in .svg, .png or .pdf"),
+        (["a", "--save_embeddings", "x.txt"], "ends in .npz"),
+        (["a", "--save_embeddings", "nowhere/x.npz"], "there is no folder nowhere"),
+        (["a", "--kernels", "-1"], "give 0 or more"),
+        (["nowhere", "--compare"], "no run to read among nowhere"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, capsys):
+    assert message in refused(capsys, *flags)
+
+
+def write_run(folder, recalls, **flags):
+    """Write what --compare reads of a run; recalls are those of epochs 0, 1, ..."""
+    folder.mkdir(parents=True)
+    defaults = {"dataset": "cub200", "seed": 1, "adv_weights": [2500.0], "savename": folder.name}
+    auxiliaries.write_flags(folder, defaults | flags)
+    for epoch, recall in enumerate(recalls):
+        row = {"Epochs": epoch, "Time": 1.5, "NMI": recall / 2, "Recall @ 1": recall}
+        auxiliaries.append_row(folder / "log_val_Class.csv", row)
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "a1", [0.2, 0.6, 0.4])
+    write_run(tmp_path / "runs" / "a2", [0.2, 0.3, 0.5], seed=2, kernels=0)
+    write_run(tmp_path / "runs" / "b1", [0.1, 0.2], adv_weights=[0.0])
+    (tmp_path / "runs" / "c").mkdir()
+    write_run(tmp_path / "runs" / "d", [0.5])
+    with open(tmp_path / "runs" / "d" / "hypa.pkl", "wb") as file:
+        pickle.dump({"dataset": Path("x")}, file)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.png"
+    command("--compare", tmp_path / "runs", tmp_path / "nowhere", "--csv", csv, "--plot", plot)
+    printed = capsys.readouterr().out
+    for folder, reason in [
+        ("runs/c", "holds no hypa.pkl"),
+        ("runs/d", "hypa.pkl cannot be read"),
+        ("nowhere", "no such"),
+    ]:
+        assert any(line.startswith(f"skipped {tmp_path}/{folder}: {reason}") for line in printed.splitlines())
+    table = pd.read_csv(csv).set_index(["run", "adv_weights", "at"])
+
+    def cell(run, weight, at, column="Recall @ 1"):
+        (value,) = table.sort_index().loc[[(run, weight, at)], column]
+        return value
+
+    assert cell("a1", 2500, "best") == 0.6
+    assert cell("a1", 2500, "best", "epoch") == 1
+    assert cell("a1", 2500, "last") == 0.4
+    assert cell("a1", 2500, "last", "epochs done") == 3
+    assert cell("mean of 2", 2500, "best") == pytest.approx(0.55)
+    assert cell("mean of 2", 2500, "best", "NMI") == pytest.approx(0.275)
+    assert cell("standard deviation", 2500, "best") == pytest.approx(0.1 / 2**0.5)
+    assert cell("mean of 2", 2500, "last") == pytest.approx(0.45)
+    assert cell("gap to the paper", 2500, "best") == pytest.approx(0.55 - 0.661)
+    assert cell("gap to the paper", 0, "last") == pytest.approx(0.2 - 0.661)
+    assert "mean of 1" not in printed
+    assert table.sort_index().loc["paper: MIC + margin", "Recall @ 1"].item() == 0.661
+    with Image.open(plot) as picture:
+        assert picture.width > 500
+
+
+def test_runs_on_other_data_have_no_paper(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.25], dataset="shapes")
+    command("--compare", tmp_path / "a")
+    printed = capsys.readouterr().out
+    assert "paper" not in printed
+    assert "0.2500" in printed

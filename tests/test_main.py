@@ -42,7 +42,7 @@ METHOD_DEFAULTS = {
     "adv_weights": [2500], "adv_dim": 512, "shared_num_classes": 30, "cluster_update_freq": 3, "cluster_mode": "mean",
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
-    "weights": None, "cache": "none",
+    "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
 }  # fmt: skip
 
 
@@ -217,7 +217,8 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
         "Epochs", "Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss"
     ]  # fmt: skip
     val = logs["log_val_Class.csv"]
-    assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8"]
+    assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8",
+                         "mAP @ R", "R-Precision"]  # fmt: skip
     assert val["Epochs"].tolist() == [0, 1, 2]
     assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2, 3]
     flags = pickle.loads((folder / "hypa.pkl").read_bytes())
@@ -245,6 +246,17 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     scores = evaluate.score_set(embeddings, test_images.labels, flags["k_vals"], flags["seed"])
     row = val.loc[best_epoch]
     assert scores == pytest.approx({name: row[name] for name in scores}, abs=1e-12)
+
+
+def test_fast_evaluation_leaves_cells_empty(tiny_run):
+    folder = tiny_run("--n_epochs", 12, "--fast_eval", "--task_p", 1, 0, "--adv_weights", 0)
+    val = read_logs(folder)["log_val_Class.csv"]
+    assert val.index[val["NMI"].notna()].tolist() == [9, 11]
+    assert val.index[val["F1"].notna()].tolist() == [9, 11]
+    assert val["Recall @ 1"].notna().all()
+    summary = (folder / "Curr_Summary_Class.txt").read_text()
+    best = val["NMI"].idxmax()
+    assert f"NMI          {val['NMI'][best]:.4f}  {best:5d}" in summary
 
 
 def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_run):
@@ -398,7 +410,7 @@ def test_every_data_set_trains_and_is_scored_with_its_protocol(tmp_path, run_mai
     flags = ["--n_epochs", 1, "--bs", 4, "--k_vals", 1, 2, "--shared_num_classes", 2]
     folder = run_main("--dataset", name, "--source_path", tmp_path / "source", *flags)
     columns = list(read_logs(folder)["log_val_Class.csv"])
-    scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2"]
+    scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "mAP @ R", "R-Precision"]
     if name != "vehicle_id":
         assert columns == ["Epochs", *scores]
         assert {path.name for path in folder.iterdir()} == RUN_FILES

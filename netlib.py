@@ -138,11 +138,14 @@ def build_network(
     heads that the file holds in the right size are taken too.
     Raises WeightsError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
-    network = EmbeddingNetwork(BACKBONES[arch](), embed_sizes, freeze_batchnorm)
+    backbone, state, source = BACKBONES[arch], None, f"--weights {weights_file}"
     if weights_file is not None:
-        fit_weights(network, read_weights(weights_file), f"--weights {weights_file}", arch)
+        state = read_weights(weights_file)
     elif pretrained:
-        fit_weights(network, download_weights(network.backbone, arch), "downloaded weights", arch)
+        state, source = download_weights(backbone, arch), "downloaded weights"
+    network = EmbeddingNetwork(backbone(), embed_sizes, freeze_batchnorm)
+    if state is not None:
+        fit_weights(network, state, source, arch)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -196,7 +199,7 @@ def compile_network(network: EmbeddingNetwork, image_shape: tuple[int, ...], amp
     return compiled
 
 
-def download_weights(backbone: nn.Module, arch: str) -> dict[str, Tensor]:
+def download_weights(backbone: type[nn.Module], arch: str) -> dict[str, Tensor]:
     """Return the backbone's pretrained state dict from torchvision's cache or the network. Raises WeightsError."""
     elsewhere = (
         "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"

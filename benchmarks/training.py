@@ -7,7 +7,8 @@ both tasks' steps, samplers, margin losses, the adversarial term and Adam. Bare 
 classifier on one normalised float32 batch that lies in memory on the device: forward, the mean square of the output,
 backward, the same fused Adam; in PyTorch's default memory format and in channels_last, which ours always has. Batch
 size, precision, compilation and BatchNorm (frozen, as with pretrained weights) are the same. Rounds alternate between
-the three; the medians over the rounds are printed, the ratio of each round's rates likewise.
+the three; the medians over the rounds are printed, the ratio of each round's rates likewise. cuDNN is asked for
+deterministic algorithms in ours only, as main does.
 
 Settings: plain is float32, tf32 the same with --tf32, bf16 and fp16 are autocast, compile is torch.compile with bf16.
 Without a GPU images have 64 pixels, with one 224. Then a profile of our step by part, from marks that train_one_epoch
@@ -158,6 +159,7 @@ class Ours:
         for task, sampler in self.samplers.items():
             sampler.set_epoch(self.n_epochs, self.labels[task], len(schedule))
         self.n_epochs += 1
+        torch.backends.cudnn.deterministic = True  # as a run of main has it
         network, loaders = self.trained, self.loaders
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.amp == "fp16")
         if marks is not None:
@@ -192,6 +194,7 @@ class Bare:
 
     def run(self, n_steps: int) -> None:
         """Take n_steps steps."""
+        torch.backends.cudnn.deterministic = False
         for _ in range(n_steps):
             with netlib.autocast(self.device, self.amp):
                 pooled = self.network(self.images)

@@ -245,8 +245,8 @@ def read_file(path: str | Path, source: str) -> object:
         pickled = re.search(r"GLOBAL (\S+)", str(error))
         if pickled:
             raise WeightsError(
-                f"{source}: holds a pickled object ({pickled[1]}), which is not loaded: that could run code from the "
-                "file; store tensors and plain values only"
+                f"{source}: holds a pickled object ({shown(pickled[1])}), which could run code when loaded; "
+                "store tensors and plain values only"
             ) from error
         raise WeightsError(
             f"{source}: cannot be read ({type(error).__name__}); it is damaged or truncated, or was not written by "

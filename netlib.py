@@ -228,6 +228,8 @@ def read_file(path: str | Path, source: str) -> object:
     source: what the message calls the file. Raises WeightsError where the file is missing, damaged, or holds objects
     other than tensors and plain values.
     """
+    if os.path.isdir(path):
+        raise WeightsError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
     if not os.path.isfile(path):
         raise WeightsError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
     try:

@@ -135,6 +135,7 @@ def cut_off(path):
 
 UNUSABLE = {
     "nothing": (lambda path: None, "no such file"),
+    "a folder": (lambda path: path.mkdir(), "is a folder; name a file in it"),
     "bytes": (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read .*damaged or truncated"),
     "cut off": (cut_off, "cannot be read .*damaged or truncated"),
     "a list": (lambda path: torch.save([1, 2], path), "no state dict"),

@@ -573,6 +573,7 @@ def main(args: argparse.Namespace) -> Path:
         weights_file=args.weights,
         freeze_batchnorm=args.bn == "frozen",
     ).to(device)
+    picture = None
     if args.make_graph:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     initial_scores, _ = score_tests(network, test_loaders, args)
@@ -619,7 +620,7 @@ def main(args: argparse.Namespace) -> Path:
     folder = auxiliaries.make_run_folder(Path(args.save_path) / args.dataset, savename)
     auxiliaries.write_flags(folder, vars(args))
     print(f"run folder: {folder}")
-    if args.make_graph:
+    if picture is not None:
         with auxiliaries.replaced_file(folder / "network.svg") as file:
             file.write(picture)
     if is_mining:

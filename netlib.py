@@ -138,11 +138,14 @@ def build_network(
     heads that the file holds in the right size are taken too.
     Raises WeightsError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
-    network = EmbeddingNetwork(BACKBONES[arch](), embed_sizes, freeze_batchnorm)
+    backbone, state, source = BACKBONES[arch], None, f"--weights {weights_file}"
     if weights_file is not None:
-        fit_weights(network, read_weights(weights_file), f"--weights {weights_file}", arch)
+        state = read_weights(weights_file)
     elif pretrained:
-        fit_weights(network, download_weights(network.backbone, arch), "downloaded weights", arch)
+        state, source = download_weights(backbone, arch), "downloaded weights"
+    network = EmbeddingNetwork(backbone(), embed_sizes, freeze_batchnorm)
+    if state is not None:
+        fit_weights(network, state, source, arch)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -196,7 +199,7 @@ def compile_network(network: EmbeddingNetwork, image_shape: tuple[int, ...], amp
     return compiled
 
 
-def download_weights(backbone: nn.Module, arch: str) -> dict[str, Tensor]:
+def download_weights(backbone: type[nn.Module], arch: str) -> dict[str, Tensor]:
     """Return the backbone's pretrained state dict from torchvision's cache or the network. Raises WeightsError."""
     elsewhere = (
         "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"
@@ -225,6 +228,8 @@ def read_file(path: str | Path, source: str) -> object:
     source: what the message calls the file. Raises WeightsError where the file is missing, damaged, or holds objects
     other than tensors and plain values.
     """
+    if os.path.isdir(path):
+        raise WeightsError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
     if not os.path.isfile(path):
         raise WeightsError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
     try:
@@ -242,8 +247,8 @@ def read_file(path: str | Path, source: str) -> object:
         pickled = re.search(r"GLOBAL (\S+)", str(error))
         if pickled:
             raise WeightsError(
-                f"{source}: holds a pickled object ({pickled[1]}), which is not loaded: that could run code from the "
-                "file; store tensors and plain values only"
+                f"{source}: holds a pickled object ({shown(pickled[1])}), which could run code when loaded; "
+                "store tensors and plain values only"
             ) from error
         raise WeightsError(
             f"{source}: cannot be read ({type(error).__name__}); it is damaged or truncated, or was not written by "

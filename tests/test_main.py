@@ -1,6 +1,9 @@
 """Flags, mining, the training epoch, and whole runs as a user starts them."""
 
+import functools
+import importlib.util
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ import losses
 import main
 import netlib
 
+GradScaler = torch.amp.GradScaler
 RUN_FILES = {
     "checkpoint.pth.tar",
     "hypa.pkl",
@@ -85,8 +89,7 @@ def test_defaults_that_depend_on_other_flags():
         (["--n_epochs", "0"], "'0' is not a whole number of at least 1"),
         (["--losses", "contrastive", "triplet"], "invalid choice: 'contrastive'"),
         (["--amp", "fp8"], "invalid choice: 'fp8'"),
-        (["--arch", "googlenet"], "--arch googlenet is not available yet"),
-        (["--make_graph"], "--make_graph is not available yet"),
+        (["--arch", "vgg16"], "invalid choice: 'vgg16'"),
         (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
         (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
@@ -106,6 +109,18 @@ def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert error.startswith("main.py: error: ")
+
+
+def test_a_graph_without_graphviz_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        parse("--make_graph")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "main.py: error: --make_graph: install the Python package graphviz (pip install graphviz) and the program dot "
+        "of Graphviz (https://graphviz.org/download), or leave it out\n"
+    )
 
 
 def spoil_first_image(root):
@@ -230,15 +245,15 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert "CPU" in printed or "GPU" in printed
 
     # the checkpoint is the best epoch's network, and scores as logged
-    stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    stored = netlib.read_checkpoint(folder)
     best_epoch = stored["progress"]["val_rows"][-1]["Epochs"]
     assert best_epoch == val["Recall @ 1"].idxmax()
     assert stored["flags"] == flags
     assert len(stored["progress"]["shared_labels"]) == 10
-    network = netlib.build_network(
-        flags["arch"], dict(zip(main.TASKS, flags["embed_sizes"])), pretrained=False, freeze_batchnorm=False
-    )
-    network.load_state_dict(stored["state_dict"])
+    means = [value for name, value in stored["state_dict"].items() if name.endswith("running_mean")]
+    assert flags["bn"] == "train"
+    assert all((value != 0).any() for value in means)
+    network = netlib.load(folder)
     test_images = datasets.load_dataset("tiny", flags["source_path"])[1][""]
     dataset = datasets.ImageDataset(test_images, datasets.test_transform(flags["img_size"]))
     loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=8)
@@ -531,3 +546,133 @@ def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
     monkeypatch.setattr(auxiliaries, "save_checkpoint", spy)
     tiny_run("--n_epochs", 4)
     assert saved == [0, 1]
+
+
+def test_frozen_batchnorm_keeps_every_statistic_and_trains_every_scale_and_shift(tiny_run):
+    folder = tiny_run("--bn", "frozen", "--n_epochs", 1, "--task_p", 1, 1)
+    trained = torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"]
+    means = [value for name, value in trained.items() if name.endswith("running_mean")]
+    variances = [value for name, value in trained.items() if name.endswith("running_var")]
+    assert len(means) == len(variances) == 53
+    assert all((value == 0).all() for value in means)
+    assert all((value == 1).all() for value in variances)
+    # zero_init_residual: a branch's scale and shift move from the second step on, once its last scale is off zero
+    norms = {name for name in trained if ".bn" in name or ".downsample.1." in name}
+    starts = {"weight": 1.0, "bias": 0.0}
+    for name in norms:
+        kind = name.rsplit(".", 1)[1]
+        if kind in starts:
+            start = 0.0 if kind == "weight" and ".bn3." in name else starts[kind]
+            assert (trained[name] != start).any(), name
+
+
+def test_googlenet_trains_and_is_loaded_again_in_two_lines(tiny_run, class_folders):
+    folder = tiny_run("--arch", "googlenet", "--n_epochs", 1, "--embed_sizes", 16, 24)
+    (folder / "hypa.pkl").write_bytes(b"must not be read")
+    network = netlib.load(folder)
+    test_images = datasets.load_dataset("tiny", class_folders)[1][""]
+    dataset = datasets.ImageDataset(test_images, datasets.test_transform(32))
+    with torch.no_grad():
+        embeddings = network(torch.stack([dataset[i][0] for i in range(len(dataset))]))
+    assert {task: tuple(values.shape) for task, values in embeddings.items()} == {"Class": (10, 16), "Shared": (10, 24)}
+    flags = netlib.read_checkpoint(folder)["flags"]
+    scores = evaluate.score_set(embeddings["Class"].numpy(), test_images.labels, flags["k_vals"], flags["seed"])
+    row = read_logs(folder)["log_val_Class.csv"].loc[0]
+    assert scores == pytest.approx({name: row[name] for name in scores}, abs=1e-9)
+
+
+def test_a_checkpoint_is_trained_on_with_weights(tiny_run, class_folders, run_main):
+    first = tiny_run("--arch", "googlenet", "--n_epochs", 1)
+    again = run_main(
+        "--dataset", "tiny", "--source_path", class_folders, "--arch", "googlenet", "--n_epochs", 1, "--lr", "1e-12",
+        "--weights", first / "checkpoint.pth.tar", not_pretrained=False,
+    )  # fmt: skip
+    before, after = (netlib.read_checkpoint(folder) for folder in (first, again))
+    assert after["flags"]["bn"] == "frozen"
+    for name, value in before["state_dict"].items():
+        torch.testing.assert_close(after["state_dict"][name], value, atol=1e-6, rtol=1e-6)
+    row, start = before["progress"]["val_rows"][-1], after["progress"]["initial_scores"]
+    assert start == pytest.approx({name: row[name] for name in start}, abs=1e-9)
+
+
+@pytest.mark.skipif(bool(auxiliaries.missing_for_graphs()), reason="needs graphviz")
+def test_make_graph_draws_the_network_into_the_run_folder(tiny_run):
+    folder = tiny_run("--arch", "googlenet", "--n_epochs", 1, "--make_graph")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"network.svg"}
+    texts = {node.text for node in ElementTree.parse(folder / "network.svg").iter() if node.tag.endswith("text")}
+    assert {"googlenet", "images", "conv3", "192 x 8 x 8", "Early", "3072", "inception5b", "Class", "Shared"} <= texts
+
+
+@pytest.mark.skipif(bool(auxiliaries.missing_for_graphs()), reason="needs graphviz")
+def test_a_graphviz_that_fails_is_one_line_and_leaves_no_run_folder(tiny_run, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "bin" / "dot"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{broken.parent}:/usr/bin:/bin")
+    with pytest.raises(SystemExit) as stop:
+        tiny_run("--make_graph")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--make_graph: Graphviz's program dot fails" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_tf32_without_a_gpu_is_refused(tiny_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tiny_run("--tf32")
+    assert stop.value.code == 2
+    assert "--tf32: needs an NVIDIA GPU of compute capability 8.0" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_tf32_is_set_for_products_and_convolutions(monkeypatch, enabled):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    try:
+        main.set_tf32(enabled, torch.device("cuda", 0))
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == enabled
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == enabled
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == enabled
+    finally:
+        main.set_tf32(False, torch.device("cpu"))
+
+
+def test_fp16_trains_with_a_gradient_scaler(tiny_run, monkeypatch):
+    scales = []
+    original = main.train_one_epoch
+
+    def spy(network, criteria, adversaries, optimizer, scaler, *rest):
+        scales.append(scaler.get_scale())
+        before = network.heads["Class"].weight.clone()
+        averages = original(network, criteria, adversaries, optimizer, scaler, *rest)
+        moved = (network.heads["Class"].weight != before).any()
+        assert moved == (scales[0] < 1e20)
+        return averages
+
+    monkeypatch.setattr(main, "train_one_epoch", spy)
+    losses_of = {}
+    for scale in (2.0**8, 2.0**126):  # the second overflows every gradient: no step is taken, and no loss suffers
+        monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(GradScaler, init_scale=scale))
+        scales.clear()
+        folder = tiny_run("--arch", "googlenet", "--amp", "fp16", "--task_p", 1, 0)
+        assert scales[0] == scale
+        assert (scales[1] < scale) == (scale > 1e20)
+        losses_of[scale] = read_logs(folder)["log_train_Class.csv"]
+    assert all(np.isfinite(log["Train Loss"]).all() for log in losses_of.values())
+
+
+def test_compile_changes_no_key_of_the_checkpoint(tiny_run, monkeypatch, capsys):
+    flags = ["--arch", "googlenet", "--bn", "frozen", "--n_epochs", 1]
+    plain = tiny_run(*flags)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compiled = tiny_run(*flags, "--compile")
+    assert "--compile: the network was compiled in" in capsys.readouterr().out
+    before, after = (netlib.read_checkpoint(folder)["state_dict"] for folder in (plain, compiled))
+    assert list(before) == list(after)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-5)
+    for name, table in read_logs(plain).items():
+        pd.testing.assert_frame_equal(table, read_logs(compiled)[name], rtol=1e-3)

@@ -5,15 +5,25 @@ import contextlib
 import csv
 import html
 import importlib.util
+import io
 import os
 import pickle
 import random
+import shlex
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there a run folder is not locked
+    fcntl = None
 
 import faiss
 import matplotlib
@@ -42,8 +52,33 @@ class DivergedError(FloatingPointError):
     """A value of the training is NaN or infinite; the message is one line for the user."""
 
 
+class StoppedError(OSError):
+    """A run cannot go on because its files cannot be written; the message is one line for the user."""
+
+
+class Interrupted(BaseException):
+    """A signal asks the run to stop; the message is one line for the user. signum: the signal's number."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2.
+
+    given: the names of the flags that the last command line named.
+    """
+
+    given: frozenset[str] = frozenset()
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse and remember in `given` which flags were there; see argparse."""
+        parsed = super().parse_args(args, namespace)
+        absent = object()
+        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), absent)))
+        self.given = frozenset(name for name, value in vars(marked).items() if value is not absent)
+        return parsed
 
     def error(self, message: str) -> None:
         """Exit with the message; see argparse."""
@@ -113,10 +148,85 @@ def make_run_folder(parent: str | Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
+def signals_stop() -> Iterator[None]:
+    """Raise Interrupted on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def stop(signum: int, _: object) -> None:
+        """Raise Interrupted; in a forked worker, end quietly or leave it to the owner."""
+        if os.getpid() != owner:
+            if signum == signal.SIGTERM:
+                os._exit(0)
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise Interrupted(signum, "nothing had been stored yet")
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on with a run that is stopped or cannot write. Raises Interrupted, StoppedError."""
+
+    def hint() -> str:
+        """Say what is left and how to go on with it."""
+        if not (folder / "last.pth.tar").exists():
+            return "nothing had been stored to go on with"
+        return f"the last complete epoch is safe; go on with: python main.py --resume {shlex.quote(str(folder))}"
+
+    try:
+        yield
+    except Interrupted as error:
+        raise Interrupted(error.signum, hint()) from None
+    except DivergedError as error:
+        raise type(error)(f"{error}; {folder / 'last.pth.tar'} is from before that") from error
+    except RunFolderError:
+        raise
+    except OSError as error:
+        what = f"{error.filename or folder} ({error.strerror or first_line(error)})"
+        raise StoppedError(f"cannot read or write {what}; {hint()}") from error
+
+
+def lock_run_folder(folder: Path) -> IO:
+    """Lock a run folder for this process and return the open lock file; the lock ends with the process or the file.
+
+    Raises RunFolderError where another process has it. A dead process has none, whatever file it left.
+    """
+    try:
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the run
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of forked workers
+    except OSError as error:
+        if not isinstance(error, (BlockingIOError, PermissionError)) or not os.access(folder, os.W_OK):
+            raise RunFolderError(f"{folder}: cannot be locked ({error.strerror})") from error
+        file.seek(0)
+        holder = file.read(100).strip() or "another process"
+        raise RunFolderError(f"{folder}: is being trained by {holder}; wait for it, or stop it first") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed process left in a run folder, which is locked."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
 def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes the place of `path` when the block ends well: readers see the old or the new one whole."""
     encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
@@ -211,10 +321,55 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
         csv.DictWriter(file, columns, lineterminator="\n").writerow(row)
 
 
-def save_checkpoint(path: Path, network: torch.nn.Module, flags: Mapping[str, object], progress: dict) -> None:
-    """Write {"state_dict", "flags", "progress"}; tensors and plain values only, for torch.load(weights_only=True)."""
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a CSV file anew: what append_row makes of the rows one after the other. Without rows there is no file."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    with replaced_file(path, "w") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def save_checkpoint(
+    path: Path,
+    network: torch.nn.Module,
+    flags: Mapping[str, object],
+    progress: Mapping[str, object],
+    training: Mapping[str, object] | None = None,
+) -> None:
+    """Write {"state_dict", "flags", "progress"}; tensors and plain values only, for torch.load(weights_only=True).
+
+    training: all else that is needed to resume, stored as "training".
+    """
+    content = {"state_dict": network.state_dict(), "flags": dict(flags), "progress": dict(progress)}
+    whole = io.BytesIO()  # a full disk is an OSError of the file then, not whatever the archive's writer makes of it
+    torch.save(content if training is None else content | {"training": dict(training)}, whole)
     with replaced_file(path) as file:
-        torch.save({"state_dict": network.state_dict(), "flags": dict(flags), "progress": progress}, file)
+        file.write(whole.getbuffer())
+
+
+def random_states() -> dict[str, object]:
+    """Return the states of all random number generators as plain values, for set_random_states."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, object]) -> None:
+    """Continue all random number generators where random_states found them; those of other GPUs are left alone."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
 
 
 def write_summary(

@@ -6,6 +6,7 @@ python evaluate.py --compare RUN [RUN ...] [--csv FILE] [--plot FILE]
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,10 @@ UNIT_ROUNDOFF = 2.0**-24
 
 CROWD = 4096
 """Pairs of one query whose order is in doubt beyond which they are not compared one by one."""
+
+
+FEW = 512
+"""Points nearer than a query's first hit up to which they are listed; more are counted."""
 
 
 class NonFiniteFeaturesError(auxiliaries.DivergedError):
@@ -163,15 +168,15 @@ class ClassSearch:
         """Yield, block by block of queries, three (B,) tensors: the rank of the first hit, counted from 0, the average
         precision at R, and the R-precision. A rank of max_k or more need not be exact.
         """
-        buffer = torch.empty(min(self.block_size, len(self.left)), len(self.right), device=self.device)
+        shape = (min(self.block_size, len(self.left)), len(self.right))
+        buffer, mask = (torch.empty(shape, dtype=kind, device=self.device) for kind in (torch.float32, torch.bool))
         for start in range(0, len(self.left), self.block_size):
             block = torch.arange(start, min(start + self.block_size, len(self.left)), device=self.device)
             closeness = self.closeness(block, buffer)
-            certain, rows, columns = self.candidates(closeness, block, max_k)
+            certain, rows, columns, values = self.candidates(closeness, mask, block, max_k)
             is_crowded = torch.bincount(rows, minlength=len(block)) > 4 * self.n_wanted[block] + CROWD
             crowded, kept = is_crowded.nonzero()[:, 0], ~is_crowded[rows]
-            rows, columns = rows[kept], columns[kept]
-            rows, is_own = self.ordered(block, rows, columns, closeness[rows, columns])
+            rows, is_own = self.ordered(block, rows[kept], columns[kept], values[kept])
             if len(crowded):
                 certain[crowded] = 0
                 more = self.nearest_of_crowded(block[crowded], max_k)
@@ -189,12 +194,15 @@ class ClassSearch:
         closeness[found.nonzero()[:, 0], own_place[found]] = -torch.inf
         return closeness
 
-    def candidates(self, closeness: Tensor, block: Tensor, max_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def candidates(
+        self, closeness: Tensor, mask: Tensor, block: Tensor, max_k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return which points have to be looked at closely: how many others are nearer for certain, and pairs.
 
         Returns (B,) counts of points of other classes that are nearer than the nearest of the query's class beyond
-        doubt, and the rows and columns of the pairs that come next. These hold the query's R nearest points, where one
-        of its class can be among them, and the first of its class with all whose order to it is in doubt.
+        doubt, and rows, columns and closeness of the pairs that come next. These hold the query's R nearest points,
+        where one of its class can be among them, and the first of its class with all whose order to it is in doubt.
+        mask: (B, padded G) bool, to work in.
         """
         wanted, sizes = self.n_wanted[block], self.sizes[block]
         offsets = torch.arange(max(int(sizes.max()), 1), device=self.device)
@@ -207,11 +215,20 @@ class ClassSearch:
         is_reachable = (best >= bound - 2 * self.doubt) | (wanted == 0)
         low = torch.where(wanted == 0, torch.inf, torch.minimum(best, bound) - 2 * self.doubt)
         high = torch.where(is_reachable, torch.inf, best + 2 * self.doubt)
-        is_certain = closeness > high[:, None]
-        is_open = (closeness >= low[:, None]).logical_xor_(is_certain)
-        certain = count_rows(is_certain)
-        is_open[certain >= max_k] = False
-        return certain, *positions(is_open)
+        is_open = torch.ge(closeness, low[:, None], out=mask[: len(block)])
+        counts = count_rows(is_open)
+        certain = torch.zeros_like(counts)
+        deep = ((counts > FEW) & ~is_reachable).nonzero()[:, 0]
+        if len(deep):  # the rest is told from the pairs' values
+            is_certain = closeness[deep] > high[deep, None]
+            certain[deep] = count_rows(is_certain)
+            is_open[deep] = is_open[deep] & ~is_certain & (certain[deep, None] < max_k)
+        rows, columns = positions(is_open)
+        values = closeness[rows, columns]
+        is_certain = values > high[rows]
+        certain += torch.bincount(rows[is_certain], minlength=len(block))
+        is_kept = ~is_certain & (certain[rows] < max_k)
+        return certain, rows[is_kept], columns[is_kept], values[is_kept]
 
     def ordered(self, block: Tensor, rows: Tensor, columns: Tensor, closeness: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows of pairs and whether they are of one class, row by row and nearest first.
@@ -493,7 +510,7 @@ PAPER = {
 }
 """Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
 
-NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph")
+NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
 """Flags in which runs of one setting may differ."""
 
 
@@ -664,7 +681,11 @@ USER_ERRORS = (
 
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Turn errors that the user can mend into one line on stderr: exit code 2 for bad input, 1 for divergence."""
+    """Turn errors that the user can mend into one line on stderr.
+
+    The exit code is 2 for bad input, 1 for a run that cannot go on, 128 and the signal's number for one that is told to
+    stop.
+    """
     try:
         yield
     except USER_ERRORS as error:
@@ -672,9 +693,12 @@ def one_line_errors(prog: str) -> Iterator[None]:
         message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
         print(f"{prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except auxiliaries.DivergedError as error:
+    except (auxiliaries.DivergedError, auxiliaries.StoppedError) as error:
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
+    except auxiliaries.Interrupted as error:
+        print(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", file=sys.stderr)
+        sys.exit(128 + error.signum)
 
 
 @one_line_errors("evaluate.py")

@@ -26,6 +26,9 @@ K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
 PAIRS = ["task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin"]
 LOSS_READ_INTERVAL = 10
+LAST_CHECKPOINT = "last.pth.tar"
+LOGS = {"log_train_Class.csv": "train_rows", "log_val_Class.csv": "val_rows", "log_mining.csv": "mining_rows"}
+"""The CSV files of a run folder, and what the checkpoint calls their rows."""
 
 
 class NonFiniteLossError(auxiliaries.DivergedError):
@@ -173,6 +176,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--gpu", type=count_or_zero, default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")  # fmt: skip
+    add("--resume", metavar="RUN", help="go on with the run in this folder as if it had not been interrupted, with its "
+        "flags; only --kernels, --gpu, --source_path and a larger --n_epochs may be given anew")  # fmt: skip
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs graphviz")
     add("--source_path", default="./Datasets", metavar="FOLDER", help="folder that holds the dataset folders")
     add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to SAVE_PATH/DATASET/NAME")
@@ -180,7 +185,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit."""
+    """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit.
+
+    With --resume they are those of the stored run, but for what may be given anew.
+    """
+    if args.resume is not None:
+        return check_resumed(args, parser)
     args = argparse.Namespace(**vars(args))
     for flag in PAIRS:
         values = getattr(args, flag)
@@ -226,6 +236,42 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
     args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
     return args
+
+
+RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs")
+
+
+def check_resumed(args: argparse.Namespace, parser: auxiliaries.OneLineParser) -> argparse.Namespace:
+    """Return the flags of the run that --resume names, checked like typed ones, with those that are given anew."""
+    anew = [flag for flag in vars(args) if flag in parser.given]
+    for flag in anew:
+        if flag not in RESUMABLE:
+            parser.error(
+                f"--{flag}: a resumed run keeps its flags; only --kernels, --gpu, --source_path and a larger "
+                "--n_epochs may be given anew"
+            )
+    path = Path(args.resume) / LAST_CHECKPOINT
+    try:
+        flags = netlib.read_checkpoint(path)["flags"]
+    except netlib.WeightsError as error:
+        hint = "" if path.exists() else "; it was stopped before it had anything to resume, or is no run folder"
+        parser.error(f"--resume {args.resume}: {error}{hint}")
+    again = get_args_parser()
+    again.prog = f"main.py: error: {path}, its flags"
+    typed = []
+    for flag, value in flags.items():
+        if value is True:
+            typed.append(f"--{flag}")
+        elif isinstance(value, list):
+            typed += [f"--{flag}", *map(str, value)]
+        elif value is not None and value is not False and flag != "resume":
+            typed.append(f"--{flag}={value}")
+    resumed = check_args(again.parse_args(typed), again)
+    if "n_epochs" in anew and args.n_epochs < resumed.n_epochs:
+        parser.error(f"--n_epochs {args.n_epochs}: the run has {resumed.n_epochs}; give at least as many to resume it")
+    for flag in anew:
+        setattr(resumed, flag, getattr(args, flag))
+    return resumed
 
 
 def check_sizes(args: argparse.Namespace, n_images: int) -> None:
@@ -380,17 +426,18 @@ def train_one_epoch(
     schedule: np.ndarray,
     amp: str,
     bar: tqdm,
+    epoch: int,
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses, None for what took no step.
 
     adversaries: direction target-source to (term, weight). scaler: of the loss, for fp16; it leaves out steps whose
     gradients overflow. schedule: (iterations, 2) bool, which task takes its step; a task's loader holds exactly that
-    many batches. bar: progress bar, told of every image and at times of the losses.
+    many batches. bar: progress bar, told of every image and at times of the losses. epoch: for messages.
     Raises NonFiniteLossError that names the term, the task's step and the iteration.
     """
     network.train()
     device = network.mean.device
-    meter = LossMeter()
+    meter = LossMeter(epoch)
     batches = {task: iter(loaders[task]) for task, takes_steps in zip(TASKS, schedule.any(0)) if takes_steps}
     for iteration, takes_step in enumerate(schedule):
         for task in (task for task, active in zip(TASKS, takes_step) if active):
@@ -416,7 +463,8 @@ def train_one_epoch(
 class LossMeter:
     """Sums loss terms by name; the values stay on the device until `read`, so that a step never waits for them."""
 
-    def __init__(self):
+    def __init__(self, epoch: int):
+        self.epoch = epoch
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.pending: list[tuple[int, str, str, torch.Tensor]] = []
@@ -433,7 +481,8 @@ class LossMeter:
             for (iteration, task, term, _), value in zip(self.pending, values, strict=True):
                 if not math.isfinite(value):
                     raise NonFiniteLossError(
-                        f"the {term} loss is {value} at iteration {iteration} ({task} step): training has diverged; "
+                        f"the {term} loss is {value} in epoch {self.epoch} at iteration {iteration} ({task} step): "
+                        "training has diverged; "
                         "try a lower --lr, or lower --adv_weights"
                     )
                 self.sums[term] = self.sums.get(term, 0.0) + value
@@ -488,14 +537,80 @@ def print_split(split: str, images: datasets.ImageSet) -> None:
     print(f"{split}: {len(images)} images of {len(images.class_names)} classes{note}")
 
 
-def log_mining(path: Path, row: Mapping[str, float]) -> None:
-    """Print a mining and append it to its CSV."""
+def print_mining(row: Mapping[str, float]) -> None:
+    """Print what a mining found."""
     matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in row.items() if name.startswith("NMI "))
     print(
         f"mined for epoch {row['Before Epoch']}: {row['Clusters']} clusters of {row['Smallest']} to {row['Largest']} "
         f"images; NMI of the labels with {matches}"
     )
-    auxiliaries.append_row(path, row)
+
+
+def stored_flags(args: argparse.Namespace) -> dict[str, object]:
+    """Return the flags that are kept with a run."""
+    return {flag: value for flag, value in vars(args).items() if flag != "resume"}
+
+
+def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]:
+    """Read the checkpoint to resume from and return its content.
+
+    n_images, n_clusters: of the training images now, and of mined labels. Raises WeightsError where it holds no
+    training to go on with, DatasetError where the images have changed.
+    """
+    stored = netlib.read_checkpoint(path)
+    progress, training = stored["progress"], stored.get("training")
+    labels = progress.get("shared_labels")
+    rows = [progress.get(name) for name in ("train_rows", "val_rows", "mining_rows")]
+    is_whole = (
+        isinstance(training, dict)
+        and isinstance(training.get("epoch"), int)
+        and isinstance(training.get("seconds"), float)
+        and isinstance(progress.get("initial_scores"), dict)
+        and all(isinstance(some, list) and all(isinstance(row, dict) for row in some) for some in rows)
+        and len(rows[0]) == training["epoch"]
+        and (labels is None or (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.ndim == 1))
+    )
+    if not is_whole or (labels is not None and not bool(((labels >= 0) & (labels < n_clusters)).all())):
+        raise netlib.WeightsError(f"{path}: holds no training to go on with")
+    if training.get("n_images") != n_images:
+        raise datasets.DatasetError(
+            f"--resume: the run had {training.get('n_images')} training images, now there are {n_images}; give it the "
+            "images it was trained with"
+        )
+    return stored
+
+
+def restore(stored: Mapping, path: Path, modules: Mapping[str, nn.Module], others: Mapping) -> None:
+    """Set modules, optimiser, scheduler, scaler and random states to what `record_training` stored.
+
+    modules: "network" and "terms". others: "optimizer", "scheduler" and "scaler". Raises WeightsError where they do
+    not fit.
+    """
+    training = stored["training"]
+    try:
+        modules["network"].load_state_dict(stored["state_dict"])
+        modules["terms"].load_state_dict(training["terms"])
+        for name, part in others.items():
+            if part is not None:
+                part.load_state_dict(training[name])
+        auxiliaries.set_random_states(training["random"])
+    except Exception as error:  # whatever stands in a file of the right form
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise netlib.WeightsError(f"{path}: holds no training of this run ({reason})") from error
+
+
+def record_training(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    others: Mapping,
+    args: argparse.Namespace,
+    progress: Mapping,
+    position: Mapping[str, float],
+) -> None:
+    """Store all that `restore` needs. position: the epoch that comes next, n_images, and the run's seconds so far."""
+    states = {name: part.state_dict() for name, part in others.items() if part is not None}
+    training = {"terms": modules["terms"].state_dict(), "random": auxiliaries.random_states(), **states, **position}
+    auxiliaries.save_checkpoint(path, modules["network"], stored_flags(args), progress, training)
 
 
 def record_evaluation(
@@ -522,7 +637,7 @@ def record_evaluation(
         best = max(rows, key=lambda row: row["Recall @ 1"])
         best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
         if best is rows[-1]:
-            auxiliaries.save_checkpoint(folder / f"checkpoint{suffix}.pth.tar", network, vars(args), progress)
+            auxiliaries.save_checkpoint(folder / f"checkpoint{suffix}.pth.tar", network, stored_flags(args), progress)
             images = loader.dataset.images
             auxiliaries.draw_recoveries(
                 folder / f"sample_recoveries{suffix}.png",
@@ -538,6 +653,7 @@ def record_evaluation(
 
 
 @evaluate.one_line_errors("main.py")
+@auxiliaries.signals_stop()
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
     start = time.time()
@@ -545,16 +661,20 @@ def main(args: argparse.Namespace) -> Path:
     device = auxiliaries.pick_device(args.gpu)
     set_tf32(args.tf32, device)
 
+    parent = Path(args.resume).absolute().parent if args.resume else Path(args.save_path) / args.dataset
     savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    auxiliaries.check_run_folder(Path(args.save_path) / args.dataset, savename)
+    if args.resume:
+        folder = Path(args.resume)
+        lock = auxiliaries.lock_run_folder(folder)
+    else:
+        auxiliaries.check_run_folder(parent, savename)
 
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
-    cache_folder = Path(args.save_path) / args.dataset
-    train_images = datasets.cached(train_images, args.cache, cache_folder, "train")
+    train_images = datasets.cached(train_images, args.cache, parent, "train")
     test_sets = {
-        name: datasets.cached(images, args.cache, cache_folder, evaluate.file_suffix(name)[1:] or "test")
+        name: datasets.cached(images, args.cache, parent, evaluate.file_suffix(name)[1:] or "test")
         for name, images in test_sets.items()
     }
     print_split("train", train_images)
@@ -565,19 +685,31 @@ def main(args: argparse.Namespace) -> Path:
     samplers, loaders, ordered_loaders = build_loaders(args, train_images, test_sets, device.type == "cuda")
     test_loaders = {name: ordered_loaders[name] for name in test_sets}
 
+    stored = None
+    if args.resume:
+        stored = read_training(folder / LAST_CHECKPOINT, len(train_images), args.shared_num_classes)
+        start -= stored["training"]["seconds"]
+        if stored["training"]["epoch"] >= args.n_epochs:
+            print(f"{folder} is finished: {args.n_epochs} epochs are done; a larger --n_epochs goes on")
+            return folder
+
     # Network
     network = netlib.build_network(
         args.arch,
         dict(zip(TASKS, args.embed_sizes, strict=True)),
-        pretrained=not args.not_pretrained,
-        weights_file=args.weights,
+        pretrained=not args.not_pretrained and stored is None,
+        weights_file=args.weights if stored is None else None,
         freeze_batchnorm=args.bn == "frozen",
     ).to(device)
     picture = None
     if args.make_graph:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
-    initial_scores, _ = score_tests(network, test_loaders, args)
-    print(f"before training  {evaluate.scores_line(initial_scores)}")
+    if stored is None:
+        initial_scores, _ = score_tests(network, test_loaders, args)
+        print(f"before training  {evaluate.scores_line(initial_scores)}")
+        progress = {"initial_scores": initial_scores, "train_rows": [], "val_rows": [], "mining_rows": []}
+    else:
+        progress = stored["progress"]
 
     # First labels
     def mine(before_epoch: int) -> tuple[np.ndarray, dict[str, float]]:
@@ -598,8 +730,12 @@ def main(args: argparse.Namespace) -> Path:
 
     is_mining = args.task_p[TASKS.index("Shared")] > 0
     labels = {"Class": train_images.labels}
-    if is_mining:
+    if stored is not None:
+        labels |= {"Shared": progress["shared_labels"].numpy()} if is_mining else {}
+    elif is_mining:
         labels["Shared"], mining_row = mine(before_epoch=0)
+        progress["mining_rows"].append(mining_row)
+        print_mining(mining_row)
     elif train_images.pixels is None:
         for _ in ordered_loaders["train"]:  # a broken image is to show now, not in the middle of a run
             pass
@@ -616,52 +752,71 @@ def main(args: argparse.Namespace) -> Path:
     if args.compile:
         trained = netlib.compile_network(network, (args.bs, 3, args.img_size, args.img_size), args.amp)
 
-    # Run folder: every image has been decoded by now, and the network has run
-    folder = auxiliaries.make_run_folder(Path(args.save_path) / args.dataset, savename)
-    auxiliaries.write_flags(folder, vars(args))
+    modules = {"network": network, "terms": terms}
+    others = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+
+    # Resume, or a new run folder: every image has been decoded by now, and the network has run
+    if stored is not None:
+        restore(stored, folder / LAST_CHECKPOINT, modules, others)
+        auxiliaries.remove_leftovers(folder)
+    else:
+        folder = auxiliaries.make_run_folder(parent, savename)
+        lock = auxiliaries.lock_run_folder(folder)
     print(f"run folder: {folder}")
-    if picture is not None:
-        with auxiliaries.replaced_file(folder / "network.svg") as file:
-            file.write(picture)
-    if is_mining:
-        log_mining(folder / "log_mining.csv", mining_row)
+    first_epoch = 0 if stored is None else stored["training"]["epoch"]
+    with lock, auxiliaries.resumable(folder):
+        auxiliaries.write_flags(folder, stored_flags(args))
+        if picture is not None:
+            with auxiliaries.replaced_file(folder / "network.svg") as file:
+                file.write(picture)
+        for name, rows in LOGS.items():
+            auxiliaries.write_rows(folder / name, progress[rows])
 
-    # Loop
-    progress = {"initial_scores": initial_scores, "train_rows": [], "val_rows": [], "shared_labels": None}
-    for epoch in range(args.n_epochs):
-        epoch_start = time.time()
-        schedule = draw_task_schedule(args.task_p, len(train_images) // args.bs, args.seed, epoch)
-        for task in labels:
-            samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
-        n_images = args.bs * int(schedule.sum())
-        with tqdm(desc=f"epoch {epoch}", total=n_images, unit="img", unit_scale=True, leave=False, disable=None) as bar:
-            averages = train_one_epoch(
-                trained, criteria, adversaries, optimizer, scaler, loaders, schedule, args.amp, bar
-            )
-        progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
-        auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
-
-        if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
-            eval_start = time.time()
-            with_clustering = not args.fast_eval or (epoch + 1) % 10 == 0 or epoch == args.n_epochs - 1
-            scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
-            progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
+        # Loop
+        for epoch in range(first_epoch, args.n_epochs + 1):
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
-            best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
-            auxiliaries.write_summary(
-                folder / "Curr_Summary_Class.txt", initial_scores, progress["val_rows"], seconds=time.time() - start
-            )
-            shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
-            print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
+            position = {"epoch": epoch, "n_images": len(train_images), "seconds": time.time() - start}
+            record_training(folder / LAST_CHECKPOINT, modules, others, args, progress, position)
+            if epoch == args.n_epochs:
+                break
+            epoch_start = time.time()
+            schedule = draw_task_schedule(args.task_p, len(train_images) // args.bs, args.seed, epoch)
+            for task in labels:
+                samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
+            bar = {"desc": f"epoch {epoch}", "total": args.bs * int(schedule.sum()), "unit": "img", "unit_scale": True}
+            with tqdm(**bar, leave=False, disable=None) as bar:
+                averages = train_one_epoch(
+                    trained, criteria, adversaries, optimizer, scaler, loaders, schedule, args.amp, bar, epoch
+                )
+            progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
+            auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
 
-        if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
-            labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
-            log_mining(folder / "log_mining.csv", mining_row)
-        if scheduler is not None:
-            scheduler.step()
+            if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
+                eval_start = time.time()
+                with_clustering = not args.fast_eval or (epoch + 1) % 10 == 0 or epoch == args.n_epochs - 1
+                scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
+                progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
+                best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
+                auxiliaries.write_summary(
+                    folder / "Curr_Summary_Class.txt",
+                    progress["initial_scores"],
+                    progress["val_rows"],
+                    seconds=time.time() - start,
+                )
+                shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
+                print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
+
+            if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
+                labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
+                progress["mining_rows"].append(mining_row)
+                auxiliaries.append_row(folder / "log_mining.csv", mining_row)
+                print_mining(mining_row)
+            if scheduler is not None:
+                scheduler.step()
     for name in test_sets:
         score = f"{name} Recall @ 1".strip()
-        print(f"{score} on the test classes: {initial_scores[score]:.4f} before training, last {scores[score]:.4f}")
+        before, last = progress["initial_scores"][score], scores[score]
+        print(f"{score} on the test classes: {before:.4f} before training, last {last:.4f}")
     print(f"best Recall @ 1: {best}")
     print(f"run folder: {folder}")
     return folder

@@ -168,7 +168,16 @@ class Ours:
             scaler = MarkedScaler(marks, enabled=self.args.amp == "fp16")
         with tqdm(disable=True) as bar:
             program.train_one_epoch(
-                network, self.criteria, self.adversaries, self.optimizer, scaler, loaders, schedule, self.args.amp, bar
+                network,
+                self.criteria,
+                self.adversaries,
+                self.optimizer,
+                scaler,
+                loaders,
+                schedule,
+                self.args.amp,
+                bar,
+                0,
             )
 
 

@@ -36,6 +36,8 @@ RUN_FILES = {
     "InfoPlot_Class.svg",
     "Curr_Summary_Class.txt",
     "sample_recoveries.png",
+    "last.pth.tar",
+    ".lock",
 }
 METHOD_DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
@@ -47,6 +49,7 @@ METHOD_DEFAULTS = {
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
+    "resume": None,
 }  # fmt: skip
 
 

@@ -1,0 +1,430 @@
+"""Runs that are killed, told to stop, or cannot write, and how they go on."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import write_class_folders
+
+import auxiliaries
+import evaluate
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import auxiliaries, evaluate, main
+
+module, function, call, action = {module}, {function!r}, {call}, {action!r}
+original, calls = getattr(module, function), 0
+
+def spy(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == call:
+        if action == "half a file":
+            with auxiliaries.replaced_file(args[0]) as file:
+                file.write(b"half of it")
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, action))
+    return original(*args, **kwargs)
+
+setattr(module, function, spy)
+parser = main.get_args_parser()
+main.main(main.check_args(parser.parse_args({argv!r}), parser))
+"""
+
+
+def flags_of(source, folder, *more):
+    """Return the command line of a small run that mines after every epoch."""
+    base = "--dataset tiny --img_size 32 --bs 8 --cs_per_bs 2 2 --n_epochs 3 --kernels 0 --lr 1e-3 --adv_weights 50 "
+    base += "--shared_num_classes 3 --cluster_update_freq 0 --not_pretrained --scheduler exp --gamma 0.9 --savename run"
+    return [*base.split(), "--source_path", str(source), "--save_path", str(folder), *map(str, more)]
+
+
+def run(argv):
+    """Run main in this process; return the run folder."""
+    parser = main.get_args_parser()
+    return main.main(main.check_args(parser.parse_args([str(flag) for flag in argv]), parser))
+
+
+def killed_run(argv, module, function, call, action="SIGKILL"):
+    """Run main in a process of its own that is sent a signal at the call-th call of a function; return the process."""
+    code = KILLER.format(
+        root=str(ROOT), module=module, function=function, call=call, action=action, argv=[str(flag) for flag in argv]
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+
+
+def assert_same_run(one, other):
+    """Compare logs but for times, and the weights and all else that training depends on, bit for bit."""
+    for name in main.LOGS:
+        assert (one / name).exists() == (other / name).exists()
+        if (one / name).exists():
+            tables = [pd.read_csv(folder / name, dtype=str).drop(columns="Time") for folder in (one, other)]
+            pd.testing.assert_frame_equal(*tables)
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        stored = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        for content in stored:
+            content.get("training", {}).pop("seconds", None)
+            for row in [row for rows in content["progress"].values() if isinstance(rows, list) for row in rows]:
+                row.pop("Time")
+            for flag in ("savename", "save_path", "n_epochs", "kernels"):
+                content["flags"].pop(flag)
+        assert_equal(*stored, name)
+
+
+def assert_equal(one, other, where):
+    """Compare nested plain values and tensors bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}: {key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other)):
+            assert_equal(a, b, f"{where}, {i}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: (source path, run folder)."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_class_folders(folder / "source" / "tiny")
+    return folder / "source", run(flags_of(folder / "source", folder))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call", "action"),
+    [
+        ("main.losses.MarginLoss", "forward", 5, "SIGKILL"),  # in training, of epoch 1
+        ("evaluate", "score_set", 3, "SIGKILL"),  # in the evaluation of epoch 1, after its training row was written
+        ("auxiliaries", "kmeans", 6, "SIGKILL"),  # in the mining after epoch 1
+        ("auxiliaries", "save_checkpoint", 5, "half a file"),  # while last.pth.tar is written
+        ("auxiliaries", "draw_progress", 2, "SIGKILL"),  # after the best checkpoint of epoch 1, before last.pth.tar
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, module, function, call, action):
+    source, expected = whole
+    process = killed_run(flags_of(source, tmp_path), module, function, call, action)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    folder = tmp_path / "tiny" / "run"
+    with open(folder / "log_train_Class.csv", "a") as file:
+        file.write("7,torn li")
+    assert run(["--resume", folder]) == folder
+    assert_same_run(folder, expected)
+    assert not list(folder.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard"],
+        ["--losses", "triplet", "proxynca", "--adversarial", "Shared-Class", "Class-Shared", "--adv_weights", 5, 9],
+        ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 0.7, 0.6, "--amp", "fp16"],
+        ["--task_p", 1, 0, "--adv_weights", 0, "--scheduler", "none", "--eval_every", 2],
+        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 2, "--cache", "ram"],
+    ],
+)
+def test_all_that_has_state_is_resumed(whole, tmp_path, flags, monkeypatch):
+    source, _ = whole
+    expected = run(flags_of(source, tmp_path / "whole", *flags))
+    original, calls = main.train_one_epoch, []
+
+    def stop_in_epoch_2(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise auxiliaries.Interrupted(signal.SIGTERM, "")
+        return original(*args)
+
+    monkeypatch.setattr(main, "train_one_epoch", stop_in_epoch_2)
+    with pytest.raises(SystemExit):
+        run(flags_of(source, tmp_path / "cut", *flags))
+    monkeypatch.undo()
+    torch.rand(3), random.random()  # another process would have other states
+    folder = run(["--resume", tmp_path / "cut" / "tiny" / "run"])
+    assert_same_run(folder, expected)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signals_stop_with_one_line_and_a_command_to_go_on(whole, tmp_path, name, code):
+    source, expected = whole
+    argv = flags_of(source, tmp_path / "with space", "--kernels", 2)
+    process = killed_run(argv, "main.losses.MarginLoss", "forward", 5, name)
+    assert process.returncode == code
+    assert process.stderr.count("\n") == 1
+    assert process.stderr.startswith(f"main.py: stopped by {name}: the last complete epoch is safe; go on with: ")
+    folder = tmp_path / "with space" / "tiny" / "run"
+    command = process.stderr.split("go on with: ")[1].strip()
+    assert command == f"python main.py --resume '{folder}'"
+    workers = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    assert workers.stdout == ""
+
+
+def test_a_signal_before_anything_is_stored(whole, tmp_path):
+    source, _ = whole
+    process = killed_run(flags_of(source, tmp_path), "evaluate", "score_set", 1, "SIGTERM")
+    assert (process.returncode, process.stderr) == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+
+
+def test_a_finished_run_says_so_and_more_epochs_go_on(whole, tmp_path, capsys):
+    source, expected = whole
+    folder = tmp_path / "run"
+    shutil.copytree(expected, folder)
+    before = (folder / "last.pth.tar").stat().st_mtime_ns
+    run(["--resume", folder])
+    assert f"{folder} is finished: 3 epochs are done" in capsys.readouterr().out
+    assert (folder / "last.pth.tar").stat().st_mtime_ns == before
+    run(["--resume", folder, "--n_epochs", 4, "--kernels", 1])
+    assert_same_run(folder, run(flags_of(source, tmp_path, "--n_epochs", 4, "--kernels", 1)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "1e-3"], "--lr: a resumed run keeps its flags"),
+        (["--not_pretrained"], "--not_pretrained: a resumed run keeps its flags"),
+        (["--n_epochs", "2"], "--n_epochs 2: the run has 3; give at least as many"),
+        (["--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
+    ],
+)
+def test_flags_that_change_the_result_are_refused(whole, flags, message, capsys):
+    assert message in refused(capsys, "--resume", whole[1], *flags)
+
+
+def refused(capsys, *argv):
+    """Run main, which is to stop with exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert error.startswith("main.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys):
+    assert "no such run folder" in refused(capsys, "--resume", tmp_path / "absent")
+    (tmp_path / "run").mkdir()
+    assert "stopped before it had anything to resume" in refused(capsys, "--resume", tmp_path / "run")
+    source, folder = whole
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.copytree(source, tmp_path / "source")
+    next((tmp_path / "source" / "tiny" / "images" / "class_00").iterdir()).unlink()
+    argv = ["--resume", tmp_path / "copy", "--source_path", tmp_path / "source"]
+    assert "the run had 10 training images, now there are 9" in refused(capsys, *argv)
+
+
+def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys, monkeypatch):
+    """200 variants: each is refused with one line, or loads a file whose checksums are right."""
+    good = (whole[1] / "last.pth.tar").read_bytes()
+    (tmp_path / "run").mkdir()
+    path = tmp_path / "run" / "last.pth.tar"
+    monkeypatch.setattr(main, "train_one_epoch", lambda *_: pytest.fail("nothing is left to train"))
+    rng = random.Random(0)
+    outcomes = {"refused": 0, "whole": 0}
+    for i in range(100):
+        damaged = bytearray(good)
+        if i % 2:
+            del damaged[rng.randrange(len(good)) :]
+        else:
+            place = rng.choice([rng.randrange(len(good)), rng.randrange(4000), len(good) - 1 - rng.randrange(20000)])
+            damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        for command in (["main.py", "--resume", path.parent], ["evaluate.py", path]):
+            outcomes[outcome(command, capsys, path)] += 1
+    assert sum(outcomes.values()) == 200
+    assert outcomes["refused"] > 150, outcomes
+
+
+def outcome(command, capsys, path):
+    """Run a command on a checkpoint; return whether it was refused, with one line, or went through."""
+    capsys.readouterr()
+    try:
+        if command[0] == "main.py":
+            run(command[1:])
+        else:
+            parser = evaluate.get_args_parser()
+            evaluate.main(evaluate.check_args(parser.parse_args([str(part) for part in command[1:]]), parser))
+    except SystemExit as stop:
+        code = stop.code
+    else:
+        return "whole"
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith(f"{command[0]}: error: "), error
+    assert error.count("\n") == 1, error
+    return "refused"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("training",), None),
+        (("training", "epoch"), "1"),
+        (("training", "epoch"), 1),
+        (("training", "optimizer"), {}),
+        (("training", "terms"), {}),
+        (("training", "scheduler"), [1]),
+        (("training", "random"), {"python": 3}),
+        (("training", "random", "torch"), torch.zeros(3)),
+        (("progress", "train_rows"), 7),
+        (("progress", "shared_labels"), torch.full((10,), 99)),
+        (("progress", "shared_labels"), torch.zeros(10)),
+        (("flags", "lr"), "fast"),
+        (("flags", "bs"), [8, 8]),
+        (("flags", "embed_sizes"), [64, 64]),
+        (("flags", "dataset"), 3.5),
+        (("flags", "unheard_of"), 1),
+        (("state_dict", "heads.Class.bias"), torch.zeros(3)),
+    ],
+)
+def test_checkpoints_with_wrong_values_are_refused(whole, tmp_path, capsys, place, value):
+    content = torch.load(whole[1] / "last.pth.tar", weights_only=True)
+    content["training"]["epoch"] = 2  # so that there is something to go on with
+    for name in ("train_rows", "val_rows"):
+        content["progress"][name].pop()
+    inner = content
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "last.pth.tar")
+    refused(capsys, "--resume", tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"last.pth.tar", ".lock"}
+
+
+def test_pickled_objects_are_not_executed(whole, tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    content = torch.load(whole[1] / "last.pth.tar", weights_only=True)
+    (tmp_path / "run").mkdir()
+    torch.save(content | {"training": Bomb()}, tmp_path / "run" / "last.pth.tar")
+    assert "pickled object" in refused(capsys, "--resume", tmp_path / "run")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_only_one_process_resumes(whole, tmp_path):
+    source, _ = whole
+    process = killed_run(flags_of(source, tmp_path), "main.losses.MarginLoss", "forward", 3)
+    assert process.returncode == -signal.SIGKILL
+    folder = tmp_path / "tiny" / "run"
+    assert "process" in (folder / ".lock").read_text()  # of a dead process: no hindrance
+    command = [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2], errors
+    (refusal,) = [error for error, code in zip(errors, codes) if code == 2]
+    assert "is being trained by process" in refusal
+    assert refusal.count("\n") == 1
+    assert pd.read_csv(folder / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
+    """The limit on file sizes lets the logs grow but no checkpoint be written."""
+    source, expected = whole
+    process = killed_run(flags_of(source, tmp_path), "main.losses.MarginLoss", "forward", 5)
+    assert process.returncode == -signal.SIGKILL
+    folder = tmp_path / "tiny" / "run"
+    good = (folder / "last.pth.tar").read_bytes()
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+
+    command = [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)]
+    process = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+    assert process.returncode == 1
+    assert process.stderr.startswith("main.py: stopped: cannot read or write ")
+    assert "File too large" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert (folder / "last.pth.tar").read_bytes() == good
+    run(["--resume", folder])
+    assert_same_run(folder, expected)
+
+
+@pytest.mark.parametrize("action", ["delete", "no disk"])
+def test_a_folder_that_goes_away_or_cannot_be_written_is_told(whole, tmp_path, action, monkeypatch, capsys):
+    source, _ = whole
+    folder, original = tmp_path / "tiny" / "run", main.train_one_epoch
+
+    def spoil_after(*args):
+        averages = original(*args)
+        if action == "delete":
+            shutil.rmtree(folder)
+        else:
+            monkeypatch.setattr(auxiliaries, "append_row", read_only)
+        return averages
+
+    def read_only(path, row):
+        raise OSError(30, "Read-only file system", str(path))
+
+    monkeypatch.setattr(main, "train_one_epoch", spoil_after)
+    with pytest.raises(SystemExit) as stop:
+        run(flags_of(source, tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert error.startswith(f"main.py: stopped: cannot read or write {folder}/log_train_Class.csv")
+    assert error.count("\n") == 1
+    if action == "no disk":
+        assert torch.load(folder / "last.pth.tar", weights_only=True)["training"]["epoch"] == 0
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_path, capsys, monkeypatch):
+    source, _ = whole
+    original, calls = main.losses.MarginLoss.forward, []
+
+    def diverge(self, *args):
+        calls.append(1)
+        return original(self, *args) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(main.losses.MarginLoss, "forward", diverge)
+    with pytest.raises(SystemExit) as stop:
+        run(flags_of(source, tmp_path, "--task_p", 1, 1))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "the Shared loss is nan in epoch 1 at iteration 0" in error
+    stored = torch.load(tmp_path / "tiny" / "run" / "last.pth.tar", weights_only=True)
+    assert stored["training"]["epoch"] == 1
+    assert all(value.isfinite().all() for value in stored["state_dict"].values())
+
+
+def test_two_runs_of_one_name_get_two_folders(tmp_path):
+    with (
+        auxiliaries.ThreadPool(16)
+        if hasattr(auxiliaries, "ThreadPool")
+        else __import__("concurrent.futures", fromlist=["ThreadPoolExecutor"]).ThreadPoolExecutor(16) as pool
+    ):
+        folders = list(pool.map(lambda _: auxiliaries.make_run_folder(tmp_path, "run"), range(16)))
+    assert len(set(folders)) == 16
+
+
+def test_random_states_are_plain_and_restored(tmp_path):
+    states = json.loads(json.dumps({k: v for k, v in auxiliaries.random_states().items() if k in ("python", "numpy")}))
+    assert set(states) == {"python", "numpy"}
+    before = auxiliaries.random_states()
+    drawn = random.random(), torch.rand(2).tolist(), time.time()
+    auxiliaries.set_random_states(before)
+    assert (random.random(), torch.rand(2).tolist()) == drawn[:2]

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -191,7 +192,8 @@ def resumable(folder: Path) -> Iterator[None]:
     except RunFolderError:
         raise
     except OSError as error:
-        what = f"{error.filename or folder} ({error.strerror or first_line(error)})"
+        path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or folder))  # not the temporary name
+        what = f"{path} ({error.strerror or first_line(error)})"
         raise StoppedError(f"cannot read or write {what}; {hint()}") from error
 
 

@@ -50,7 +50,8 @@ main.main(main.check_args(parser.parse_args({argv!r}), parser))
 
 def flags_of(source, folder, *more):
     """Return the command line of a small run that mines after every epoch."""
-    base = "--dataset tiny --img_size 32 --bs 8 --cs_per_bs 2 2 --n_epochs 3 --kernels 0 --lr 1e-3 --adv_weights 50 "
+    base = "--dataset tiny --arch googlenet --img_size 32 --bs 8 --cs_per_bs 2 2 --n_epochs 3 --kernels 0 --lr 1e-3 "
+    base += "--adv_weights 50 "
     base += "--shared_num_classes 3 --cluster_update_freq 0 --not_pretrained --scheduler exp --gamma 0.9 --savename run"
     return [*base.split(), "--source_path", str(source), "--save_path", str(folder), *map(str, more)]
 
@@ -352,7 +353,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
 
     command = [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)]
     process = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=300)
@@ -412,11 +413,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_pa
 
 
 def test_two_runs_of_one_name_get_two_folders(tmp_path):
-    with (
-        auxiliaries.ThreadPool(16)
-        if hasattr(auxiliaries, "ThreadPool")
-        else __import__("concurrent.futures", fromlist=["ThreadPoolExecutor"]).ThreadPoolExecutor(16) as pool
-    ):
+    with ThreadPoolExecutor(16) as pool:
         folders = list(pool.map(lambda _: auxiliaries.make_run_folder(tmp_path, "run"), range(16)))
     assert len(set(folders)) == 16
 

@@ -589,7 +589,7 @@ def compare_setting(
             if paper:
                 gap = {name: means[name] - value for name, value in paper.items() if name in means}
                 rows.append(head | {"run": "gap to the paper", "at": at} | gap)
-        label = " ".join([dataset, test_set, *(f"{name} {value}" for name, value in flags.items())])
+        label = " ".join([*filter(None, (dataset, test_set)), *(f"{name} {value}" for name, value in flags.items())])
         epochs = sorted(set.intersection(*({row["Epochs"] for row in run.val_rows} for run in members)))
         recalls = [
             [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows if row["Epochs"] in epochs]

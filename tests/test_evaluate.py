@@ -90,8 +90,10 @@ KINDS = ["random", "clustered", "duplicated", "collinear", "identical", "almost 
 
 
 @pytest.mark.parametrize("with_gallery", [False, True])
+@pytest.mark.parametrize("few", [0, 512])  # nearer points are counted, or listed
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_agree_with_sorting_all_distances(kind, with_gallery):
+def test_scores_agree_with_sorting_all_distances(kind, few, with_gallery, monkeypatch):
+    monkeypatch.setattr(evaluate, "FEW", few)
     for seed in range(4):
         rng = np.random.default_rng(seed)
         embeddings, labels = points_of_kind(kind, rng)

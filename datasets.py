@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,18 +47,33 @@ class DatasetError(ValueError):
 
     def __init__(self, message: str):
         # A DataLoader worker's error arrives as "Caught ... Original Traceback ... DatasetError: message".
-        super().__init__(message.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+        super().__init__(printable(message.strip().rsplit(f"{type(self).__name__}: ", 1)[-1]))
+
+
+def printable(text: str) -> str:
+    """Return a text with the bytes of file names that are not in the system's encoding spelt out."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first three of some names as text."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 class PixelStore:
     """Decoded images of any size, one after the other in one flat array.
 
-    flat: (sum of H * W * 3) uint8. sizes: (N, 2) int64 heights and widths. Indexing gives an (H, W, 3) view.
+    flat: (sum of H * W * 3) uint8, or the path of a file that holds it and is mapped into memory: spawned workers
+    are then given its path instead of a copy. sizes: (N, 2) int64 heights and widths. Indexing gives an (H, W, 3) view.
     """
 
-    def __init__(self, flat: np.ndarray, sizes: np.ndarray):
-        self.flat, self.sizes = flat, sizes
+    def __init__(self, flat: np.ndarray | Path, sizes: np.ndarray):
+        self.path = flat if isinstance(flat, Path) else None
+        self.flat, self.sizes = flat if self.path is None else np.memmap(flat, np.uint8, "c"), sizes
         self.ends = np.cumsum(3 * sizes.prod(1))
+
+    def __reduce__(self) -> tuple:
+        return PixelStore, (self.flat if self.path is None else self.path, self.sizes)
 
     def __getitem__(self, index: int) -> np.ndarray:
         height, width = self.sizes[index]
@@ -71,7 +88,7 @@ class ImageSet:
     pixels: decoded images, (N, H, W, 3) uint8 or a PixelStore; None where `names` are files to decode.
     factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
     is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
-    image is searched in all others.
+    image is searched in all others. warnings: what its reader found odd, a line each.
     """
 
     names: list[str]
@@ -80,6 +97,7 @@ class ImageSet:
     pixels: np.ndarray | PixelStore | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
     is_query: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,7 +117,7 @@ def read_image(path: str) -> torch.Tensor:
     """
     if decode_image is not None and path.lower().endswith((".jpg", ".jpeg")):
         # Pillow reads more kinds of JPEG, and says better what is wrong with the others
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, UnicodeEncodeError):  # the latter: names that are not UTF-8
             image = decode_image(path, mode=ImageReadMode.RGB)
             if image.dtype == torch.uint8 and image.shape[:-2] == (3,):  # not so for other formats under that name
                 return image
@@ -120,48 +138,90 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         raise DatasetError(f"cannot decode the image {path} ({reason}); repair or remove it") from error
 
 
-def cached(images: ImageSet, kind: str, folder: Path, name: str) -> ImageSet:
-    """Return the images with all of them decoded, so that reading one costs nothing; the pixels are the same.
+def cached(image_sets: Sequence[ImageSet], kind: str, folder: Path, names: Sequence[str]) -> list[ImageSet]:
+    """Return image sets with all images decoded, so that reading one costs nothing; the pixels are the same.
 
-    kind: "none" changes nothing; "ram" keeps them in memory, which forked workers share; "disk" keeps them in a
-    memory-mapped file of `folder`, called after `name`, that later runs reuse until an image file changes.
-    Raises DatasetError when they do not fit, or when an image cannot be decoded.
+    kind: "none" changes nothing; "ram" keeps them in memory, which forked workers share; "disk" keeps them in
+    memory-mapped files of `folder`, called after `names`, that later runs reuse until an image file changes.
+    Raises DatasetError when they do not all fit, before any is decoded, or when an image cannot be decoded.
     """
-    if kind == "none" or images.pixels is not None:
-        return images
-    path = folder / f"decoded_{name}_{fingerprint(images.names)}.bin"
-    if kind == "disk" and path.exists() and path.with_suffix(".npy").exists():
-        return replace(images, pixels=PixelStore(np.memmap(path, np.uint8, "c"), np.load(path.with_suffix(".npy"))))
+    decoded = list(image_sets)
+    todo = [i for i, images in enumerate(decoded) if images.pixels is None and kind != "none"]
+    paths = {i: folder / f"decoded_{names[i]}_{fingerprint(decoded[i].names)}.bin" for i in todo}
+    for i in todo if kind == "disk" else ():
+        decoded[i] = replace(decoded[i], pixels=open_store(paths[i], len(decoded[i])))
+    todo = [i for i in todo if decoded[i].pixels is None]
+    if not todo:
+        return decoded
     with ThreadPoolExecutor() as pool:
-        sizes = np.array(list(pool.map(image_size, images.names)), dtype=np.int64)
-        n_bytes = int(3 * sizes.prod(1).sum())
-        free = free_memory() if kind == "ram" else free_space(folder)
-        if free is not None and n_bytes > 0.9 * free:
-            raise DatasetError(
-                f"--cache {kind}: the decoded {name} images take {n_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB "
-                f"are free{'' if kind == 'ram' else f' in {folder}'}; use --cache {'disk' if kind == 'ram' else 'none'}"
-            )
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        flat = np.empty(n_bytes, np.uint8) if kind == "ram" else np.memmap(temporary, np.uint8, "w+", shape=n_bytes)
-        store = PixelStore(flat, sizes)
+        sizes = {i: np.array(list(pool.map(image_size, decoded[i].names)), dtype=np.int64) for i in todo}
+    require_room(kind, folder, sum(int(3 * of_set.prod(1).sum()) for of_set in sizes.values()))
+    for i in todo:
+        if kind == "ram":
+            store = PixelStore(np.empty(int(3 * sizes[i].prod(1).sum()), np.uint8), sizes[i])
+            decode_into(store, decoded[i].names, names[i])
+        else:
+            store = write_store(paths[i], sizes[i], decoded[i].names, names[i])
+        decoded[i] = replace(decoded[i], pixels=store)
+    return decoded
 
-        def fill(index: int) -> None:
-            """Decode an image into its place."""
-            store[index][:] = read_image(images.names[index]).permute(1, 2, 0).numpy()
 
-        try:
-            list(tqdm(pool.map(fill, range(len(images))), f"decoding {name}", len(images), unit="img", disable=None))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    if kind == "disk":
-        flat.flush()
-        temporary_sizes = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(temporary_sizes, sizes)
-        temporary_sizes.rename(path.with_suffix(".npy"))
-        temporary.rename(path)
-        remove_stale_caches(folder, name, path)
-    return replace(images, pixels=store)
+def decode_into(store: PixelStore, paths: list[str], name: str) -> None:
+    """Decode images, each into its place, with a progress bar that tells the set's name."""
+
+    def fill(index: int) -> None:
+        """Decode one image."""
+        store[index][:] = read_image(paths[index]).permute(1, 2, 0).numpy()
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(fill, range(len(paths))), f"decoding {name}", len(paths), unit="img", disable=None))
+
+
+@contextlib.contextmanager
+def cache_errors(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a DatasetError."""
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"--cache disk: the decoded images cannot be kept in {folder} ({error.strerror}); use --cache none, or "
+            "another --save_path"
+        ) from error
+
+
+def open_store(path: Path, n_images: int) -> PixelStore | None:
+    """Return the decoded images of a file and of the sizes beside it, None where the two are not there or not whole."""
+    try:
+        sizes = np.load(path.with_suffix(".npy"))
+        is_whole = sizes.shape == (n_images, 2) and path.stat().st_size == 3 * sizes.prod(1).sum()
+        return PixelStore(path, sizes) if is_whole else None
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def write_store(path: Path, sizes: np.ndarray, image_paths: list[str], name: str) -> PixelStore:
+    """Decode images into a file that takes its name once it is whole; return it mapped. Raises DatasetError."""
+    temporary, temporary_sizes = (path.with_suffix(f".{os.getpid()}.{kind}") for kind in ("part", "npy"))
+    n_bytes = int(3 * sizes.prod(1).sum())
+    try:
+        with cache_errors(path.parent):
+            with open(temporary, "wb") as file:
+                if hasattr(os, "posix_fallocate"):  # else a disk that fills up kills the process at a later write
+                    os.posix_fallocate(file.fileno(), 0, n_bytes)
+                file.truncate(n_bytes)
+            store = PixelStore(np.memmap(temporary, np.uint8, "r+"), sizes)
+            decode_into(store, image_paths, name)
+            store.flat.flush()
+            np.save(temporary_sizes, sizes)
+            temporary_sizes.rename(path.with_suffix(".npy"))
+            temporary.rename(path)
+            remove_stale_caches(path.parent, name, path)
+    except BaseException:
+        for unfinished in (temporary, temporary_sizes):
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+        raise
+    return open_store(path, len(sizes)) or store  # the latter where another run has replaced the file already
 
 
 def remove_stale_caches(folder: Path, name: str, current: Path) -> None:
@@ -194,24 +254,42 @@ def image_size(path: str) -> tuple[int, int]:
         return image.height, image.width
 
 
-def free_memory() -> int | None:
+def require_room(kind: str, folder: Path, n_bytes: int) -> None:
+    """Raise DatasetError where decoded images do not fit in memory, or on the disk of a folder, which is made."""
+    if kind == "ram":
+        free = free_memory()
+    else:
+        with cache_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free
+    if free is not None and n_bytes > 0.9 * free:
+        where, instead = ("of memory", "disk") if kind == "ram" else (f"in {folder}", "none")
+        raise DatasetError(
+            f"--cache {kind}: the decoded images take {n_bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB {where} are "
+            f"free; use --cache {instead}"
+        )
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this process may still take, None where the system does not say."""
     limits = []
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
+    with contextlib.suppress(OSError, StopIteration), open(root / "proc/meminfo", encoding="ascii") as file:
         limits.append(1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):  # of a container or a job; "max" is none
-        group = Path("/sys/fs/cgroup")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    groups = []  # of a container or a job: each limit on the way up holds
+    with contextlib.suppress(OSError):
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    for _, controllers, group in groups:
+        if controllers not in ("", "memory"):
+            continue
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        path = root / "sys/fs/cgroup" / controllers / group.strip("/")
+        for folder in (path, *path.parents):
+            with contextlib.suppress(OSError, ValueError):  # a limit "max" is none
+                free = int((folder / f"memory.{limit}").read_text()) - int((folder / f"memory.{used}").read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                # what files were read lately is counted as used, and given back when it is needed
+                limits.append(free + int(stat.get("total_inactive_file", stat.get("inactive_file", 0))))
     return min(limits, default=None)
-
-
-def free_space(folder: Path) -> int:
-    """Return the free bytes of the disk that holds a folder, which is made. Raises DatasetError where it cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return shutil.disk_usage(folder).free
-    except OSError as error:
-        raise DatasetError(f"--cache disk: cannot create {folder} ({error.strerror}); see --save_path") from error
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -408,54 +486,111 @@ def locate(name: str, source_path: Path) -> Path:
     candidates = list(
         dict.fromkeys([source_path / name, source_path / name / known.archive, source_path / known.archive])
     )
-    try:
-        for root in candidates:
-            if any((root / landmark).exists() for landmark in known.landmarks):
-                return root
-    except OSError as error:
-        raise DatasetError(f"--dataset {name}: cannot look into {root} ({error.strerror})") from error
+    for root in candidates:
+        if is_marked(root, known):
+            return root
     lines = [f"no images of --dataset {name} in --source_path {source_path}"]
     lines.append(f"looked for  {known.layout} in {' or '.join(map(str, candidates))}")
-    present = [folder for folder in (*candidates, source_path) if folder.is_dir()]
+    present = [folder for folder in (*candidates, source_path) if os.path.isdir(folder)]
     found = "; ".join(f"{folder} holds {describe(folder)}" for folder in present[:2])
     lines.append(f"found       {found or f'no folder {source_path}'}")
-    lines += [f"to do       {advice}" for advice in advise(known, name, source_path, present)]
+    dead = [
+        path
+        for path in (source_path, *candidates, *(root / mark for root in candidates for mark in known.landmarks))
+        if os.path.islink(path) and not os.path.exists(path)
+    ]
+    if dead:
+        lines.append(f"to do       {dead[0]} is a dead link to {os.readlink(dead[0])}: mend it")
+    else:
+        lines.append(f"to do       {advise(known, name, source_path, present)}")
     if known.url:
         lines.append(f"get it at   {known.url}")
     raise DatasetError("\n  ".join(lines))
 
 
-def advise(known: Published, name: str, source_path: Path, present: list[Path]) -> list[str]:
-    """Return what to do about a data set that is not where it is expected, as far as its surroundings tell."""
-
-    def is_marked(folder: Path) -> bool:
-        """Tell whether a folder is the data set's."""
+def is_marked(folder: Path, known: Published) -> bool:
+    """Tell whether a folder is that of a data set. Raises DatasetError where the system does not let us look."""
+    try:
         return any((folder / landmark).exists() for landmark in known.landmarks)
+    except OSError as error:
+        raise DatasetError(f"cannot look into the folder {folder} ({error.strerror})") from error
 
-    if is_marked(source_path):
-        return [f"{source_path} is the data set itself: name it {name} and give its parent as --source_path"]
+
+def advise(known: Published, name: str, source_path: Path, present: list[Path]) -> str:
+    """Return what to do about a data set that is not where it is expected, as far as its surroundings tell."""
+    target, here = source_path / name, source_path.absolute()
+    if is_marked(source_path, known):
+        known_folders = {*PUBLISHED, *(published.archive for published in PUBLISHED.values())}
+        if known_folders.intersection(listing(source_path).folders):
+            marks = " and ".join(mark for mark in known.landmarks if (source_path / mark).exists())
+            return (
+                f"{source_path} holds other data sets too: move {marks}, and the lists that belong to it, to {target}"
+            )
+        return f"{source_path} is the data set itself: name it {name} and give its parent as --source_path"
+    takes_classes = known.layout.startswith("images/<class>")
+    if takes_classes and here.name == "images" and holds_classes(here):
+        return f"{here} is the data set's folder of images: name {here.parent} {name}, and give {here.parent.parent}"
     for folder in present:
-        for child in visible(folder, folders=True):
-            if folder != source_path and is_marked(folder / child):  # beside it may lie another data set
-                return [f"it lies one level off: rename or move {folder / child} to {source_path / name}"]
-        archives = [file for file in visible(folder, folders=False) if file.endswith((".zip", ".tar", ".tgz", ".gz"))]
-        if archives:
-            return [f"unpack {folder / archives[0]}"]
-    return ["give the folder that holds the data set's folder as --source_path"]
+        children = [folder / child for child in listing(folder).folders]
+        for child in children if folder != source_path else ():  # beside it may lie another data set
+            with contextlib.suppress(DatasetError):  # which no one may look into, and which is none then
+                if is_marked(child, known):
+                    return f"it lies one level off: rename or move {child} to {target}"
+        for place in (folder, *(children if folder != source_path else ())):
+            archives = [file for file in files_in(place) if file.lower().endswith(ARCHIVES)]
+            if archives:
+                return f"unpack {place / archives[0]}"
+        if takes_classes and folder != source_path and holds_classes(folder):
+            return f"move the class folders from {folder} to {target / 'images'}"
+    return "give the folder that holds the data set's folder as --source_path"
 
 
-def visible(folder: Path, *, folders: bool) -> list[str]:
-    """Return the sorted names of a folder's subfolders, or of its files, without hidden ones. Raises DatasetError."""
+ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+
+
+def holds_classes(folder: Path) -> bool:
+    """Tell whether subfolders of a folder hold images."""
+    return any(file.lower().endswith(IMAGES) for child in listing(folder).folders for file in files_in(folder / child))
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the files of a folder, none where it cannot be listed."""
+    with contextlib.suppress(DatasetError):
+        return listing(folder).files
+    return []
+
+
+class Listing(NamedTuple):
+    """The sorted names in a folder, without hidden ones. dead_links: links to what is not there."""
+
+    folders: list[str]
+    files: list[str]
+    dead_links: list[str]
+
+
+def listing(folder: Path) -> Listing:
+    """Return what a folder holds; pipes and sockets are neither files nor folders. Raises DatasetError."""
+    folders, files, dead = [], [], []
     try:
         with os.scandir(folder) as entries:
-            return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir() == folders)
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_symlink():
+                    dead.append(entry.name)
     except OSError as error:
         raise DatasetError(f"cannot list the folder {folder} ({error.strerror})") from error
+    return Listing(sorted(folders), sorted(files), sorted(dead))
 
 
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    names = visible(folder, folders=True) + visible(folder, folders=False)
+    names = [name for names in listing(folder) for name in names]
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
@@ -463,28 +598,51 @@ def read_class_folders(root: Path) -> Splits:
     """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
 
     Of an odd number of classes the test side has one more. Raises DatasetError when there are fewer than two classes
-    with images on either side.
+    with images on either side, or folders that would be classes if their images were in place.
     """
     images = root / "images"
-    per_class = {name: visible(images / name, folders=False) for name in visible(images, folders=True)}
-    per_class = {name: [f"{name}/{file}" for file in files] for name, files in per_class.items() if files}
-    if len(per_class) < 4:
-        deeper = [
-            f"{name}/{child}"
-            for name in visible(images, folders=True)
-            for child in visible(images / name, folders=True)
-        ]
-        hint = f"; images one level deeper, in {deeper[0]}? Move the class folders up" if deeper else ""
+    folders, files, dead = listing(images)
+    require_no_dead_links(images, dead, len(folders) + len(dead), "class folders")
+    inside = {name: listing(images / name) for name in folders}
+    dead = [f"{name}/{link}" for name in folders for link in inside[name].dead_links]
+    require_no_dead_links(images, dead, len(dead) + sum(len(found.files) for found in inside.values()), "images")
+    deeper = [
+        f"{name}/{inside[name].folders[0]}" for name in folders if inside[name].folders and not inside[name].files
+    ]
+    if deeper:
         raise DatasetError(
-            f"{images} holds {len(per_class)} class folders with images; at least 4 are needed: 2 to train, 2 to test"
-            f"{hint}"
+            f"{images}: {len(deeper)} of {len(folders)} class folders hold no images but folders, {first_few(deeper)}; "
+            f"move the images to {images}/<class>/<image>"
         )
-    return split_halves(images, per_class)
+    if files and len(folders) < 4:
+        raise DatasetError(f"{images} holds images of no class, {first_few(files)}; move each to {images}/<class>")
+    empty = [name for name in folders if not inside[name].files]
+    note = (f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}",) if empty else ()
+    train, tests = split_halves(
+        images, images, {name: [f"{name}/{file}" for file in inside[name].files] for name in folders}
+    )
+    return replace(train, warnings=note), tests
 
 
-def split_halves(folder: Path, per_class: dict[str, list[str]]) -> Splits:
-    """Return the first half of the classes to train and the rest to test; paths are relative to the folder."""
+def require_no_dead_links(where: Path, dead: list[str], n_names: int, what: str) -> None:
+    """Raise DatasetError that names the first of some dead links, and says how many of how many names they are."""
+    if dead:
+        raise DatasetError(
+            f"{where}: {len(dead)} of {n_names} {what} are dead links: {first_few(dead)}; mend or remove them"
+        )
+
+
+def split_halves(source: Path, folder: Path, per_class: dict[str, list[str]]) -> Splits:
+    """Return the first half of the classes with images to train and the rest to test; paths are below the folder.
+
+    source: what names the classes. Raises DatasetError when there are fewer than two classes on either side.
+    """
+    per_class = {name: files for name, files in per_class.items() if files}
     names = list(per_class)
+    if len(names) < 4:
+        raise DatasetError(
+            f"{source} holds {len(names)} classes with images; at least 4 are needed: 2 to train, 2 to test"
+        )
     half = len(names) // 2
     train, test = (
         ImageSet(
@@ -500,7 +658,7 @@ def split_halves(folder: Path, per_class: dict[str, list[str]]) -> Splits:
 def read_cars(root: Path) -> Splits:
     """Read CARS196: class folders, or the official archive's car_ims with the annotations in cars_annos.mat.
 
-    The classes' order is that of the folders or of the file; the first half trains.
+    The classes' order is that of the folders or of the file; the first half of those with images trains.
     """
     if (root / "images").is_dir():
         return read_class_folders(root)
@@ -511,24 +669,15 @@ def read_cars(root: Path) -> Splits:
         rows = np.atleast_1d(annotations["annotations"])
         files = [str(file) for file in rows["relative_im_path"]]
         labels = rows["class"].astype(int)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        NotImplementedError,
-        MatReadError,
-        zlib.error,
-    ) as error:
+    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, MatReadError, zlib.error) as error:
         raise DatasetError(f"{path}: cannot be read as the annotations of CARS196 ({error})") from error
-    if len(class_names) < 4 or not labels.size or labels.min() < 1 or labels.max() > len(class_names):
+    if not labels.size or labels.min() < 1 or labels.max() > len(class_names):
         raise DatasetError(f"{path}: {len(class_names)} class names and {labels.size} labels that do not fit them")
     require_images(path, root, files)
     per_class: dict[str, list[str]] = {name: [] for name in class_names}
     for file, label in zip(files, labels):
         per_class[class_names[label - 1]].append(file)
-    return split_halves(root, per_class)
+    return split_halves(path, root, per_class)
 
 
 def read_online_products(root: Path) -> Splits:
@@ -537,7 +686,7 @@ def read_online_products(root: Path) -> Splits:
     splits = []
     for split in ("train", "test"):
         path = first_existing(root, f"Info_Files/Ebay_{split}.txt", f"Ebay_{split}.txt")
-        rows = read_rows(path, 4, n_header_lines=1, integer_columns=(1,))
+        _, rows = read_rows(path, r"(\d+)\s+(\d+)\s+(\d+)\s+(.+)", "image_id class_id super_class_id path")
         splits.append(listed_split(path, images, [row[3] for row in rows], [int(row[1]) for row in rows]))
     return splits[0], {"": splits[1]}
 
@@ -546,10 +695,8 @@ def read_in_shop(root: Path) -> Splits:
     """Read In-Shop Clothes: list_eval_partition.txt, a count, a header and `image_name item_id evaluation_status`."""
     images = root if (root / "img").is_dir() else root / "Img"
     path = first_existing(root, "Eval/list_eval_partition.txt", "list_eval_partition.txt")
-    rows = read_rows(path, 3, n_header_lines=2)
-    for i, (_, _, status) in enumerate(rows):
-        if status not in ("train", "query", "gallery"):
-            raise DatasetError(f"{path}, line {i + 3}: status {status!r} is not train, query or gallery")
+    pattern = r"(.+?)\s+(\S+)\s+(train|query|gallery)"
+    count, rows = read_rows(path, pattern, "image_name item_id evaluation_status", has_count=True)
     train = [row for row in rows if row[2] == "train"]
     test = [row for row in rows if row[2] != "train"]
     for status in ("query", "gallery"):
@@ -558,6 +705,9 @@ def read_in_shop(root: Path) -> Splits:
     train_set, test_set = (
         listed_split(path, images, [row[0] for row in side], [row[1] for row in side]) for side in (train, test)
     )
+    if count != len(rows):
+        note = f"{path}: lists {len(rows)} images; its first line says {count}"
+        train_set = replace(train_set, warnings=(note,))
     return train_set, {"": replace(test_set, is_query=np.array([row[2] == "query" for row in test]))}
 
 
@@ -566,7 +716,7 @@ def read_vehicle_id(root: Path) -> Splits:
     splits = {}
     for split, file in (("train", "train_list"), *((f"Set {i}", f"test_list_{800 * i}") for i in (1, 2, 3))):
         path = first_existing(root, f"train_test_split/{file}.txt", f"{file}.txt")
-        rows = read_rows(path, 2, integer_columns=(0, 1))
+        _, rows = read_rows(path, r"(\d+)\s+(\d+)", "image_number vehicle_id", has_header=False)
         files = [f"image/{int(row[0]):07d}.jpg" for row in rows]
         splits[split] = listed_split(path, root, files, [int(row[1]) for row in rows])
     return splits.pop("train"), splits
@@ -578,29 +728,39 @@ def first_existing(root: Path, *options: str) -> Path:
         if (root / option).is_file():
             return root / option
     looked_for = " or ".join(str(root / option) for option in options)
-    raise DatasetError(f"list file missing: looked for {looked_for}; {root} holds {describe(root)}")
+    name = os.path.basename(options[0])
+    places = (root.parent / name, *(path for depth in ("", "*/", "*/*/") for path in root.glob(depth + name)))
+    elsewhere = [path for path in places if path.is_file()]
+    advice = f"\n  to do       move {elsewhere[0]} to {root / options[0]}" if elsewhere else ""
+    raise DatasetError(f"list file missing: looked for {looked_for}; {root} holds {describe(root)}{advice}")
 
 
 def read_rows(
-    path: Path, n_columns: int, *, n_header_lines: int = 0, integer_columns: tuple[int, ...] = ()
-) -> list[list[str]]:
-    """Return the rows of a list file with columns between white space. Raises DatasetError that names a bad line."""
-    rows = []
+    path: Path, pattern: str, columns: str, *, has_header: bool = True, has_count: bool = False
+) -> tuple[int, list[tuple[str, ...]]]:
+    """Return the rows of a list file, each the groups of a pattern, and the count above them, 0 where there is none.
+
+    columns: their names, which the header must be. Blank lines are skipped. Raises DatasetError that names a bad line.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                row = line.split()
-                if number <= n_header_lines or not row:
-                    continue
-                if len(row) != n_columns or not all(row[i].isdecimal() for i in integer_columns):
-                    wanted = f"{n_columns} columns" + (" with whole numbers for ids" if integer_columns else "")
-                    raise DatasetError(f"{path}, line {number}: expected {wanted}, found {line.strip()[:80]!r}")
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
+        # A mark that Windows' editors put first is dropped; names in another encoding come out as the disk has them
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = [(number, line.strip()) for number, line in enumerate(file, start=1) if not line.isspace()]
+    except OSError as error:
         raise DatasetError(f"{path}: cannot be read ({error})") from error
-    if not rows:
+    wanted = [("the number of images", r"(\d+)")] if has_count else []
+    wanted += [(f"the header {columns}", r"\s+".join(columns.split()))] if has_header else []
+    n_above = len(wanted)
+    row = f"{columns}, ids as whole numbers" if pattern.startswith(r"(\d") else f"{columns}: train, query or gallery"
+    matches = []
+    for i, (number, line) in enumerate(lines):
+        what, form = wanted[i] if i < n_above else (row, pattern)
+        matches.append(re.fullmatch(form, line, re.ASCII))
+        if matches[-1] is None:
+            raise DatasetError(f"{path}, line {number}: expected {what}, found {line[:80]!r}")
+    if len(matches) <= n_above:
         raise DatasetError(f"{path}: holds no images")
-    return rows
+    return int(matches[0][1]) if has_count else 0, [match.groups() for match in matches[n_above:]]
 
 
 def listed_split(list_path: Path, folder: Path, files: list[str], ids: list) -> ImageSet:
@@ -617,24 +777,26 @@ def listed_split(list_path: Path, folder: Path, files: list[str], ids: list) -> 
 
 def require_images(list_path: Path, folder: Path, files: list[str]) -> None:
     """Raise DatasetError that names the first listed files that are not on disk, and says how many there are."""
-    on_disk: dict[str, set[str]] = {}
-    missing = []
+    on_disk: dict[str, tuple[set[str], set[str]]] = {}
+    missing, dead = [], []
     for file in files:
         parent, name = os.path.split(file)
         if parent not in on_disk:
-            path = folder / parent
-            on_disk[parent] = set(visible(path, folders=False)) if path.is_dir() else set()
-        if name not in on_disk[parent]:
-            missing.append(file)
+            found = listing(folder / parent) if (folder / parent).is_dir() else Listing([], [], [])
+            on_disk[parent] = set(found.files), set(found.dead_links)
+        if name not in on_disk[parent][0]:
+            (dead if name in on_disk[parent][1] else missing).append(file)
+    require_no_dead_links(folder, dead, len(files), f"images that {list_path} lists")
     if missing:
         raise DatasetError(
             f"{list_path}: {len(missing)} of {len(files)} listed images are not on disk below {folder}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+            f"{first_few(missing)}"
         )
 
 
 def count_warnings(name: str, train: ImageSet, tests: dict[str, ImageSet]) -> list[str]:
-    """Return a line for each count of a published data set that differs from the official one."""
+    """Return a line for whatever is odd: counts of a published data set that differ from the official ones, classes
+    that train and test, images that a split holds twice, and what the readers found."""
     sets = split_table(train, tests)
     if len(tests) == 1:
         sets["all"] = (
@@ -642,11 +804,21 @@ def count_warnings(name: str, train: ImageSet, tests: dict[str, ImageSet]) -> li
             sum(len(images) for images in (train, *tests.values())),
         )
     expected = PUBLISHED[name].counts if name in PUBLISHED else {}
-    return [
+    warnings = [
         f"{name}, {split}: {sets[split][0]} classes with {sets[split][1]} images; officially {classes} with {n_images}"
         for split, (classes, n_images) in expected.items()
         if sets[split][:2] != (classes, n_images)
     ]
+    for split, images in {"train": train, **tests}.items():
+        where = f"{name}, {split or 'test'}"
+        both = sorted(set(images.class_names).intersection(train.class_names)) if images is not train else []
+        if both:
+            warnings.append(f"{where}: {len(both)} classes are trained on too: {first_few(both)}")
+        n_twice = len(images) - len(set(images.names))
+        if n_twice:
+            warnings.append(f"{where}: {n_twice} of {len(images)} images are listed before in the same split")
+        warnings += images.warnings
+    return [printable(warning) for warning in warnings]
 
 
 def split_table(train: ImageSet, tests: dict[str, ImageSet]) -> dict[str, tuple[int, ...]]:
@@ -764,7 +936,13 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """
     if name == "shapes":
         return render_shapes()
-    return READERS.get(name, read_class_folders)(locate(name, Path(source_path)))
+    root = locate(name, Path(source_path))
+    if name not in PUBLISHED:
+        return read_class_folders(root)
+    try:
+        return READERS[name](root)
+    except DatasetError as error:
+        raise DatasetError(f"{error}\n  get it at   {PUBLISHED[name].url}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -672,11 +672,9 @@ def main(args: argparse.Namespace) -> Path:
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
-    train_images = datasets.cached(train_images, args.cache, parent, "train")
-    test_sets = {
-        name: datasets.cached(images, args.cache, parent, evaluate.file_suffix(name)[1:] or "test")
-        for name, images in test_sets.items()
-    }
+    cache_names = ["train", *(evaluate.file_suffix(name)[1:] or "test" for name in test_sets)]
+    train_images, *decoded = datasets.cached([train_images, *test_sets.values()], args.cache, parent, cache_names)
+    test_sets = dict(zip(test_sets, decoded))
     print_split("train", train_images)
     for name, images in test_sets.items():
         print_split(name or "test", images)

@@ -4,8 +4,8 @@
 
 The run is one of 12 epochs on the rendered data set with mining after every second epoch, small enough for a CPU. It is
 sent SIGKILL after a random time, uniform up to the time that the uninterrupted run took for its start and one epoch and
-a half, and resumed, until it has been killed often enough; then it may end. Logs (but for times) and weights, optimiser and
-random states are compared bit for bit.
+a half, and resumed, until it has been killed often enough; then it may end. Logs (but for times), weights, optimiser
+and random states are compared bit for bit.
 """
 
 import argparse

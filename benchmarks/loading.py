@@ -6,7 +6,8 @@ Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tens
 datasets.py, a uint8 tensor that is normalised on the device; without a cache, from --cache ram and from --cache disk.
 First a single process and thread, then loaders with workers. Images are generated (with the 1/f amplitude spectrum of
 natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then the time to read a generated
-online_products of 120,053 entries, for one epoch of its batches without decoding, and memory.
+online_products of 120,053 entries, for one epoch of its batches without decoding, and the peak memory of the
+process that runs the benchmark (its workers are not counted).
 """
 
 import argparse
@@ -45,6 +46,15 @@ def natural_image(width: int, height: int, rng: np.random.Generator) -> Image.Im
         channel = np.fft.irfft2(spectrum, s=(height, width))
         channels.append(128 + 50 * channel / channel.std())
     return Image.fromarray(np.clip(np.stack(channels, 2), 0, 255).astype(np.uint8))
+
+
+def is_image(path: Path) -> bool:
+    """Tell whether Pillow opens a file."""
+    try:
+        datasets.image_size(str(path))
+    except datasets.DatasetError:
+        return False
+    return True
 
 
 class Plain(Dataset):
@@ -99,13 +109,15 @@ def compare(title: str, paths: list[str], seconds: float, folder: Path) -> None:
     images = datasets.ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
     sets = {"plain": Plain(paths), "ours": Drawn(images)}
     for kind in ("ram", "disk"):
-        sets[f"ours, {kind} cache"] = Drawn(datasets.cached(images, kind, folder, "benchmark"))
+        sets[f"ours, {kind} cache"] = Drawn(datasets.cached([images], kind, folder, ["benchmark"])[0])
 
     def one_by_one(dataset: Dataset) -> int:
         return sum(len(dataset[i][None]) for i in range(len(dataset)))
 
     rates = per_second({name: lambda d=d: one_by_one(d) for name, d in sets.items()}, seconds, time.process_time)
-    print(f"\n{title}: images per second of CPU time, one thread")
+    n_pixels = sum(height * width for height, width in map(datasets.image_size, paths))
+    bits = 8 * sum(map(os.path.getsize, paths)) / n_pixels
+    print(f"\n{title}, {bits:.2f} bits per pixel: images per second of CPU time, one thread")
     for name, rate in rates.items():
         print(f"  {name:18} {rate:8.0f}  {rate / rates['plain']:5.2f} x plain", flush=True)
     for n_workers in (0, 1, 2):
@@ -163,7 +175,9 @@ def main() -> None:
         folder = Path(name)
         measure_lists(folder)
         if args.images:
-            paths = sorted(str(path) for path in Path(args.images).rglob("*") if path.is_file())
+            paths = sorted(str(path) for path in Path(args.images).rglob("*") if path.is_file() and is_image(path))
+            if not paths:
+                parser.error(f"--images {args.images}: holds no image that Pillow opens")
             compare(args.images, paths, args.seconds, folder)
         for width, height in () if args.images else SIZES:
             paths = []
@@ -171,7 +185,8 @@ def main() -> None:
                 paths.append(str(folder / f"{width}_{i}.jpg"))
                 natural_image(width, height, np.random.default_rng(i)).save(paths[-1], quality=90)
             compare(f"{width} x {height}", paths, args.seconds, folder)
-    print(f"\npeak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\npeak memory of this process, without its workers: {peak:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Readers, decoding, transforms, class-balanced batches and the rendered data set."""
 
 import os
+import pickle
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import layouts
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 from conftest import write_class_folders
 from PIL import Image
+from scipy.io import loadmat, savemat
 from scipy.stats import binomtest, chisquare
 from sklearn.metrics import normalized_mutual_info_score
 from torchvision import transforms
@@ -91,7 +95,9 @@ def test_class_folders_one_level_deeper_are_diagnosed(tmp_path):
     images.rename(tmp_path / "images")
     images.mkdir()
     (tmp_path / "images").rename(images / "extracted")
-    assert "images one level deeper, in extracted/class_00? Move the class folders up" in message_of("mine", tmp_path)
+    assert f"hold no images but folders, extracted/class_00; move the images to {images}/<class>" in message_of(
+        "mine", tmp_path
+    )
 
 
 def test_an_archive_is_to_be_unpacked(tmp_path):
@@ -102,7 +108,7 @@ def test_an_archive_is_to_be_unpacked(tmp_path):
 
 def test_too_few_classes(tmp_path):
     write_class_folders(tmp_path / "few", per_class=(2, 2, 2))
-    assert "holds 3 class folders with images; at least 4 are needed" in message_of("few", tmp_path)
+    assert "holds 3 classes with images; at least 4 are needed" in message_of("few", tmp_path)
 
 
 LIST_FILES = {
@@ -127,7 +133,7 @@ def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, n
     assert f"{path}, line {line}: expected" in message_of(name, tmp_path)
     assert "found 'one'" in message_of(name, tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
-    assert f"{path}: cannot be read" in message_of(name, tmp_path)
+    assert f"{path}, line 1: expected" in message_of(name, tmp_path)
     path.write_text("")
     assert f"{path}: holds no images" in message_of(name, tmp_path)
 
@@ -138,7 +144,7 @@ def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, n
         os.unlink(victim)
     message = message_of(name, tmp_path)
     assert f"{path}: 4 of " in message
-    assert message.endswith(", ...")
+    assert ", ...\n  get it at   http" in message
     assert os.path.basename(victims[0]) in message
 
 
@@ -146,13 +152,16 @@ def test_in_shop_status_and_online_products_ids_are_checked(tmp_path):
     layouts.LAYOUTS["in-shop", "readme"](tmp_path)
     path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
     path.write_text(path.read_text().replace("query", "probe", 1))
-    assert "status 'probe' is not train, query or gallery" in message_of("in-shop", tmp_path)
+    message = message_of("in-shop", tmp_path)
+    assert f"{path}, line 12: expected image_name item_id evaluation_status: train, query or gallery, found" in message
     path.write_text(path.read_text().replace("probe", "gallery").replace("query", "gallery"))
     assert "lists no image with the status query" in message_of("in-shop", tmp_path)
     layouts.LAYOUTS["online_products", "readme"](tmp_path)
     path = tmp_path / "online_products" / "Info_Files" / "Ebay_test.txt"
     path.write_text(path.read_text().replace(" 4 1 ", " four 1 ", 1))
-    assert "line 2: expected 4 columns with whole numbers for ids" in message_of("online_products", tmp_path)
+    assert "line 2: expected image_id class_id super_class_id path, ids as whole numbers, found" in message_of(
+        "online_products", tmp_path
+    )
 
 
 def test_annotations_of_cars_that_cannot_be_read(tmp_path):
@@ -166,13 +175,13 @@ def test_annotations_of_cars_that_cannot_be_read(tmp_path):
     assert f"list file missing: looked for {path}" in message_of("cars196", tmp_path)
 
 
-def test_counts_that_differ_from_the_official_ones_are_warned_of(tmp_path):
+def test_counts_that_differ_from_the_official_ones_are_warned_of(tmp_path, shapes):
     layouts.LAYOUTS["in-shop", "readme"](tmp_path)
     warnings = datasets.count_warnings("in-shop", *datasets.load_dataset("in-shop", tmp_path))
     assert "in-shop, query: 2 classes with 2 images; officially 3985 with 14218" in warnings
     assert "in-shop, gallery: 2 classes with 4 images; officially 3985 with 12612" in warnings
     assert "in-shop, all: 4 classes with 14 images; officially 7982 with 52712" in warnings
-    assert datasets.count_warnings("shapes", *datasets.render_shapes()) == []
+    assert datasets.count_warnings("shapes", shapes[0], {"": shapes[1]}) == []
 
 
 def test_command_prints_splits_and_checks_images(tmp_path, capsys):
@@ -205,8 +214,9 @@ def test_other_modes_become_rgb(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
     image.save(path)
     decoded = datasets.read_image(str(path))
-    assert decoded.shape == (3, 20, 30)
     assert decoded.dtype == torch.uint8
+    with Image.open(path) as stored:
+        assert (decoded.permute(1, 2, 0).numpy() == np.asarray(stored.convert("RGB"))).all()
 
 
 def test_sixteen_bits_of_grey_keep_their_range(tmp_path):
@@ -269,27 +279,27 @@ def test_cached_pixels_are_the_same_and_are_read_once(class_folders, tmp_path, k
     small, _ = datasets.load_dataset("tiny", class_folders)
     large, _ = datasets.load_dataset("more", class_folders)
     images = replace(small, names=small.names[:3] + large.names, labels=np.zeros(3 + len(large), dtype=int))
-    cached = datasets.cached(images, kind, tmp_path / "cache", "train")
+    cached = datasets.cached([images], kind, tmp_path / "cache", ["train"])[0]
     monkeypatch.setattr(datasets, "read_image", None)
     kept = [cached.read(i) for i in range(len(images))]
     monkeypatch.undo()
     assert {tuple(image.shape) for image in kept} == {(3, 40, 48), (3, 51, 59)}
     assert all((image == images.read(i)).all() for i, image in enumerate(kept))
-    assert datasets.cached(cached, kind, tmp_path / "cache", "train") is cached
+    assert datasets.cached([cached], kind, tmp_path / "cache", ["train"])[0] is cached
 
 
 def test_disk_cache_is_reused_until_an_image_changes(class_folders, tmp_path, monkeypatch):
     images, _ = datasets.load_dataset("tiny", class_folders)
-    datasets.cached(images, "disk", tmp_path / "cache", "train")
+    datasets.cached([images], "disk", tmp_path / "cache", ["train"])[0]
     first = sorted(os.listdir(tmp_path / "cache"))
     assert len(first) == 2
     monkeypatch.setattr(datasets, "read_image", None)
-    again = datasets.cached(images, "disk", tmp_path / "cache", "train")
+    again = datasets.cached([images], "disk", tmp_path / "cache", ["train"])[0]
     monkeypatch.undo()
     assert (again.read(3) == images.read(3)).all()
     os.replace(images.names[0], images.names[3])
     changed = replace(images, names=images.names[1:], labels=images.labels[1:])
-    rebuilt = datasets.cached(changed, "disk", tmp_path / "cache", "train")
+    rebuilt = datasets.cached([changed], "disk", tmp_path / "cache", ["train"])[0]
     second = sorted(os.listdir(tmp_path / "cache"))
     assert len(second) == 2
     assert second != first
@@ -302,7 +312,7 @@ def test_half_built_caches_of_killed_runs_are_removed_after_a_day(class_folders,
     for path in (killed, running):
         path.touch()
     os.utime(killed, (0, 0))
-    datasets.cached(images, "disk", tmp_path, "train")
+    datasets.cached([images], "disk", tmp_path, ["train"])[0]
     assert not killed.exists()
     assert running.exists()
 
@@ -314,7 +324,7 @@ def test_two_runs_that_build_the_same_disk_cache_leave_a_whole_one(class_folders
     def read_while_another_run_finishes(path):
         monkeypatch.setattr(datasets, "read_image", original)
         monkeypatch.setattr(os, "getpid", lambda: 1)
-        datasets.cached(images, "disk", folder, "train")
+        datasets.cached([images], "disk", folder, ["train"])[0]
         return original(path)
 
     class OneThread(datasets.ThreadPoolExecutor):
@@ -323,10 +333,10 @@ def test_two_runs_that_build_the_same_disk_cache_leave_a_whole_one(class_folders
 
     monkeypatch.setattr(datasets, "ThreadPoolExecutor", OneThread)
     monkeypatch.setattr(datasets, "read_image", read_while_another_run_finishes)
-    datasets.cached(images, "disk", folder, "train")
+    datasets.cached([images], "disk", folder, ["train"])[0]
     assert len(os.listdir(folder)) == 2
     monkeypatch.setattr(datasets, "read_image", None)
-    again = datasets.cached(images, "disk", folder, "train")
+    again = datasets.cached([images], "disk", folder, ["train"])[0]
     monkeypatch.undo()
     assert all((again.read(i) == images.read(i)).all() for i in range(len(images)))
 
@@ -334,20 +344,22 @@ def test_two_runs_that_build_the_same_disk_cache_leave_a_whole_one(class_folders
 def test_caches_refuse_politely(class_folders, tmp_path, monkeypatch):
     images, _ = datasets.load_dataset("tiny", class_folders)
     monkeypatch.setattr(datasets, "free_memory", lambda: 50_000)
-    with pytest.raises(datasets.DatasetError, match="--cache ram: the decoded train images take 0.0 GB.*--cache disk"):
-        datasets.cached(images, "ram", tmp_path, "train")
-    monkeypatch.setattr(datasets, "free_space", lambda folder: 50_000)
+    with pytest.raises(datasets.DatasetError, match="--cache ram: the decoded images take 0.0 GB.*--cache disk"):
+        datasets.cached([images], "ram", tmp_path, ["train"])[0]
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50_000))
     with pytest.raises(datasets.DatasetError, match="--cache disk: .*use --cache none"):
-        datasets.cached(images, "disk", tmp_path, "train")
+        datasets.cached([images], "disk", tmp_path, ["train"])[0]
     monkeypatch.undo()
     (tmp_path / "file").write_text("")
-    with pytest.raises(datasets.DatasetError, match="--cache disk: cannot create"):
-        datasets.cached(images, "disk", tmp_path / "file" / "cache", "train")
+    with pytest.raises(
+        datasets.DatasetError, match="--cache disk: the decoded images cannot be kept in .*/file/cache "
+    ):
+        datasets.cached([images], "disk", tmp_path / "file" / "cache", ["train"])[0]
     with open(images.names[4], "r+b") as file:
         file.truncate(700)
     for kind in ("ram", "disk"):
         with pytest.raises(datasets.DatasetError, match=f"cannot decode the image {images.names[4]}"):
-            datasets.cached(images, kind, tmp_path / "cache", "train")
+            datasets.cached([images], kind, tmp_path / "cache", ["train"])[0]
     assert os.listdir(tmp_path / "cache") == []
 
 
@@ -515,3 +527,263 @@ def test_backgrounds_are_seen_in_the_corners(shapes):
     centres = np.stack([corners[levels == level].mean(0) for level in range(levels.max() + 1)])
     nearest = ((corners[:, None] - centres) ** 2).sum(2).argmin(1)
     assert (nearest == levels).mean() > 0.95
+
+
+def test_class_folders_that_would_vanish_are_told(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(2,) * 6) / "images"
+    (images / "empty").mkdir()
+    splits = datasets.load_dataset("mine", tmp_path)
+    assert datasets.count_warnings("mine", *splits) == [f"{images}: 1 folders without images are no classes: empty"]
+    (images / "class_01").rename(images / "class_01_")
+    (images / "class_01").mkdir()
+    (images / "class_01_").rename(images / "class_01" / "sub")
+    message = message_of("mine", tmp_path)
+    assert f"{images}: 1 of 7 class folders hold no images but folders, class_01/sub; move the images" in message
+    (images / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"{images}: 1 of 8 class folders are dead links: gone; mend or remove" in message_of("mine", tmp_path)
+
+
+def test_dead_links_and_pipes_are_no_images(tmp_path):
+    folder = write_class_folders(tmp_path / "mine") / "images" / "class_00"
+    os.mkfifo(folder / "pipe.jpg")
+    assert len(datasets.load_dataset("mine", tmp_path)[0]) == 10
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert "1 of 21 images are dead links: class_00/gone.jpg; mend or remove" in message_of("mine", tmp_path)
+    layouts.LAYOUTS["vehicle_id", "readme"](tmp_path)
+    path = tmp_path / "vehicle_id" / "image" / "0000002.jpg"
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    message = message_of("vehicle_id", tmp_path)
+    assert f"1 of 8 images that {path.parent.parent}/train_test_split/train_list.txt lists are dead links" in message
+
+
+@pytest.mark.parametrize("name", ["online_products", "in-shop"])
+def test_a_header_that_is_not_there_is_told(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path)
+    path = tmp_path / name / LIST_FILES[name][0]
+    lines = path.read_text().splitlines()
+    header = 0 if name == "online_products" else 1
+    path.write_text("\n".join(lines[:header] + lines[header + 1 :]))
+    message = f"{path}, line {header + 1}: expected the header {' '.join(lines[header].split())}, found"
+    assert message in message_of(name, tmp_path)
+    path.write_text("\n\n".join(lines))  # blank lines count for nothing, but for the number of a line
+    datasets.load_dataset(name, tmp_path)
+    path.write_text("\n\n".join([*lines, "one"]))
+    assert f"{path}, line {2 * len(lines) + 1}: expected" in message_of(name, tmp_path)
+
+
+def test_the_count_of_in_shop_is_compared(tmp_path):
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
+    content = path.read_text()
+    path.write_text(content.replace("14", "15", 1))
+    warnings = datasets.count_warnings("in-shop", *datasets.load_dataset("in-shop", tmp_path))
+    assert f"{path}: lists 14 images; its first line says 15" in warnings
+    path.write_text(content.split("\n", 1)[1])
+    assert f"{path}, line 1: expected the number of images, found 'image_name" in message_of("in-shop", tmp_path)
+
+
+def test_classes_on_both_sides_and_images_listed_twice_are_warned_of(tmp_path):
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    path = tmp_path / "online_products" / "Info_Files" / "Ebay_test.txt"
+    row = path.read_text().splitlines()[1]
+    path.write_text(path.read_text() + f"{row}\n99 3 1 bicycle_final/3_0.JPG\n")
+    warnings = datasets.count_warnings("online_products", *datasets.load_dataset("online_products", tmp_path))
+    assert "online_products, test: 1 classes are trained on too: 3" in warnings
+    assert "online_products, test: 1 of 10 images are listed before in the same split" in warnings
+
+
+def test_list_files_with_spaces_marks_and_other_encodings(tmp_path):
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    for name, old, file in (("online_products", "3_0.JPG", LIST_FILES["online_products"][0]),
+                            ("in-shop", "00_1_front.jpg", LIST_FILES["in-shop"][0])):  # fmt: skip
+        path = tmp_path / name / file
+        old = next(tmp_path.glob(f"{name}/**/{old}"))
+        new = os.fsencode(old.parent) + b"/a \xe9  b.jpg"
+        os.rename(old, new)
+        tail = os.fsencode(old.relative_to(tmp_path / name / ("images" if name == "online_products" else "")))
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(tail, os.path.dirname(tail) + b"/a \xe9  b.jpg"))
+        train, tests = datasets.load_dataset(name, tmp_path)
+        images = [images for images in (train, *tests.values()) if os.fsdecode(new) in images.names][0]
+        assert images.read(images.names.index(os.fsdecode(new))).shape == (3, 40, 44)
+        os.unlink(new)
+        message_of(name, tmp_path).encode()  # can be printed
+
+
+def test_classes_of_cars_without_annotations_are_left_out(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    path = tmp_path / "cars196" / "cars_annos.mat"
+    content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
+    names = np.array(["Absent", *layouts.CARS], dtype=object).reshape(1, -1)
+    for row in content["annotations"][0]:
+        row["class"] += 1
+    savemat(path, content | {"class_names": names})
+    assert datasets.load_dataset("cars196", tmp_path)[0].class_names == layouts.CARS[:2]
+    for row in content["annotations"][0]:
+        row["class"] = np.minimum(row["class"], 4)
+    savemat(path, content | {"class_names": names})
+    assert f"{path} holds 3 classes with images; at least 4" in message_of("cars196", tmp_path)
+
+
+@pytest.mark.parametrize("name", [*LIST_FILES, "cars196"])
+def test_lists_that_lie_elsewhere_are_to_be_moved(tmp_path, name):
+    layouts.LAYOUTS[name, "official" if name == "cars196" else "readme"](tmp_path)
+    path = tmp_path / name / LIST_FILES.get(name, ("cars_annos.mat",))[0]
+    (tmp_path / name / "a" / "b").mkdir(parents=True)
+    elsewhere = path.rename(tmp_path / name / "a" / "b" / path.name)
+    assert f"to do       move {elsewhere} to {path}\n  get it at   http" in message_of(name, tmp_path)
+    if name != "cars196":
+        elsewhere = elsewhere.rename(tmp_path / path.name)
+        assert f"to do       move {elsewhere} to {path}\n" in message_of(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["img.zip", "img.7z", "img.RAR"])
+def test_an_archive_one_level_deeper_is_to_be_unpacked(tmp_path, name):
+    path = tmp_path / "in-shop" / "Img" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert f"to do       unpack {path}" in message_of("in-shop", tmp_path)
+
+
+def test_a_folder_of_several_data_sets_is_not_to_be_renamed(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    for part in ("car_ims", "cars_annos.mat"):
+        (tmp_path / "cars196" / part).rename(tmp_path / part)
+    (tmp_path / "cars196").rename(tmp_path / "cub200")
+    message = message_of("cars196", tmp_path)
+    assert f"move car_ims, and the lists that belong to it, to {tmp_path / 'cars196'}" in message
+    assert "name it" not in message
+
+
+@pytest.mark.parametrize("link", ["cub200", "cub200/images"])
+def test_dead_links_at_the_top_are_told(tmp_path, link):
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path / link} is a dead link to {tmp_path / 'nowhere'}: mend it" in message_of("cub200", tmp_path)
+
+
+def test_class_folders_out_of_place_are_to_be_moved(tmp_path, monkeypatch):
+    layouts.LAYOUTS["cub200", "readme"](tmp_path)
+    root = tmp_path / "cub200"
+    message = f"{root / 'images'} is the data set's folder of images: name {root} cub200, and give {tmp_path}"
+    assert message in message_of("cub200", root / "images")
+    monkeypatch.chdir(root / "images")
+    assert message in message_of("cub200", ".")
+    (root / "images").rename(tmp_path / "classes")
+    root.rmdir()
+    (tmp_path / "classes").rename(root)
+    assert f"move the class folders from {root} to {root / 'images'}" in message_of("cub200", tmp_path)
+    flat = tmp_path / "flat" / "cub200" / "images"
+    flat.mkdir(parents=True)
+    (flat / "a.jpg").touch()
+    assert f"{flat} holds images of no class, a.jpg; move each to {flat}/<class>" in message_of(
+        "cub200", flat.parents[1]
+    )
+
+
+def test_folders_that_no_one_may_look_into(tmp_path, monkeypatch):
+    (tmp_path / "cub200").mkdir()
+    (tmp_path / "mine" / "locked").mkdir(parents=True)
+    exists = Path.exists
+
+    def refuse(path, **flags):
+        if path.parent in (tmp_path / "cub200", tmp_path / "mine" / "locked"):
+            raise PermissionError(13, "Permission denied")
+        return exists(path, **flags)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert f"cannot look into the folder {tmp_path / 'cub200'} (Permission denied)" in message_of("cub200", tmp_path)
+    assert f"cannot look into the folder {tmp_path / 'cub200'}" in message_of("absent", tmp_path / "cub200")
+    assert "no images of --dataset mine" in message_of("mine", tmp_path)
+
+
+def test_in_shop_under_the_name_of_its_archive(tmp_path):
+    layouts.write_in_shop(tmp_path / "In-shop Clothes Retrieval Benchmark", "Img", "Eval")
+    train, tests = datasets.load_dataset("in-shop", tmp_path)
+    assert (train.class_names, train.labels.tolist()) == layouts.TABLE["in-shop"]["train"]
+    assert tests[""].is_query.sum() == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "junk sizes", "empty sizes", "other sizes", "no sizes"])
+def test_damaged_disk_caches_are_rebuilt(class_folders, tmp_path, damage):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    datasets.cached([images], "disk", tmp_path, ["train"])
+    path = next(tmp_path.glob("*.npy" if "sizes" in damage else "*.bin"))
+    whole = path.read_bytes()
+    if damage == "other sizes":
+        np.save(path, np.ones((3, 2), dtype=np.int64))
+    elif damage == "no sizes":
+        path.unlink()
+    else:
+        path.write_bytes({"cut": whole[:-5], "junk sizes": b"junk"}.get(damage, b""))
+    again = datasets.cached([images], "disk", tmp_path, ["train"])[0]
+    assert all((again.read(i) == images.read(i)).all() for i in range(len(images)))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("refusing", ["os.posix_fallocate", "numpy.save", "pathlib.Path.rename"])
+def test_a_disk_that_fills_up_or_refuses_is_one_line(class_folders, tmp_path, monkeypatch, refusing):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    monkeypatch.setattr(refusing, refuse)
+    message = rf"--cache disk: .* cannot be kept in {tmp_path / 'cache'} \(No space left on device\); use --cache none"
+    with pytest.raises(datasets.DatasetError, match=message):
+        datasets.cached([images], "disk", tmp_path / "cache", ["train"])
+    assert os.listdir(tmp_path / "cache") == []
+
+
+def test_the_space_of_a_disk_cache_is_taken_before_an_image_is_decoded(class_folders, tmp_path, monkeypatch):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    original, blocks = datasets.read_image, []
+
+    def spy(path):
+        blocks.append(next(tmp_path.glob("*.part")).stat().st_blocks)
+        return original(path)
+
+    monkeypatch.setattr(datasets, "read_image", spy)
+    datasets.cached([images], "disk", tmp_path, ["train"])
+    assert 512 * min(blocks) >= 10 * 3 * 40 * 48
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_caches_refuse_before_any_image_is_decoded(class_folders, tmp_path, kind, monkeypatch):
+    train, tests = datasets.load_dataset("tiny", class_folders)
+    monkeypatch.setattr(datasets, "free_memory", lambda: 100_000)
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda folder: SimpleNamespace(free=100_000))
+    monkeypatch.setattr(datasets, "read_image", None)
+    with pytest.raises(datasets.DatasetError, match=f"--cache {kind}: the decoded images take"):
+        datasets.cached([train, tests[""]], kind, tmp_path, ["train", "test"])  # either alone would fit
+
+
+def test_a_disk_cache_goes_to_spawned_workers_by_its_path(class_folders, tmp_path):
+    images, _ = datasets.load_dataset("tiny", class_folders)
+    for _ in range(2):  # built, then reused
+        store = datasets.cached([images], "disk", tmp_path, ["train"])[0].pixels
+        sent = pickle.dumps(store)
+        assert len(sent) < 2000 < store.flat.nbytes
+        assert (pickle.loads(sent)[7] == store[7]).all()
+    in_memory = datasets.cached([images], "ram", tmp_path, ["train"])[0].pixels
+    assert (pickle.loads(pickle.dumps(in_memory))[7] == store[7]).all()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_follows_control_groups(tmp_path, version):
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    group = "sys/fs/cgroup" if version == 2 else "sys/fs/cgroup/memory"
+    limit, used = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    write("proc/meminfo", "MemTotal: 100 kB\nMemAvailable: 90 kB\n")
+    assert datasets.free_memory(tmp_path) == 90 * 1024
+    write("proc/self/cgroup", "3:cpu:/other\n" + ("0::/job/step\n" if version == 2 else "4:memory:/job/step\n"))
+    write(f"{group}/job/memory.{limit}", "50000\n")
+    write(f"{group}/job/memory.{used}", "40000\n")
+    write(f"{group}/job/memory.stat", "anon 5\ninactive_file 7000\n")
+    write(f"{group}/job/step/memory.{limit}", "max\n" if version == 2 else "9223372036854771712\n")
+    write(f"{group}/job/step/memory.{used}", "40000\n")
+    write(f"{group}/job/step/memory.stat", "inactive_file 7000\n")
+    assert datasets.free_memory(tmp_path) == 17_000

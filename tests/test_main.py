@@ -679,3 +679,56 @@ def test_compile_changes_no_key_of_the_checkpoint(tiny_run, monkeypatch, capsys)
         torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-5)
     for name, table in read_logs(plain).items():
         pd.testing.assert_frame_equal(table, read_logs(compiled)[name], rtol=1e-3)
+
+
+DATA_FAULTS = ("folder missing", "list missing", "list malformed", "image missing", "image broken", "one level off")
+DATA_LISTS = {  # file, bad line; class folders have no list
+    "cars196": ("cars_annos.mat", None),
+    "online_products": ("Info_Files/Ebay_test.txt", 3),
+    "in-shop": ("Eval/list_eval_partition.txt", 5),
+    "vehicle_id": ("train_test_split/test_list_800.txt", 2),
+}
+
+
+def spoil_data_set(source, name, fault):
+    """Put a fault into a miniature; returns what the message about it must hold."""
+    root = source / name
+    images = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".jpg")
+    file, line = DATA_LISTS.get(name, (None, None))
+    if fault == "folder missing":
+        shutil.rmtree(root)
+        return f"no images of --dataset {name} in --source_path {source}"
+    if fault == "list missing":
+        (root / file).unlink()
+        return f"list file missing: looked for {root / file}"
+    if fault == "list malformed":
+        lines = (root / file).read_bytes().splitlines()
+        (root / file).write_bytes(b"\n".join([*lines[: (line or 1) - 1], b"one"]))
+        return f"{root / file}, line {line}: expected" if line else f"{root / file}: cannot be read as the annotations"
+    if fault == "image missing":
+        images[-1].unlink()
+        return f"1 of {16 if name == 'cars196' else 12 if name == 'vehicle_id' else 8 if file[0] == 'I' else 6} listed"
+    if fault == "image broken":
+        images[-1].write_bytes(b"spoilt")
+        return f"cannot decode the image {images[-1]}"
+    root.rename(source / "deeper")
+    root.mkdir()
+    (source / "deeper").rename(root / "deeper")
+    return f"rename or move {root / 'deeper'} to {root}"
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+@pytest.mark.parametrize("name", datasets.PUBLISHED)
+def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, run_main, capsys, name, fault):
+    layouts.LAYOUTS[name, "official" if name == "cars196" else "readme"](tmp_path / "source")
+    if name == "cub200" and fault in ("list missing", "list malformed", "image missing"):
+        pytest.skip("class folders have no list that could be missing or name an image that is")
+    message = spoil_data_set(tmp_path / "source", name, fault)
+    with pytest.raises(SystemExit) as stop:
+        run_main("--dataset", name, "--source_path", tmp_path / "source", "--bs", 4, "--shared_num_classes", 2)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert ("get it at http" in error) == (fault != "image broken")
+    assert not (tmp_path / "results").exists()

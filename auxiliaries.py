@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import errno
 import html
 import importlib.util
 import io
@@ -97,6 +98,21 @@ def pick_device(gpu: int) -> torch.device:
     return torch.device("cuda", gpu)
 
 
+def set_tf32(enabled: bool, device: torch.device) -> None:
+    """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
+
+    Raises DeviceError where the device has no TF32.
+    """
+    if enabled and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise DeviceError(
+            "--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out, or "
+            "resume a run that has it on such a GPU"
+        )
+    # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
+    torch.backends.cuda.matmul.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
 def n_workers(wanted: int) -> int:
     """Return how many loader workers to start: as many as wanted, but at most one per CPU core."""
     return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -149,21 +165,22 @@ def make_run_folder(parent: str | Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
-    """Raise Interrupted on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
+def signals_stop(message: str = "nothing had been stored yet") -> Iterator[None]:
+    """Raise Interrupted(message) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
 
     def stop(signum: int, _: object) -> None:
-        """Raise Interrupted; in a forked worker, end quietly or leave it to the owner."""
+        """Raise Interrupted; forked workers leave it to their owner."""
         if os.getpid() != owner:
-            if signum == signal.SIGTERM:
-                os._exit(0)
             return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise Interrupted(signum, "nothing had been stored yet")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # workers that were told too may end now: no news
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise Interrupted(signum, message)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -188,9 +205,14 @@ def resumable(folder: Path) -> Iterator[None]:
     except Interrupted as error:
         raise Interrupted(error.signum, hint()) from None
     except DivergedError as error:
-        raise type(error)(f"{error}; {folder / 'last.pth.tar'} is from before that") from error
-    except RunFolderError:
+        before = f"; {folder / 'last.pth.tar'} is from before that"
+        raise type(error)(str(error).removesuffix(before) + before) from error
+    except (RunFolderError, StoppedError):
         raise
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise StoppedError(f"{first_line(error)}; {hint()}") from error
     except OSError as error:
         path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or folder))  # not the temporary name
         what = f"{path} ({error.strerror or first_line(error)})"
@@ -204,18 +226,33 @@ def lock_run_folder(folder: Path) -> IO:
     """
     try:
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the run
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be locked ({error.strerror})") from error
+    try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone, not of forked workers
     except OSError as error:
-        if not isinstance(error, (BlockingIOError, PermissionError)) or not os.access(folder, os.W_OK):
-            raise RunFolderError(f"{folder}: cannot be locked ({error.strerror})") from error
-        file.seek(0)
-        holder = file.read(100).strip() or "another process"
-        raise RunFolderError(f"{folder}: is being trained by {holder}; wait for it, or stop it first") from error
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read(100).strip() or "another process"
+            raise RunFolderError(f"{folder}: is being trained by {holder}; wait for it, or stop it first") from error
+        print(f"warning: {folder} cannot be locked ({error.strerror}): do not resume it twice at the same time")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def publish_best(folder: Path, n_epochs: int) -> None:
+    """Let the best checkpoints that wait take their places, now that last.pth.tar holds their epoch too.
+
+    n_epochs: that it holds. A checkpoint of a later epoch, which will be trained again, is dropped.
+    """
+    for waiting in folder.glob("checkpoint*.next"):
+        if waiting.name.endswith(f".{n_epochs}.next"):
+            os.replace(waiting, folder / waiting.name.removesuffix(f".{n_epochs}.next"))
+        else:
+            waiting.unlink()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -295,7 +332,7 @@ def read_run(folder: Path) -> Run:
     try:
         table = pd.read_csv(folder / "log_val_Class.csv")
         recalls = [name for name in table if name.endswith("Recall @ 1")]
-        table = table.dropna(subset=["Epochs", *recalls]).astype({"Epochs": int} | dict.fromkeys(recalls, float))
+        table = table.dropna(subset=["Epochs", *recalls]).astype(float).astype({"Epochs": int})
     except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{folder}: log_val_Class.csv cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:

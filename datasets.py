@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -412,11 +413,18 @@ def make_loader(
     """
     # Its own generator: else each pass would take a number from the one that the losses draw from
     loading = {"num_workers": n_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
+    loading["worker_init_fn"] = leave_signals_to_the_owner
     if n_workers and sys.platform == "linux":
         loading["multiprocessing_context"] = "fork"  # shares decoded images with the workers instead of copying them
     if batch_sampler is None:
         return DataLoader(dataset, batch_size, **loading)
     return DataLoader(dataset, batch_sampler=batch_sampler, persistent_workers=n_workers > 0, **loading)
+
+
+def leave_signals_to_the_owner(_: int) -> None:
+    """Ignore what a terminal or a scheduler sends to all processes of a run: the owner stops its workers."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 Splits = tuple[ImageSet, dict[str, ImageSet]]

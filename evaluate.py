@@ -264,21 +264,19 @@ class ClassSearch:
     def nearest_of_crowded(self, queries: Tensor, max_k: int) -> Tensor:
         """Return (C, n) whether queries' nearest points are of their class, nearest first, at least max_k or R of them.
 
-        For queries among a great many points at the same distance (a collapsed embedding). Distances come from float64
-        products; where they agree to their rounding error, points of other classes come first.
+        For queries among a great many points at almost the same distance (a collapsed embedding). All distances are
+        computed in float64; where they tie, points of other classes come first.
         """
-        centre = self.exact_gallery.mean(0)
-        left, right = self.exact_queries[queries] - centre, self.exact_gallery - centre
-        norms = right.square().sum(1)
-        squared = left.square().sum(1, keepdim=True) + norms - 2 * left @ right.T
-        numbers = torch.finfo(squared.dtype)
-        tolerance = 4 * left.shape[1] * numbers.eps * norms.max() + numbers.tiny
-        place = torch.arange(squared.shape[1], device=self.device)
+        left, right = self.exact_queries[queries], self.exact_gallery
+        distances = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
+        place = torch.arange(distances.shape[1], device=self.device)
         is_itself = place == self.own_place[queries, None]
         is_own = self.is_own(queries[:, None], place) & ~is_itself
-        squared = squared.masked_fill(is_itself, torch.inf) - tolerance * ~is_own
-        n_nearest = min(max(max_k, int(self.n_wanted.max())), squared.shape[1])
-        return is_own.gather(1, squared.topk(n_nearest, dim=1, largest=False).indices)
+        # The next smaller number: where distances tie, other classes come first
+        distances = torch.where(is_own, distances, distances.nextafter(distances.new_tensor(-torch.inf)))
+        distances[is_itself] = torch.inf
+        n_nearest = min(max(max_k, int(self.n_wanted.max())), distances.shape[1])
+        return is_own.gather(1, distances.topk(n_nearest, dim=1, largest=False).indices)
 
     def is_own(self, queries: Tensor, columns: Tensor) -> Tensor:
         """Tell which gallery columns are of the class of their query."""
@@ -435,11 +433,17 @@ def score_run(args: argparse.Namespace) -> None:
     found = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
     if args.checkpoint:
         found = [run / args.checkpoint if (run / args.checkpoint).is_file() else Path(args.checkpoint)]
+    if not run.exists():
+        raise netlib.WeightsError(f"{run}: no such run folder or checkpoint file")
     if not found:
         raise netlib.WeightsError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
     flags = stored_flags(netlib.read_checkpoint(found[0]), found[0])
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
     _, test_sets = datasets.load_dataset(dataset, source)
+    if args.save_embeddings:
+        for path in (embeddings_path(args.save_embeddings, name) for name in test_sets):
+            if path.exists():
+                raise auxiliaries.RunFolderError(f"--save_embeddings: {path} exists already; nothing is overwritten")
     device = auxiliaries.pick_device(args.gpu)
     for name, images in test_sets.items():
         own = run / f"checkpoint{file_suffix(name)}.pth.tar"
@@ -452,6 +456,8 @@ def score_run(args: argparse.Namespace) -> None:
             n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
             pin_memory=device.type == "cuda",
         )
+        auxiliaries.set_seeds(flags["seed"])
+        auxiliaries.set_tf32(flags.get("tf32") is True and device.type == "cuda", device)
         network = netlib.load(path).to(device)
         embeddings = extract_features(network, loader, [args.embedding], flags["amp"])[args.embedding]
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
@@ -464,8 +470,10 @@ def score_run(args: argparse.Namespace) -> None:
 
 def last_scored(progress: Mapping) -> dict:
     """Return the last row of log_val_Class.csv that a checkpoint's progress holds, the epoch it was kept for."""
-    rows = progress.get("val_rows")
-    return rows[-1] if isinstance(rows, list) and rows and isinstance(rows[-1], dict) else {}
+    rows, trained = progress.get("val_rows"), progress.get("train_rows")
+    if not isinstance(trained, list) or not isinstance(rows, list) or not rows or not isinstance(rows[-1], dict):
+        return {}
+    return rows[-1] if rows[-1].get("Epochs") == len(trained) - 1 else {}  # else it has been trained on since
 
 
 def print_scores(scores: Mapping[str, float], row: Mapping[str, float | None], test_set: str) -> None:
@@ -520,7 +528,7 @@ def compare_runs(args: argparse.Namespace) -> None:
     Raises RunFolderError where no run can be read.
     """
     runs, skipped = [], []
-    for folder in dict.fromkeys(path for root in args.runs for path in run_folders(Path(root))):
+    for folder in {path.resolve(): path for root in args.runs for path in run_folders(Path(root))}.values():
         try:
             runs.append(auxiliaries.read_run(folder))
         except auxiliaries.RunFolderError as error:
@@ -535,7 +543,8 @@ def compare_runs(args: argparse.Namespace) -> None:
         for test_set in test_set_names(of_dataset[0].val_rows):
             table, more_curves = compare_setting(of_dataset, dataset, test_set)
             curves |= more_curves
-            shown = table.drop(columns=["data set", "test set"]).map(shown_cell)
+            shown = table.drop(columns=["data set", "test set"])
+            shown = shown.apply(lambda column: column.map(lambda value: shown_cell(value, column.name)))
             print(f"\n{dataset} {test_set}".rstrip())
             print(shown.to_string(index=False))
             tables.append(table)
@@ -567,7 +576,7 @@ def compare_setting(
     a setting, that differ in the seed only; the paper's row; and the gap to it.
     """
     names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_SETTING)
-    differing = [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+    differing = [name for name in names if len({shown_flag(run.flags[name]) for run in runs if name in run.flags}) > 1]
     rows, curves = [], {}
     paper = PAPER.get(dataset, {}).get(test_set, {})
     for setting, members in grouped_by_setting(runs, differing).items():
@@ -582,10 +591,12 @@ def compare_setting(
                 scores.append(frame.loc[index])
                 own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}
                 rows.append(head | own | {"epoch": epoch, "epochs done": done} | dict(frame.loc[index]))
-            means = pd.DataFrame(scores).mean()
+            means = pd.DataFrame(scores).mean(skipna=False)
             if len(members) > 1:
                 rows.append(head | {"run": f"mean of {len(members)}", "at": at} | dict(means))
-                rows.append(head | {"run": "standard deviation", "at": at} | dict(pd.DataFrame(scores).std()))
+                rows.append(
+                    head | {"run": "standard deviation", "at": at} | dict(pd.DataFrame(scores).std(skipna=False))
+                )
             if paper:
                 gap = {name: means[name] - value for name, value in paper.items() if name in means}
                 rows.append(head | {"run": "gap to the paper", "at": at} | gap)
@@ -616,11 +627,11 @@ def shown_flag(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def shown_cell(value: object) -> str:
-    """Return a table's cell as text."""
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.0f}" if value.is_integer() and value > 1 else f"{value:.4f}"
-    return str(value)
+def shown_cell(value: object, column: str) -> str:
+    """Return a table's cell as text: whole epochs, scores with four digits, nothing for what is not there."""
+    if not isinstance(value, float):
+        return str(value)
+    return "" if np.isnan(value) else f"{value:.0f}" if column in ("epoch", "epochs done") else f"{value:.4f}"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -702,12 +713,19 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 
 @one_line_errors("evaluate.py")
+@auxiliaries.signals_stop("before it was done")
 def main(args: argparse.Namespace) -> None:
     """Score a run or compare runs, with flags that `check_args` has seen."""
-    if args.compare:
-        compare_runs(args)
-    else:
-        score_run(args)
+    try:
+        if args.compare:
+            compare_runs(args)
+        else:
+            score_run(args)
+    except auxiliaries.RunFolderError:
+        raise
+    except OSError as error:
+        reason = error.strerror or auxiliaries.first_line(error)
+        raise auxiliaries.RunFolderError(f"cannot read or write {error.filename or 'a file'} ({reason})") from error
 
 
 if __name__ == "__main__":

@@ -46,8 +46,9 @@ class GoogLeNet(nn.Module):
         maps = net.inception5b(net.inception5a(net.maxpool4(maps)))
         return torch.flatten(net.avgpool(maps), 1)
 
-    @staticmethod
-    def download() -> dict[str, Tensor]:
+    weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
+
+    @classmethod
+    def download(cls) -> dict[str, Tensor]:
         """Return torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
-        weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return cls.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)

@@ -1,8 +1,10 @@
 """Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019)."""
 
 import argparse
+import contextlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -26,6 +28,8 @@ K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50],
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
 PAIRS = ["task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin"]
 LOSS_READ_INTERVAL = 10
+SMALLEST_SCALE = 2.0**-14
+"""Scale of a float16 loss below which it is not the scale that makes gradients overflow."""
 LAST_CHECKPOINT = "last.pth.tar"
 LOGS = {"log_train_Class.csv": "train_rows", "log_val_Class.csv": "val_rows", "log_mining.csv": "mining_rows"}
 """The CSV files of a run folder, and what the checkpoint calls their rows."""
@@ -250,6 +254,8 @@ def check_resumed(args: argparse.Namespace, parser: auxiliaries.OneLineParser) -
                 f"--{flag}: a resumed run keeps its flags; only --kernels, --gpu, --source_path and a larger "
                 "--n_epochs may be given anew"
             )
+    if Path(args.resume).name == LAST_CHECKPOINT:
+        args.resume = str(Path(args.resume).parent)
     path = Path(args.resume) / LAST_CHECKPOINT
     try:
         flags = netlib.read_checkpoint(path)["flags"]
@@ -266,9 +272,12 @@ def check_resumed(args: argparse.Namespace, parser: auxiliaries.OneLineParser) -
             typed += [f"--{flag}", *map(str, value)]
         elif value is not None and value is not False and flag != "resume":
             typed.append(f"--{flag}={value}")
-    resumed = check_args(again.parse_args(typed), again)
+    typed = again.parse_args([flag for flag in typed if flag != "--make_graph"])  # the picture has been drawn
+    resumed = check_args(typed, again)
+    resumed.make_graph = flags.get("make_graph") is True
     if "n_epochs" in anew and args.n_epochs < resumed.n_epochs:
         parser.error(f"--n_epochs {args.n_epochs}: the run has {resumed.n_epochs}; give at least as many to resume it")
+    resumed.resume = args.resume
     for flag in anew:
         setattr(resumed, flag, getattr(args, flag))
     return resumed
@@ -281,20 +290,6 @@ def check_sizes(args: argparse.Namespace, n_images: int) -> None:
         raise datasets.DatasetError(f"--bs {args.bs} {too_large}")
     if args.task_p[TASKS.index("Shared")] and args.shared_num_classes > n_images:
         raise datasets.DatasetError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
-
-
-def set_tf32(enabled: bool, device: torch.device) -> None:
-    """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
-
-    Raises DeviceError where the device has no TF32.
-    """
-    if enabled and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise auxiliaries.DeviceError(
-            "--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out"
-        )
-    # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
 
 
 def build_loaders(
@@ -457,6 +452,11 @@ def train_one_epoch(
             bar.update(len(images))
         if iteration % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or iteration == len(schedule) - 1:
             bar.set_postfix(meter.read())
+            if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
+                raise NonFiniteLossError(
+                    f"in epoch {epoch} up to iteration {iteration} the float16 gradients overflow at every step, "
+                    "whatever their scale: try --amp bf16 or none, or a lower --lr"
+                )
     return meter.averages()
 
 
@@ -554,8 +554,8 @@ def stored_flags(args: argparse.Namespace) -> dict[str, object]:
 def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]:
     """Read the checkpoint to resume from and return its content.
 
-    n_images, n_clusters: of the training images now, and of mined labels. Raises WeightsError where it holds no
-    training to go on with, DatasetError where the images have changed.
+    n_images, n_clusters: of the training images now, and of mined labels, 0 without mining. Raises WeightsError where
+    it holds no training to go on with, DatasetError where the images have changed.
     """
     stored = netlib.read_checkpoint(path)
     progress, training = stored["progress"], stored.get("training")
@@ -565,10 +565,14 @@ def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]
         isinstance(training, dict)
         and isinstance(training.get("epoch"), int)
         and isinstance(training.get("seconds"), float)
-        and isinstance(progress.get("initial_scores"), dict)
         and all(isinstance(some, list) and all(isinstance(row, dict) for row in some) for some in rows)
+        and all(list(row) == list(some[0]) for some in rows for row in some)
         and len(rows[0]) == training["epoch"]
-        and (labels is None or (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.ndim == 1))
+        and isinstance(progress.get("initial_scores"), dict)
+        and all(list(row) == ["Epochs", "Time", *progress["initial_scores"]] for row in rows[1])
+        and (labels is None) == (n_clusters == 0)
+        and (labels is None or (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64))
+        and (labels is None or labels.shape == (training.get("n_images"),))
     )
     if not is_whole or (labels is not None and not bool(((labels >= 0) & (labels < n_clusters)).all())):
         raise netlib.WeightsError(f"{path}: holds no training to go on with")
@@ -592,11 +596,32 @@ def restore(stored: Mapping, path: Path, modules: Mapping[str, nn.Module], other
         modules["terms"].load_state_dict(training["terms"])
         for name, part in others.items():
             if part is not None:
+                require_alike(part.state_dict(), training[name], name)
                 part.load_state_dict(training[name])
+        for parameter, state in others["optimizer"].state.items():
+            if any(values.shape not in ((), parameter.shape) for values in state.values()):
+                raise ValueError("the optimiser's averages have another shape than the weights")
         auxiliaries.set_random_states(training["random"])
     except Exception as error:  # whatever stands in a file of the right form
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise netlib.WeightsError(f"{path}: holds no training of this run ({reason})") from error
+
+
+def require_alike(own: object, stored: object, where: str) -> None:
+    """Raise ValueError where a stored state has other keys or types than a fresh one; what is empty may be filled."""
+    if type(own) is not type(stored):
+        raise ValueError(f"{where} is {type(stored).__name__}, not {type(own).__name__}")
+    if isinstance(own, dict) and own:
+        if set(own) != set(stored):
+            raise ValueError(f"{where} has other entries")
+        for key, value in own.items():
+            if value is not None:
+                require_alike(value, stored[key], f"{where}: {key}")
+    if isinstance(own, list):
+        if len(own) != len(stored):
+            raise ValueError(f"{where} has {len(stored)} entries, not {len(own)}")
+        for one, other in zip(own, stored):
+            require_alike(one, other, where)
 
 
 def record_training(
@@ -637,7 +662,9 @@ def record_evaluation(
         best = max(rows, key=lambda row: row["Recall @ 1"])
         best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
         if best is rows[-1]:
-            auxiliaries.save_checkpoint(folder / f"checkpoint{suffix}.pth.tar", network, stored_flags(args), progress)
+            # It takes its place once last.pth.tar holds this epoch: until then the epoch may have to be trained again
+            path = folder / f"checkpoint{suffix}.pth.tar.{len(progress['train_rows'])}.next"
+            auxiliaries.save_checkpoint(path, network, stored_flags(args), progress)
             images = loader.dataset.images
             auxiliaries.draw_recoveries(
                 folder / f"sample_recoveries{suffix}.png",
@@ -656,10 +683,16 @@ def record_evaluation(
 @auxiliaries.signals_stop()
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
+    with auxiliaries.resumable(Path(args.resume)) if args.resume else contextlib.nullcontext():
+        return train(args)
+
+
+def train(args: argparse.Namespace) -> Path:
+    """Assemble all parts, start or resume the run, train it to its end, and return the run folder."""
     start = time.time()
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
-    set_tf32(args.tf32, device)
+    auxiliaries.set_tf32(args.tf32, device)
 
     parent = Path(args.resume).absolute().parent if args.resume else Path(args.save_path) / args.dataset
     savename = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
@@ -685,7 +718,8 @@ def main(args: argparse.Namespace) -> Path:
 
     stored = None
     if args.resume:
-        stored = read_training(folder / LAST_CHECKPOINT, len(train_images), args.shared_num_classes)
+        n_clusters = args.shared_num_classes if args.task_p[TASKS.index("Shared")] > 0 else 0
+        stored = read_training(folder / LAST_CHECKPOINT, len(train_images), n_clusters)
         start -= stored["training"]["seconds"]
         if stored["training"]["epoch"] >= args.n_epochs:
             print(f"{folder} is finished: {args.n_epochs} epochs are done; a larger --n_epochs goes on")
@@ -700,7 +734,7 @@ def main(args: argparse.Namespace) -> Path:
         freeze_batchnorm=args.bn == "frozen",
     ).to(device)
     picture = None
-    if args.make_graph:
+    if args.make_graph and stored is None:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     if stored is None:
         initial_scores, _ = score_tests(network, test_loaders, args)
@@ -775,6 +809,7 @@ def main(args: argparse.Namespace) -> Path:
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
             position = {"epoch": epoch, "n_images": len(train_images), "seconds": time.time() - start}
             record_training(folder / LAST_CHECKPOINT, modules, others, args, progress, position)
+            auxiliaries.publish_best(folder, epoch)
             if epoch == args.n_epochs:
                 break
             epoch_start = time.time()
@@ -821,5 +856,6 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # a killed run's output is whole where it goes to a file
     args_parser = get_args_parser()
     main(check_args(args_parser.parse_args(), args_parser))

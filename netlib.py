@@ -1,5 +1,6 @@
 """The two-headed embedding network, its backbones by name, weights, precision and the BatchNorm policy."""
 
+import hashlib
 import http.client
 import os
 import re
@@ -52,11 +53,12 @@ class ResNet50(nn.Module):
         maps = net.layer4(net.layer3(net.layer2(early_maps)))
         return torch.flatten(net.avgpool(maps), 1)
 
-    @staticmethod
-    def download() -> dict[str, Tensor]:
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+
+    @classmethod
+    def download(cls) -> dict[str, Tensor]:
         """Return torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
-        weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return cls.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
@@ -95,8 +97,10 @@ class EmbeddingNetwork(nn.Module):
         outputs: what to compute: head names; "Pooled", the backbone's (B, out_features) output; "Early", the features
         of the first clustering, (B, 16 times the channels of the early maps), L2-normalised: 4096 for ResNet50, 3072
         for GoogLeNet. Default: all heads.
-        Returns {output: (B, D) float32}, rows of heads L2-normalised.
+        Returns {output: (B, D) float32}, rows of heads L2-normalised. Raises TypeError for other images.
         """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise TypeError(f"images are (B, 3, H, W) uint8 RGB; got {tuple(images.shape)} {images.dtype}")
         outputs = list(self.heads) if outputs is None else outputs
         images = images.contiguous(memory_format=torch.channels_last).float()
         early_maps = self.backbone.early_maps((images - self.mean) / self.std)
@@ -188,6 +192,8 @@ def compile_network(network: EmbeddingNetwork, image_shape: tuple[int, ...], amp
             with autocast(device, amp):
                 outputs = compiled(torch.zeros(image_shape, dtype=torch.uint8, device=device))
             sum(values.sum() for values in outputs.values()).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a missing C++ compiler, an old GPU, a bug: a compiler can fail in any way
         print(f"--compile: torch.compile does not work here ({first_line(error)[:200]}); training goes on without it")
         compiled = network
@@ -205,17 +211,25 @@ def download_weights(backbone: type[nn.Module], arch: str) -> dict[str, Tensor]:
     elsewhere = (
         "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"
     )
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(backbone.weights.url).name
     try:
+        if cache.exists() and not hashlib.sha256(cache.read_bytes()).hexdigest().startswith(checksum(cache.name)):
+            raise ValueError("the checksum is wrong")
         return backbone.download()
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(
             f"cannot download the pretrained {arch} weights ({first_line(error)}): {elsewhere}"
         ) from error
     except Exception as error:  # a damaged file makes the unpickler raise almost anything
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        to_do = f"delete the damaged file {cache}" if cache.exists() else "the download was damaged: try again"
         raise WeightsError(
-            f"the pretrained {arch} weights cannot be read: delete the damaged file in {cache}, or {elsewhere}"
+            f"the pretrained {arch} weights cannot be read ({first_line(error)}): {to_do}, or {elsewhere}"
         ) from error
+
+
+def checksum(name: str) -> str:
+    """Return the start of the SHA-256 in the name of a weight file of torchvision, as in resnet50-0676ba61.pth."""
+    return name.rsplit(".", 1)[0].rsplit("-", 1)[-1]
 
 
 def first_line(error: Exception) -> str:
@@ -331,15 +345,19 @@ def fit_weights(
     if not is_ours:
         unused = network.backbone.unused_weights
         state = {PREFIX + key: value for key, value in state.items() if not key.startswith(unused)}
+    notes = []
     for task in () if needs_heads else network.heads:
         keys = [f"heads.{task}.weight", f"heads.{task}.bias"]
         if not all(key in state and fits(state[key], own[key]) for key in keys):
             own, state = ({key: values[key] for key in values if key not in keys} for values in (own, state))
             if is_ours:
-                print(f"{source}: has no {task} head of size {network.heads[task].out_features}; it starts at random")
+                size = network.heads[task].out_features
+                notes.append(f"{source}: has no {task} head of size {size}; it starts at random")
     problems = misfits(own, state)
     if problems:
         raise WeightsError(f"{source}: {name_arch(state, arch)} ({problems})")
+    if notes:
+        print("\n".join(notes))
     network.load_state_dict(state, strict=False)
 
 
@@ -352,6 +370,11 @@ def misfits(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:
         "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in state if key not in own],
         "of another shape or type": [key for key in own if key in state and not fits(state[key], own[key])],
+        "not finite": [
+            key
+            for key in own
+            if key in state and fits(state[key], own[key]) and not state[key].float().isfinite().all()
+        ],
     }
     return "; ".join(
         f"{len(keys)} {kind}: {', '.join(shown(key.removeprefix(PREFIX)) for key in keys[:3])}"

@@ -4,7 +4,7 @@
 
 The run is one of 12 epochs on the rendered data set with mining after every second epoch, small enough for a CPU. It is
 sent SIGKILL after a random time, uniform up to the time that the uninterrupted run took for its start and one epoch and
-a half, and resumed, until it has been killed often enough; then it may end. Logs (but for times), weights, optimiser
+a half (sooner where it would end before it was killed often enough), and resumed, until it has been killed often enough; then it may end. Logs (but for times), weights, optimiser
 and random states are compared bit for bit.
 """
 
@@ -33,6 +33,24 @@ def start(*flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
+def epochs_logged(folder: Path) -> int:
+    """Return how many epochs stand in the log of a run."""
+    log = folder / "log_train_Class.csv"
+    return log.read_text().count("\n") - 1 if log.exists() else 0
+
+
+def killed(process: subprocess.Popen, folder: Path, rng: random.Random, longest: float, n_epochs: int) -> bool:
+    """Kill the process after a random time, soon after it has logged n_epochs at the latest; tell whether it was alive."""
+    end = time.perf_counter() + rng.uniform(0, longest)
+    is_last = False
+    while process.poll() is None and time.perf_counter() < end:
+        time.sleep(0.02)
+        if not is_last and epochs_logged(folder) > n_epochs:
+            is_last, end = True, min(end, time.perf_counter() + rng.uniform(0, 3))
+    process.send_signal(signal.SIGKILL)
+    return process.wait() == -signal.SIGKILL
+
+
 def main() -> None:
     """Run the trial and print what it found; the exit code is 1 where the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,15 +75,11 @@ def main() -> None:
                 folders[1].rename(folders[1].with_name(f"killed_early_{early}"))
                 early += 1
             process = start("--resume", str(folders[1])) if can_resume else start(*flags, "killed")
-            try:
-                process.wait(rng.uniform(0, longest) if kills < args.kills else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            if kills < args.kills and killed(process, folders[1], rng, longest, 12 * (kills + 1) // args.kills):
                 kills += 1
-                log = folders[1] / "log_train_Class.csv"
-                done.append(len(log.read_text().splitlines()) - 1 if log.exists() else 0)
+                done.append(epochs_logged(folders[1]))
                 continue
+            process.wait()
             assert process.returncode == 0, process.stderr.read()
             if kills >= args.kills:
                 break

@@ -77,6 +77,11 @@ def points_of_kind(kind, rng):
         embeddings = np.ones((90, 4))
     elif kind == "almost the same":  # the float32 product of the raw points would tell nothing
         embeddings = 1 + 1e-5 * rng.integers(-8, 8, (90, 4))
+    elif kind == "one far point":  # the others are all but the same beside it
+        embeddings = 1e-6 * rng.normal(size=(90, 4))
+        embeddings[7] = 1e3
+    elif kind == "many scales":
+        embeddings = rng.normal(size=(90, 4)) * 10.0 ** rng.integers(-6, 4, (90, 1))
     elif kind == "single images":
         labels = rng.permutation(np.minimum(np.arange(90), 60))
         embeddings = rng.normal(size=(90, 4))
@@ -86,7 +91,18 @@ def points_of_kind(kind, rng):
     return embeddings.astype(np.float32), labels
 
 
-KINDS = ["random", "clustered", "duplicated", "collinear", "identical", "almost the same", "single images", "one class"]
+KINDS = [
+    "random",
+    "clustered",
+    "duplicated",
+    "collinear",
+    "identical",
+    "almost the same",
+    "one far point",
+    "many scales",
+    "single images",
+    "one class",
+]
 
 
 @pytest.mark.parametrize("with_gallery", [False, True])
@@ -314,6 +330,8 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
     for flag, value in [("img_size", "64"), ("bs", -1), ("k_vals", [0]), ("amp", "int3"), ("seed", None)]:
         torch.save(contents | {"flags": contents["flags"] | {flag: value}}, path)
         assert f"its flags hold no usable {flag}" in refused(capsys, path)
+    assert "no such run folder" in refused(capsys, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
     assert "holds no checkpoint" in refused(capsys, tmp_path / "empty")
     assert "no images of --dataset" in refused(capsys, stored, "--source_path", tmp_path)
 

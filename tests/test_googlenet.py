@@ -103,4 +103,5 @@ def test_pretrained_weights_are_torchvisions(monkeypatch):
     weights, options = asked[0]
     assert weights is torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
     assert options["check_hash"]
+    assert options["weights_only"]
     assert options["progress"]

@@ -503,7 +503,7 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_term(tiny_run, monkeypatc
         tiny_run()
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert "the Class-Shared loss is nan at iteration 0" in error
+    assert "the Class-Shared loss is nan in epoch 0 at iteration 0" in error
     assert error.count("\n") == 1
 
 
@@ -516,8 +516,8 @@ def test_weights_that_hold_nan_are_told_before_training(class_folders, run_main,
             "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "nan.pth", not_pretrained=False
         )  # fmt: skip
     error = capsys.readouterr().err
-    assert stop.value.code == 1
-    assert "features are not finite" in error
+    assert stop.value.code == 2
+    assert "1 not finite: conv1.weight" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
 
@@ -531,6 +531,18 @@ def test_a_last_step_that_diverges_is_told_at_the_evaluation(tiny_run, capsys):
     assert error.count("\n") == 1
 
 
+def test_float16_gradients_that_always_overflow_stop_the_run(tiny_run, monkeypatch, capsys):
+    def forward(self, embeddings, labels):
+        return (embeddings - embeddings.detach()).square().sum().sqrt()  # a finite value with a gradient that is not
+
+    monkeypatch.setattr(losses.MarginLoss, "forward", forward)
+    monkeypatch.setattr(main, "SMALLEST_SCALE", 2.0**16)
+    with pytest.raises(SystemExit) as stop:
+        tiny_run("--amp", "fp16", "--adv_weights", 0)
+    assert stop.value.code == 1
+    assert "float16 gradients overflow at every step" in capsys.readouterr().err
+
+
 def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
     recalls = iter([0.0, 0.4, 0.6, 0.6, 0.5])  # before training, then four epochs
 
@@ -542,9 +554,10 @@ def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
     saved = []
     original = auxiliaries.save_checkpoint
 
-    def spy(path, network, flags, progress):
-        saved.append(progress["val_rows"][-1]["Epochs"])
-        original(path, network, flags, progress)
+    def spy(path, network, flags, progress, *training):
+        if path.name.startswith("checkpoint"):
+            saved.append(progress["val_rows"][-1]["Epochs"])
+        original(path, network, flags, progress, *training)
 
     monkeypatch.setattr(auxiliaries, "save_checkpoint", spy)
     tiny_run("--n_epochs", 4)
@@ -635,12 +648,12 @@ def test_tf32_without_a_gpu_is_refused(tiny_run, tmp_path, capsys):
 def test_tf32_is_set_for_products_and_convolutions(monkeypatch, enabled):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     try:
-        main.set_tf32(enabled, torch.device("cuda", 0))
+        auxiliaries.set_tf32(enabled, torch.device("cuda", 0))
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == enabled
         assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == enabled
         assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == enabled
     finally:
-        main.set_tf32(False, torch.device("cpu"))
+        auxiliaries.set_tf32(False, torch.device("cpu"))
 
 
 def test_fp16_trains_with_a_gradient_scaler(tiny_run, monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,13 +115,27 @@ def test_random_bytes_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_damaged_download_is_to_be_deleted(monkeypatch):
-    def damaged():
-        raise EOFError
+def test_a_damaged_download_is_to_be_deleted(monkeypatch, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "exploded",)
 
-    monkeypatch.setattr(netlib.ResNet50, "download", staticmethod(damaged))
-    with pytest.raises(netlib.WeightsError, match="delete the damaged file in .*checkpoints"):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth"
+    cache.parent.mkdir(parents=True)
+    torch.save({"x": Bomb()}, cache)
+    with pytest.raises(netlib.WeightsError, match=f"the checksum is wrong.*delete the damaged file {cache}"):
         netlib.build_network("resnet50", SIZES, pretrained=True, freeze_batchnorm=True)
+    monkeypatch.setattr(netlib, "checksum", lambda name: "")
+    with pytest.raises(netlib.WeightsError, match=f"delete the damaged file {cache}"):
+        netlib.build_network("resnet50", SIZES, pretrained=True, freeze_batchnorm=True)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_images_that_are_not_uint8_rgb_are_refused(network):
+    for images in (torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(TypeError, match="uint8 RGB; got"):
+            network(images)
 
 
 def spoil(change):
@@ -220,6 +235,7 @@ def test_pretrained_weights_are_those_of_the_first_release(monkeypatch):
     weights, options = asked[0]
     assert weights is torchvision.models.ResNet50_Weights.IMAGENET1K_V1
     assert options["check_hash"]
+    assert options["weights_only"]
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,52 @@ def test_signals_stop_with_one_line_and_a_command_to_go_on(whole, tmp_path, name
     assert workers.stdout == ""
 
 
+def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(whole, tmp_path):
+    source, _ = whole
+    argv = flags_of(source, tmp_path, "--kernels", 2, "--n_epochs", 500)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert error.startswith("main.py: stopped by SIGTERM: the last complete epoch is safe; go on with: python main.py ")
+    assert error.count("\n") == 1, error
+
+
+def test_a_worker_that_dies_is_told_with_how_to_go_on(whole, tmp_path):
+    # a worker of the training loader lives long enough to be asked for an 11th image, in epoch 1
+    argv = flags_of(whole[0], tmp_path, "--kernels", 1)
+    process = killed_run(argv, "main.datasets.ImageDataset", "__getitem__", 11)
+    assert process.returncode == 1
+    assert process.stderr.startswith("main.py: stopped: DataLoader worker (pid")
+    assert "go on with: python main.py --resume" in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
+def test_file_systems_without_locks_are_warned_of(tmp_path, monkeypatch, capsys):
+    def refuse(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(auxiliaries.fcntl, "lockf", refuse)
+    auxiliaries.lock_run_folder(tmp_path).close()
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+
+
+def test_a_best_checkpoint_waits_for_its_epoch_to_be_safe(tmp_path):
+    (tmp_path / "checkpoint.pth.tar").write_text("of epoch 0")
+    (tmp_path / "checkpoint.pth.tar.3.next").write_text("of epoch 2, which will be trained again")
+    auxiliaries.publish_best(tmp_path, 2)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of epoch 0"]
+    (tmp_path / "checkpoint.pth.tar.3.next").write_text("of epoch 2")
+    auxiliaries.publish_best(tmp_path, 3)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of epoch 2"]
+
+
 def test_a_signal_before_anything_is_stored(whole, tmp_path):
     source, _ = whole
     process = killed_run(flags_of(source, tmp_path), "evaluate", "score_set", 1, "SIGTERM")
@@ -284,6 +330,13 @@ def outcome(command, capsys, path):
         (("training", "epoch"), "1"),
         (("training", "epoch"), 1),
         (("training", "optimizer"), {}),
+        (("training", "optimizer", "state", 0, "exp_avg"), torch.zeros(3)),
+        (("training", "optimizer", "param_groups", 0, "lr"), "x"),
+        (("training", "scheduler", "step"), 3),
+        (("progress", "shared_labels"), torch.zeros(5, dtype=torch.int64)),
+        (("progress", "shared_labels"), None),
+        (("progress", "initial_scores"), {}),
+        (("progress", "val_rows"), [{}]),
         (("training", "terms"), {}),
         (("training", "scheduler"), [1]),
         (("training", "random"), {"python": 3}),

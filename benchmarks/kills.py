@@ -4,8 +4,8 @@
 
 The run is one of 12 epochs on the rendered data set with mining after every second epoch, small enough for a CPU. It is
 sent SIGKILL after a random time, uniform up to the time that the uninterrupted run took for its start and one epoch and
-a half (sooner where it would end before it was killed often enough), and resumed, until it has been killed often enough; then it may end. Logs (but for times), weights, optimiser
-and random states are compared bit for bit.
+a half (sooner where it would end before it was killed often enough), and resumed; after the last kill it may end. Logs
+(but for times), weights, optimiser and random states are compared bit for bit.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def epochs_logged(folder: Path) -> int:
 
 
 def killed(process: subprocess.Popen, folder: Path, rng: random.Random, longest: float, n_epochs: int) -> bool:
-    """Kill the process after a random time, soon after it has logged n_epochs at the latest; tell whether it was alive."""
+    """Kill the process after a random time, at the latest when it has logged n_epochs; tell whether it was alive."""
     end = time.perf_counter() + rng.uniform(0, longest)
     is_last = False
     while process.poll() is None and time.perf_counter() < end:

@@ -267,7 +267,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
 
 
 def test_fast_evaluation_leaves_cells_empty(tiny_run):
-    folder = tiny_run("--n_epochs", 12, "--fast_eval", "--task_p", 1, 0, "--adv_weights", 0)
+    folder = tiny_run("--arch", "googlenet", "--n_epochs", 12, "--fast_eval", "--task_p", 1, 0, "--adv_weights", 0)
     val = read_logs(folder)["log_val_Class.csv"]
     assert val.index[val["NMI"].notna()].tolist() == [9, 11]
     assert val.index[val["F1"].notna()].tolist() == [9, 11]
@@ -289,7 +289,8 @@ def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_r
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 def test_a_cache_changes_no_digit(tiny_run, tmp_path, cache):
-    plain, cached = tiny_run(), tiny_run("--cache", cache, "--kernels", 1)
+    arch = ("--arch", "googlenet")
+    plain, cached = tiny_run(*arch), tiny_run(*arch, "--cache", cache, "--kernels", 1)
     for name, table in read_logs(plain).items():
         pd.testing.assert_frame_equal(table, read_logs(cached)[name], check_exact=True)
     files = list((tmp_path / "results" / "tiny").glob("decoded_*"))
@@ -560,7 +561,7 @@ def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
         original(path, network, flags, progress, *training)
 
     monkeypatch.setattr(auxiliaries, "save_checkpoint", spy)
-    tiny_run("--n_epochs", 4)
+    tiny_run("--n_epochs", 4, "--arch", "googlenet")
     assert saved == [0, 1]
 
 

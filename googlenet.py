@@ -18,6 +18,7 @@ class GoogLeNet(nn.Module):
     """
 
     out_features = 1024
+    weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
     unused_weights = ("fc.", "aux1.", "aux2.")
 
     def __init__(self):
@@ -45,10 +46,3 @@ class GoogLeNet(nn.Module):
         maps = net.inception4e(net.inception4d(net.inception4c(maps)))
         maps = net.inception5b(net.inception5a(net.maxpool4(maps)))
         return torch.flatten(net.avgpool(maps), 1)
-
-    weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
-
-    @classmethod
-    def download(cls) -> dict[str, Tensor]:
-        """Return torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
-        return cls.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)

@@ -35,6 +35,7 @@ class ResNet50(nn.Module):
     """
 
     out_features = 2048
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
     unused_weights = ("fc.",)
 
     def __init__(self):
@@ -52,13 +53,6 @@ class ResNet50(nn.Module):
         net = self.layers
         maps = net.layer4(net.layer3(net.layer2(early_maps)))
         return torch.flatten(net.avgpool(maps), 1)
-
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-
-    @classmethod
-    def download(cls) -> dict[str, Tensor]:
-        """Return torchvision's IMAGENET1K_V1 state dict, from its cache or the network."""
-        return cls.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
@@ -215,7 +209,7 @@ def download_weights(backbone: type[nn.Module], arch: str) -> dict[str, Tensor]:
     try:
         if cache.exists() and not hashlib.sha256(cache.read_bytes()).hexdigest().startswith(checksum(cache.name)):
             raise ValueError("the checksum is wrong")
-        return backbone.download()
+        return backbone.weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, http.client.HTTPException) as error:
         raise WeightsError(
             f"cannot download the pretrained {arch} weights ({first_line(error)}): {elsewhere}"

@@ -92,16 +92,3 @@ def test_weights_with_classifiers_are_taken_without_them(tmp_path):
         name for name in state if name.split(".")[0] in ("fc", "aux1", "aux2")
     }
     assert all((state[name] == value).all() for name, value in loaded.items())
-
-
-def test_pretrained_weights_are_torchvisions(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        torchvision.models.GoogLeNet_Weights, "get_state_dict", lambda self, **options: asked.append((self, options))
-    )
-    netlib.GoogLeNet.download()
-    weights, options = asked[0]
-    assert weights is torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
-    assert options["check_hash"]
-    assert options["weights_only"]
-    assert options["progress"]

@@ -157,10 +157,10 @@ def test_bad_data_is_one_line_and_leaves_no_run_folder(
 
 
 def test_weights_that_cannot_be_downloaded(class_folders, run_main, tmp_path, capsys, monkeypatch):
-    def refuse():
+    def refuse(self, **options):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(netlib.ResNet50, "download", staticmethod(refuse))
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
     with pytest.raises(SystemExit) as stop:
         run_main("--dataset", "tiny", "--source_path", class_folders, not_pretrained=False)
     error = capsys.readouterr().err

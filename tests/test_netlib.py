@@ -218,24 +218,22 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 
 def test_failed_download_says_what_to_do(monkeypatch):
-    def refuse():
+    def refuse(self, **options):
         raise OSError("no route")
 
-    monkeypatch.setattr(netlib.ResNet50, "download", staticmethod(refuse))
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
     with pytest.raises(netlib.WeightsError, match="--weights FILE, or train from random weights with --not_pretrained"):
         netlib.build_network("resnet50", SIZES, pretrained=True, freeze_batchnorm=True)
 
 
-def test_pretrained_weights_are_those_of_the_first_release(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        torchvision.models.ResNet50_Weights, "get_state_dict", lambda self, **options: asked.append((self, options))
-    )
-    netlib.ResNet50.download()
+@pytest.mark.parametrize(("arch", "name"), [("resnet50", "ResNet50_Weights"), ("googlenet", "GoogLeNet_Weights")])
+def test_pretrained_weights_are_torchvisions_first_checked_and_without_code(arch, name, monkeypatch):
+    asked, kind = [], getattr(torchvision.models, name)
+    monkeypatch.setattr(kind, "get_state_dict", lambda self, **options: asked.append((self, options)))
+    netlib.download_weights(netlib.BACKBONES[arch], arch)
     weights, options = asked[0]
-    assert weights is torchvision.models.ResNet50_Weights.IMAGENET1K_V1
-    assert options["check_hash"]
-    assert options["weights_only"]
+    assert weights is kind.IMAGENET1K_V1
+    assert options == {"progress": True, "check_hash": True, "weights_only": True}
 
 
 @pytest.fixture(scope="module")

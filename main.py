@@ -546,7 +546,7 @@ def print_mining(row: Mapping[str, float]) -> None:
     )
 
 
-def stored_flags(args: argparse.Namespace) -> dict[str, object]:
+def kept_flags(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
     return {flag: value for flag, value in vars(args).items() if flag != "resume"}
 
@@ -635,7 +635,7 @@ def record_training(
     """Store all that `restore` needs. position: the epoch that comes next, n_images, and the run's seconds so far."""
     states = {name: part.state_dict() for name, part in others.items() if part is not None}
     training = {"terms": modules["terms"].state_dict(), "random": auxiliaries.random_states(), **states, **position}
-    auxiliaries.save_checkpoint(path, modules["network"], stored_flags(args), progress, training)
+    auxiliaries.save_checkpoint(path, modules["network"], kept_flags(args), progress, training)
 
 
 def record_evaluation(
@@ -664,7 +664,7 @@ def record_evaluation(
         if best is rows[-1]:
             # It takes its place once last.pth.tar holds this epoch: until then the epoch may have to be trained again
             path = folder / f"checkpoint{suffix}.pth.tar.{len(progress['train_rows'])}.next"
-            auxiliaries.save_checkpoint(path, network, stored_flags(args), progress)
+            auxiliaries.save_checkpoint(path, network, kept_flags(args), progress)
             images = loader.dataset.images
             auxiliaries.draw_recoveries(
                 folder / f"sample_recoveries{suffix}.png",
@@ -797,7 +797,7 @@ def train(args: argparse.Namespace) -> Path:
     print(f"run folder: {folder}")
     first_epoch = 0 if stored is None else stored["training"]["epoch"]
     with lock, auxiliaries.resumable(folder):
-        auxiliaries.write_flags(folder, stored_flags(args))
+        auxiliaries.write_flags(folder, kept_flags(args))
         if picture is not None:
             with auxiliaries.replaced_file(folder / "network.svg") as file:
                 file.write(picture)

@@ -178,8 +178,7 @@ def signals_stop(message: str = "nothing had been stored yet") -> Iterator[None]
             return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):  # workers that were told too may end now: no news
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        forget_workers()  # those that were told too may end now: no news
         raise Interrupted(signum, message)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -190,30 +189,46 @@ def signals_stop(message: str = "nothing had been stored yet") -> Iterator[None]
             signal.signal(signum, handler)
 
 
+def forget_workers() -> None:
+    """Let loader workers end without an error: PyTorch raises one for each, at whatever point the owner has reached."""
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Say how to go on with a run that is stopped or cannot write. Raises Interrupted, StoppedError."""
+def resumable(folder: Path | None) -> Iterator[None]:
+    """Say how to go on with a run that is stopped or cannot write; folder: None before there is one.
+
+    Raises Interrupted, StoppedError.
+    """
 
     def hint() -> str:
         """Say what is left and how to go on with it."""
-        if not (folder / "last.pth.tar").exists():
+        if folder is None or not (folder / "last.pth.tar").exists():
             return "nothing had been stored to go on with"
         return f"the last complete epoch is safe; go on with: python main.py --resume {shlex.quote(str(folder))}"
 
     try:
         yield
     except Interrupted as error:
+        if folder is None:
+            raise
         raise Interrupted(error.signum, hint()) from None
     except DivergedError as error:
+        if folder is None:
+            raise
         before = f"; {folder / 'last.pth.tar'} is from before that"
         raise type(error)(str(error).removesuffix(before) + before) from error
     except (RunFolderError, StoppedError):
         raise
     except RuntimeError as error:
+        forget_workers()  # where one was killed for want of memory, the next may follow
         if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith("DataLoader worker"):
             raise
         raise StoppedError(f"{first_line(error)}; {hint()}") from error
     except OSError as error:
+        if folder is None:
+            raise
         path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or folder))  # not the temporary name
         what = f"{path} ({error.strerror or first_line(error)})"
         raise StoppedError(f"cannot read or write {what}; {hint()}") from error

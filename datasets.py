@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -421,10 +422,24 @@ def make_loader(
     return DataLoader(dataset, batch_sampler=batch_sampler, persistent_workers=n_workers > 0, **loading)
 
 
+WORKER_GRACE = 3.0
+"""Seconds that a loader worker that is told SIGTERM leaves its owner to stop it in order."""
+
+
 def leave_signals_to_the_owner(_: int) -> None:
-    """Ignore what a terminal or a scheduler sends to all processes of a run: the owner stops its workers."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    """Let the owner, not its workers, answer what a terminal or a scheduler sends to all processes of a run.
+
+    A worker ends by itself some seconds after SIGTERM: an interpreter that exits sends it and waits for the worker.
+    """
+
+    def end_later(*_: object) -> None:
+        """End this process, quietly, if the owner has not done so by then."""
+        timer = threading.Timer(WORKER_GRACE, os._exit, args=(0,))
+        timer.daemon = True
+        timer.start()
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 Splits = tuple[ImageSet, dict[str, ImageSet]]

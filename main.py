@@ -1,7 +1,6 @@
 """Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019)."""
 
 import argparse
-import contextlib
 import math
 import shutil
 import sys
@@ -683,7 +682,7 @@ def record_evaluation(
 @auxiliaries.signals_stop()
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
-    with auxiliaries.resumable(Path(args.resume)) if args.resume else contextlib.nullcontext():
+    with auxiliaries.resumable(Path(args.resume) if args.resume else None):
         return train(args)
 
 

@@ -209,6 +209,25 @@ def test_a_worker_that_dies_is_told_with_how_to_go_on(whole, tmp_path):
     assert process.stderr.count("\n") == 1
 
 
+def test_an_unforeseen_error_ends_the_process_while_workers_live(tmp_path):
+    """Its traceback keeps the loader alive, whose workers the interpreter tells SIGTERM and then waits for."""
+    write_class_folders(tmp_path / "tiny")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import datasets\n"
+        f"images, _ = datasets.load_dataset('tiny', {str(tmp_path)!r})\n"
+        "sampler = datasets.ClassBalancedBatchSampler(4, 2, seed=(1,))\n"
+        "sampler.set_epoch(0, images.labels, 8)\n"
+        "dataset = datasets.ImageDataset(images, datasets.train_transform(32, flip=True))\n"
+        "loader = datasets.make_loader(dataset, batch_sampler=sampler, n_workers=2, pin_memory=False)\n"
+        "for batch in loader:\n"
+        "    raise KeyError('a bug')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert process.stderr.endswith("KeyError: 'a bug'\n")
+
+
 def test_file_systems_without_locks_are_warned_of(tmp_path, monkeypatch, capsys):
     def refuse(file, how):
         raise OSError(38, "Function not implemented")

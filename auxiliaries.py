@@ -1,4 +1,4 @@
-"""Command lines and devices, seeds, the run folder and its files, plots and contact sheets, checkpoints, k-means."""
+"""Command lines and devices, several processes, seeds, the run folder and its files, plots, checkpoints, k-means."""
 
 import argparse
 import contextlib
@@ -17,10 +17,12 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 try:
     import fcntl
@@ -35,6 +37,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor, distributed
 
 COLOUR_CYCLE = matplotlib.cycler(
     color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"]
@@ -56,6 +59,10 @@ class DivergedError(FloatingPointError):
 
 class StoppedError(OSError):
     """A run cannot go on because its files cannot be written; the message is one line for the user."""
+
+
+class LostProcessError(StoppedError):
+    """Another process of the run has ended or does not answer; the message is one line for the user."""
 
 
 class Interrupted(BaseException):
@@ -84,18 +91,27 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Exit with the message; see argparse."""
+        let_first_process_speak()
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def pick_device(gpu: int) -> torch.device:
-    """Return CUDA device `gpu`, or the CPU where there is no CUDA. Raises DeviceError for a GPU that does not exist."""
+    """Return CUDA device `gpu`, or the CPU where there is no CUDA; of several processes of a machine each gets its own.
+
+    The processes take the GPUs from `gpu` on. Raises DeviceError for a GPU that does not exist.
+    """
+    n_local, own = (local_processes(), int(os.environ["LOCAL_RANK"])) if launched_processes() > 1 else (1, 0)
+    among = f", in {launched_processes()} processes" if launched_processes() > 1 else ""
     if not torch.cuda.is_available():
-        print("device: CPU (no CUDA GPU found)")
+        print(f"device: CPU (no CUDA GPU found){among}")
         return torch.device("cpu")
-    if not 0 <= gpu < torch.cuda.device_count():
-        raise DeviceError(f"--gpu {gpu}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
-    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(gpu)}")
-    return torch.device("cuda", gpu)
+    if not 0 <= gpu <= torch.cuda.device_count() - n_local:
+        wanted = f"--gpu {gpu}" + (f" with {n_local} processes on this machine" if n_local > 1 else "")
+        raise DeviceError(f"{wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    device = torch.device("cuda", gpu + own)
+    torch.cuda.set_device(device)
+    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")
+    return device
 
 
 def set_tf32(enabled: bool, device: torch.device) -> None:
@@ -114,8 +130,9 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
 
 
 def n_workers(wanted: int) -> int:
-    """Return how many loader workers to start: as many as wanted, but at most one per CPU core."""
-    return min(wanted, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    """Return how many workers each loader starts: as many as wanted, but at most one per CPU core of the process."""
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(wanted, max(n_cores // local_processes(), 1))
 
 
 class GraphError(RuntimeError):
@@ -128,6 +145,168 @@ def set_seeds(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
+
+
+PROCESS_TIMEOUT = timedelta(minutes=30)
+"""How long a process waits for the others, which may be clustering or decoding, before it gives them up."""
+
+SPEAKING_TIME = 15.0
+"""Seconds that a process which finds an error leaves the first one, which mostly finds it too, to tell it and stop."""
+
+Computed = TypeVar("Computed")
+
+
+def launched_processes() -> int:
+    """Return how many processes torchrun started for this run; 1 without torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+
+
+def local_processes() -> int:
+    """Return how many of them run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the one that prints and writes files."""
+    return launched_processes() == 1 or os.environ["RANK"] == "0"
+
+
+def let_first_process_speak() -> None:
+    """Before an error is told: what every process finds, the first one tells, and torchrun ends the others."""
+    if not is_first_process():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SPEAKING_TIME)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Connect the processes that torchrun started, over NCCL for GPUs and Gloo for CPUs; only the first one prints.
+
+    Without torchrun nothing happens, nor do the functions below do anything.
+    """
+    if launched_processes() == 1:
+        yield
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+    with contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None):
+        yield
+    distributed.destroy_process_group()  # not after an error: the others would be waited for
+
+
+def n_processes() -> int:
+    """Return the number of connected processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def process_number() -> int:
+    """Return this process's number among the connected ones, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def own_share(n_items: int, block_size: int = 1) -> range:
+    """Return which of n_items this process takes: a run of whole blocks of block_size, as many as the others to one.
+
+    The shares of all processes, one after the other, are all items.
+    """
+    n_blocks = -(-n_items // block_size)
+    first, last = (n_blocks * number // n_processes() for number in (process_number(), process_number() + 1))
+    return range(first * block_size, min(last * block_size, n_items))
+
+
+def computed_by_first(compute: Callable[[], Computed]) -> Computed:
+    """Return, on all processes, what `compute` returns on the first one; the others wait for it."""
+    if n_processes() == 1:
+        return compute()
+    box = [compute() if is_first_process() else None]
+    distributed.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    if n_processes() > 1:
+        distributed.all_gather_object([None] * n_processes(), None)
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process run a block before the others do, which then find the files that it wrote."""
+    if not is_first_process():
+        computed_by_first(lambda: None)
+    yield
+    if is_first_process():
+        computed_by_first(lambda: None)
+
+
+def gather_rows(rows: np.ndarray, everywhere: bool = True) -> np.ndarray | None:
+    """Return the rows of all processes, one process after the other: (n, D) of each to (N, D), (n,) to (N,).
+
+    A process without rows may give any D. everywhere: False leaves the whole to the first process, and None to others.
+    """
+    if n_processes() == 1:
+        return rows
+    shapes = [None] * n_processes()
+    distributed.all_gather_object(shapes, rows.shape)
+    if not everywhere and not is_first_process():
+        if len(rows):
+            distributed.send(torch.from_numpy(rows), 0)
+        return None
+    dims = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
+    whole = np.empty((sum(shape[0] for shape in shapes), *dims), rows.dtype)
+    parts = np.split(whole, np.cumsum([shape[0] for shape in shapes])[:-1])
+    if len(rows):
+        parts[process_number()][:] = rows
+    for number, part in enumerate(parts):
+        if len(part) and everywhere:
+            distributed.broadcast(torch.from_numpy(part), number)
+        elif len(part) and number != process_number():
+            distributed.recv(torch.from_numpy(part), number)
+    return whole
+
+
+class GatherShares(torch.autograd.Function):
+    """Concatenates the shares of a batch that the processes embedded, with gradient.
+
+    Each process computes the same loss of the whole batch, so that its own share's gradient needs nothing from others.
+    It is multiplied by the number of processes, which DistributedDataParallel's mean over them takes out again: the
+    gradient of the weights is the sum over the images of the batch, as in one process.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, share: Tensor) -> Tensor:
+        """Return (B, ...) of the (B / n_processes, ...) of each process."""
+        ctx.n_rows = len(share)
+        whole = share.new_empty(n_processes() * len(share), *share.shape[1:])
+        distributed.all_gather_into_tensor(whole, share.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        """Return the own share of the gradient, times the number of processes."""
+        start = process_number() * ctx.n_rows
+        return n_processes() * gradient[start : start + ctx.n_rows]
+
+
+def gather_batch(embeddings: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the embeddings {name: (B, D)} and labels (B,) of the whole batch from each process's share of it."""
+    if n_processes() == 1:
+        return dict(embeddings), labels
+    return {name: GatherShares.apply(values) for name, values in embeddings.items()}, GatherShares.apply(labels)
+
+
+def share_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give all processes the gradients of the first one, for parameters whose gradient each computes from the whole.
+
+    They are equal but for the order in which a GPU adds up; the parameters are to stay equal to the last bit.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if n_processes() == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    distributed.broadcast(flat, 0)
+    for gradient, values in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(values.view_as(gradient))
 
 
 def check_run_folder(parent: str | Path, name: str) -> None:
@@ -206,7 +385,10 @@ def resumable(folder: Path | None) -> Iterator[None]:
         """Say what is left and how to go on with it."""
         if folder is None or not (folder / "last.pth.tar").exists():
             return "nothing had been stored to go on with"
-        return f"the last complete epoch is safe; go on with: python main.py --resume {shlex.quote(str(folder))}"
+        program = "python" if launched_processes() == 1 else f"torchrun --nproc_per_node={local_processes()}"
+        if launched_processes() > local_processes():
+            program = "torchrun (as before)"
+        return f"the last complete epoch is safe; go on with: {program} main.py --resume {shlex.quote(str(folder))}"
 
     try:
         yield
@@ -223,6 +405,9 @@ def resumable(folder: Path | None) -> Iterator[None]:
         raise
     except RuntimeError as error:
         forget_workers()  # where one was killed for want of memory, the next may follow
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            what = f"process {process_number()} lost another one of the run, or its time ran out ({first_line(error)})"
+            raise LostProcessError(f"{what}; {hint()}") from error
         if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith("DataLoader worker"):
             raise
         raise StoppedError(f"{first_line(error)}; {hint()}") from error
@@ -234,11 +419,14 @@ def resumable(folder: Path | None) -> Iterator[None]:
         raise StoppedError(f"cannot read or write {what}; {hint()}") from error
 
 
-def lock_run_folder(folder: Path) -> IO:
+def lock_run_folder(folder: Path) -> contextlib.AbstractContextManager:
     """Lock a run folder for this process and return the open lock file; the lock ends with the process or the file.
 
-    Raises RunFolderError where another process has it. A dead process has none, whatever file it left.
+    Of several processes of one run the first locks it, and the others get a context without effect. Raises
+    RunFolderError where another process has it. A dead process has none, whatever file it left.
     """
+    if not is_first_process():
+        return contextlib.nullcontext()
     try:
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - it stays open as long as the run
     except OSError as error:
@@ -404,26 +592,29 @@ def save_checkpoint(
         file.write(whole.getbuffer())
 
 
-def random_states() -> dict[str, object]:
-    """Return the states of all random number generators as plain values, for set_random_states."""
+def random_states(device: torch.device) -> dict[str, object]:
+    """Return the states of all random number generators as plain values, for set_random_states.
+
+    device: the one that the run draws on.
+    """
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
 
 
-def set_random_states(states: Mapping[str, object]) -> None:
-    """Continue all random number generators where random_states found them; those of other GPUs are left alone."""
+def set_random_states(states: Mapping[str, object], device: torch.device) -> None:
+    """Continue all random number generators where random_states found them, on this device."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
+    if device.type == "cuda" and states["cuda"]:
+        torch.cuda.set_rng_state(states["cuda"][0], device)
 
 
 def write_summary(
@@ -465,9 +656,21 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
         min_points_per_centroid=1,
         max_points_per_centroid=len(points),
     )
-    clustering.train(points)
-    squared_distances, nearest = clustering.index.search(points, 1)
+    with all_cores():
+        clustering.train(points)
+        squared_distances, nearest = clustering.index.search(points, 1)
     return nearest[:, 0].astype(np.int64), float(squared_distances.sum(dtype=np.float64))
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Let faiss use the cores of the processes of this machine, which wait for this one."""
+    n_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(n_threads * local_processes())
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(n_threads)
 
 
 def draw_progress(

@@ -140,11 +140,14 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         raise DatasetError(f"cannot decode the image {path} ({reason}); repair or remove it") from error
 
 
-def cached(image_sets: Sequence[ImageSet], kind: str, folder: Path, names: Sequence[str]) -> list[ImageSet]:
+def cached(
+    image_sets: Sequence[ImageSet], kind: str, folder: Path, names: Sequence[str], n_copies: int = 1
+) -> list[ImageSet]:
     """Return image sets with all images decoded, so that reading one costs nothing; the pixels are the same.
 
     kind: "none" changes nothing; "ram" keeps them in memory, which forked workers share; "disk" keeps them in
-    memory-mapped files of `folder`, called after `names`, that later runs reuse until an image file changes.
+    memory-mapped files of `folder`, called after `names`, that later runs reuse until an image file changes. n_copies:
+    how many processes of this machine do the same at the same time, each with memory of its own.
     Raises DatasetError when they do not all fit, before any is decoded, or when an image cannot be decoded.
     """
     decoded = list(image_sets)
@@ -157,7 +160,8 @@ def cached(image_sets: Sequence[ImageSet], kind: str, folder: Path, names: Seque
         return decoded
     with ThreadPoolExecutor() as pool:
         sizes = {i: np.array(list(pool.map(image_size, decoded[i].names)), dtype=np.int64) for i in todo}
-    require_room(kind, folder, sum(int(3 * of_set.prod(1).sum()) for of_set in sizes.values()))
+    n_bytes = sum(int(3 * of_set.prod(1).sum()) for of_set in sizes.values())
+    require_room(kind, folder, n_bytes * (n_copies if kind == "ram" else 1))
     for i in todo:
         if kind == "ram":
             store = PixelStore(np.empty(int(3 * sizes[i].prod(1).sum()), np.uint8), sizes[i])
@@ -341,13 +345,22 @@ class ClassBalancedBatchSampler(BatchSampler):
 
     batch_size: a multiple of images_per_class. seed: integers that set this sampler's draws apart from others.
     random_pick_p: probability that an image is replaced by a random image of a random class while its label stays.
+    share: which places of each batch are given out, for a process that loads a part of it; None: all.
     """
 
-    def __init__(self, batch_size: int, images_per_class: int, seed: tuple[int, ...], random_pick_p: float = 0.0):
+    def __init__(
+        self,
+        batch_size: int,
+        images_per_class: int,
+        seed: tuple[int, ...],
+        random_pick_p: float = 0.0,
+        share: range | None = None,
+    ):
         if batch_size % images_per_class:
             raise ValueError(f"batch size {batch_size} is not a multiple of {images_per_class} images per class")
         self.batch_size, self.images_per_class = batch_size, images_per_class
         self.seed, self.random_pick_p = seed, random_pick_p
+        self.share = range(batch_size) if share is None else share
         self.set_epoch(0, np.empty(0, dtype=np.int64), 0)
 
     def set_epoch(self, epoch: int, labels: np.ndarray, n_batches: int) -> None:
@@ -365,7 +378,8 @@ class ClassBalancedBatchSampler(BatchSampler):
         stream = self._shuffled(rng) if self.images_per_class == 1 else self._class_runs(members, classes, rng)
         for _ in range(self.n_batches):
             seeds = rng.integers(2**63, size=self.batch_size)
-            yield [(*self._maybe_replaced(next(stream), members, rng), int(seed)) for seed in seeds]
+            batch = [(*self._maybe_replaced(next(stream), members, rng), int(seed)) for seed in seeds]
+            yield batch[self.share.start : self.share.stop]
 
     def _shuffled(self, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
         while True:
@@ -406,11 +420,12 @@ def make_loader(
     pin_memory: bool,
     batch_sampler: BatchSampler | None = None,
     batch_size: int = 1,
+    share: range | None = None,
 ) -> DataLoader:
     """Return a loader of (images (B, 3, S, S) uint8, labels (B,) int64).
 
-    With a batch_sampler (training) the workers live as long as the loader; without one all images come once, in order,
-    `batch_size` at a time.
+    With a batch_sampler (training) the workers live as long as the loader; without one all images, or those of a
+    process's share, come once, in order, `batch_size` at a time.
     """
     # Its own generator: else each pass would take a number from the one that the losses draw from
     loading = {"num_workers": n_workers, "pin_memory": pin_memory, "generator": torch.Generator()}
@@ -418,7 +433,7 @@ def make_loader(
     if n_workers and sys.platform == "linux":
         loading["multiprocessing_context"] = "fork"  # shares decoded images with the workers instead of copying them
     if batch_sampler is None:
-        return DataLoader(dataset, batch_size, **loading)
+        return DataLoader(dataset, batch_size, sampler=share, **loading)
     return DataLoader(dataset, batch_sampler=batch_sampler, persistent_workers=n_workers > 0, **loading)
 
 

@@ -41,25 +41,32 @@ class NonFiniteFeaturesError(auxiliaries.DivergedError):
 
 @torch.inference_mode()
 def extract_features(
-    network: netlib.EmbeddingNetwork, loader: DataLoader, outputs: Sequence[str], amp: str = "none"
-) -> dict[str, np.ndarray]:
+    network: netlib.EmbeddingNetwork,
+    loader: DataLoader,
+    outputs: Sequence[str],
+    amp: str = "none",
+    everywhere: bool = True,
+) -> dict[str, np.ndarray | None]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
-    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16.
+    Of several processes each embeds the images of its own loader, which holds its share of them, and gets them all.
+    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16. everywhere: False leaves all features
+    to the first process, and None to the others.
     Returns {output: (N, D) float32}. Raises NonFiniteFeaturesError.
     """
     was_training = network.training
     network.eval()
     device = network.mean.device
-    features: dict[str, np.ndarray] = {}
+    n_images = len(loader.sampler)
+    features = {name: np.empty((n_images, 0), dtype=np.float32) for name in outputs}
     done = 0
 
     def store(batch: Mapping[str, Tensor]) -> None:
         """Copy a batch's features behind those of the batches before it."""
         nonlocal done
         for name, values in batch.items():
-            if name not in features:
-                features[name] = np.empty((len(loader.dataset), values.shape[1]), dtype=np.float32)
+            if done == 0:
+                features[name] = np.empty((n_images, values.shape[1]), dtype=np.float32)
             features[name][done : done + len(values)] = values.cpu().numpy()
         done += len(values)
 
@@ -82,7 +89,7 @@ def extract_features(
                 f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "
                 "weights it started from are damaged"
             )
-    return features
+    return {name: auxiliaries.gather_rows(values, everywhere) for name, values in features.items()}
 
 
 def retrieval_scores(
@@ -102,17 +109,20 @@ def retrieval_scores(
 
     embeddings: (N, D) float, finite. labels: (N,) int. is_query: (N,) bool, the queries, which are searched in the
     other points; None: each point is searched in all others. block_size: queries at a time; memory grows with
-    block_size * N. Returns {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
+    block_size * N. Several processes share the queries. Returns {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
     """
     labels, points = np.asarray(labels), np.asarray(embeddings)
     is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~np.asarray(is_query)
     queries = np.flatnonzero(is_gallery if is_query is None else is_query)
     gallery = np.flatnonzero(is_gallery)
     gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of neighbours in memory
-    search = ClassSearch(points, labels, queries, gallery, device, block_size)
-    first_hits, average_precisions, r_precisions = (
-        torch.cat(parts).double() for parts in zip(*search.blocks(max(k_vals)), strict=True)
-    )
+    share = auxiliaries.own_share(len(queries))
+    found = np.empty((len(share), 3))
+    if len(share):
+        search = ClassSearch(points, labels, queries[share.start : share.stop], gallery, device, block_size)
+        parts = [torch.stack([values.double() for values in block], 1) for block in search.blocks(max(k_vals))]
+        found = torch.cat(parts).cpu().numpy()
+    first_hits, average_precisions, r_precisions = torch.from_numpy(auxiliaries.gather_rows(found)).unbind(1)
     recalls = {f"Recall @ {k}": (first_hits < k).double().mean().item() for k in k_vals}
     return recalls | {"mAP @ R": average_precisions.mean().item(), "R-Precision": r_precisions.mean().item()}
 
@@ -381,10 +391,13 @@ def score_set(
     all images. seed: of the k-means, which has as many clusters as there are classes. with_clustering: False leaves
     NMI and F1 out, as None. Returns {"NMI", "F1"} and what retrieval_scores returns.
     """
-    nmi = f1 = None
-    if with_clustering:
+
+    def cluster() -> tuple[float, float]:
+        """Return NMI and F1 of a k-means."""
         clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
-        nmi, f1 = clustering_scores(labels, clusters)
+        return clustering_scores(labels, clusters)
+
+    nmi, f1 = auxiliaries.computed_by_first(cluster) if with_clustering else (None, None)
     return {"NMI": nmi, "F1": f1} | retrieval_scores(embeddings, labels, k_vals, device, is_query)
 
 
@@ -664,6 +677,8 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
     for flag in only["score" if args.compare else "compare"]:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
+    if auxiliaries.launched_processes() > 1:
+        parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.runs) > 1:
         parser.error(f"{len(args.runs)} runs; give one to score, or --compare for several")
     for flag in ("csv", "plot", "save_embeddings"):
@@ -700,15 +715,19 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
+        auxiliaries.let_first_process_speak()
         # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
         message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
         print(f"{prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
     except (auxiliaries.DivergedError, auxiliaries.StoppedError) as error:
+        if not isinstance(error, auxiliaries.LostProcessError):  # the first may be the one that is lost
+            auxiliaries.let_first_process_speak()
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
     except auxiliaries.Interrupted as error:
-        print(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", file=sys.stderr)
+        if auxiliaries.is_first_process():
+            print(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", file=sys.stderr)
         sys.exit(128 + error.signum)
 
 

@@ -1,6 +1,7 @@
 """Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019)."""
 
 import argparse
+import contextlib
 import math
 import shutil
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -236,6 +238,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
             parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
         if losses.needs_triplets(name) and args.bs < 2 * images_per_class:
             parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
+    if args.bs % auxiliaries.launched_processes():
+        parser.error(
+            f"--bs {args.bs} is not divisible by the {auxiliaries.launched_processes()} processes that torchrun started"
+        )
     args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
     return args
@@ -299,14 +305,18 @@ def build_loaders(
 ) -> tuple[dict[str, datasets.ClassBalancedBatchSampler], dict[str, DataLoader], dict[str, DataLoader]]:
     """Return batch samplers and training loaders, each by task, and loaders of all images in order.
 
-    The latter are called "train" and by the names of the test sets.
+    The latter are called "train" and by the names of the test sets. Each of several processes loads its share.
     """
     loading = {"n_workers": auxiliaries.n_workers(args.kernels), "pin_memory": pin_memory}
     replacement = {"Class": 0.0, "Shared": args.random_cluster_pick_p}
     samplers, train_loaders = {}, {}
     for i, task in enumerate(TASKS):
         samplers[task] = datasets.ClassBalancedBatchSampler(
-            args.bs, args.cs_per_bs[i], seed=(args.seed, i), random_pick_p=replacement[task]
+            args.bs,
+            args.cs_per_bs[i],
+            seed=(args.seed, i),
+            random_pick_p=replacement[task],
+            share=auxiliaries.own_share(args.bs),
         )
         transform = datasets.train_transform(args.img_size, flip=task == "Class")
         dataset = datasets.ImageDataset(train_images, transform)
@@ -314,7 +324,8 @@ def build_loaders(
     ordered_loaders = {}
     for split, images in {"train": train_images, **test_sets}.items():
         dataset = datasets.ImageDataset(images, datasets.test_transform(args.img_size))
-        ordered_loaders[split] = datasets.make_loader(dataset, batch_size=args.bs, **loading)
+        share = auxiliaries.own_share(len(images), args.bs) if auxiliaries.n_processes() > 1 else None
+        ordered_loaders[split] = datasets.make_loader(dataset, batch_size=args.bs, share=share, **loading)
     return samplers, train_loaders, ordered_loaders
 
 
@@ -396,12 +407,15 @@ def mine_labels(
     The first time by early features standardised per class, later by the Shared embedding as it is (MIC paper,
     section 3.2). loader: the training images in order. class_labels: (N,) int.
     """
-    if is_first:
-        early = evaluate.extract_features(network, loader, ["Early"], amp)["Early"]
-        features = standardise_per_class(early, class_labels, cluster_mode)
-    else:
-        features = evaluate.extract_features(network, loader, ["Shared"], amp)["Shared"]
-    return auxiliaries.kmeans(features, n_clusters, seed)
+    name = "Early" if is_first else "Shared"
+    features = evaluate.extract_features(network, loader, [name], amp, everywhere=False)[name]
+
+    def cluster() -> tuple[np.ndarray, float]:
+        """Return labels and inertia; only the first process has the features."""
+        standardised = standardise_per_class(features, class_labels, cluster_mode) if is_first else features
+        return auxiliaries.kmeans(standardised, n_clusters, seed)
+
+    return auxiliaries.computed_by_first(cluster)
 
 
 def draw_task_schedule(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> np.ndarray:
@@ -411,7 +425,7 @@ def draw_task_schedule(task_p: Sequence[float], n_iterations: int, seed: int, ep
 
 
 def train_one_epoch(
-    network: netlib.EmbeddingNetwork,
+    network: nn.Module,
     criteria: Mapping[str, nn.Module],
     adversaries: Mapping[str, tuple[nn.Module, float]],
     optimizer: torch.optim.Optimizer,
@@ -430,14 +444,17 @@ def train_one_epoch(
     Raises NonFiniteLossError that names the term, the task's step and the iteration.
     """
     network.train()
-    device = network.mean.device
+    device = next(network.parameters()).device
+    weights = [values for term in criteria.values() for values in term.parameters()]
+    weights += [values for adversary, _ in adversaries.values() for values in adversary.parameters()]
     meter = LossMeter(epoch)
     batches = {task: iter(loaders[task]) for task, takes_steps in zip(TASKS, schedule.any(0)) if takes_steps}
     for iteration, takes_step in enumerate(schedule):
         for task in (task for task, active in zip(TASKS, takes_step) if active):
             images, labels = (values.to(device, non_blocking=True) for values in next(batches[task]))
             with netlib.autocast(device, amp):
-                embeddings = network(images)
+                embeddings = network(images, heads_used(task, adversaries))
+            embeddings, labels = auxiliaries.gather_batch(embeddings, labels)
             terms = {task: criteria[task](embeddings[task], labels)}
             for direction, (adversary, weight) in adversaries.items():
                 target, source = direction.split("-")
@@ -445,10 +462,11 @@ def train_one_epoch(
             loss = sum(terms.values())
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            auxiliaries.share_gradients(weights)
             scaler.step(optimizer)
             scaler.update()
             meter.add(iteration, task, terms)
-            bar.update(len(images))
+            bar.update(len(labels))
         if iteration % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or iteration == len(schedule) - 1:
             bar.set_postfix(meter.read())
             if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
@@ -457,6 +475,11 @@ def train_one_epoch(
                     "whatever their scale: try --amp bf16 or none, or a lower --lr"
                 )
     return meter.averages()
+
+
+def heads_used(task: str, adversaries: Mapping[str, object]) -> list[str] | None:
+    """Return the heads that a task's loss needs: its own, or with an adversarial term all, None."""
+    return None if adversaries else [task]
 
 
 class LossMeter:
@@ -600,7 +623,7 @@ def restore(stored: Mapping, path: Path, modules: Mapping[str, nn.Module], other
         for parameter, state in others["optimizer"].state.items():
             if any(values.shape not in ((), parameter.shape) for values in state.values()):
                 raise ValueError("the optimiser's averages have another shape than the weights")
-        auxiliaries.set_random_states(training["random"])
+        auxiliaries.set_random_states(training["random"], modules["network"].mean.device)
     except Exception as error:  # whatever stands in a file of the right form
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise netlib.WeightsError(f"{path}: holds no training of this run ({reason})") from error
@@ -633,7 +656,8 @@ def record_training(
 ) -> None:
     """Store all that `restore` needs. position: the epoch that comes next, n_images, and the run's seconds so far."""
     states = {name: part.state_dict() for name, part in others.items() if part is not None}
-    training = {"terms": modules["terms"].state_dict(), "random": auxiliaries.random_states(), **states, **position}
+    random_states = auxiliaries.random_states(modules["network"].mean.device)
+    training = {"terms": modules["terms"].state_dict(), "random": random_states, **states, **position}
     auxiliaries.save_checkpoint(path, modules["network"], kept_flags(args), progress, training)
 
 
@@ -682,13 +706,14 @@ def record_evaluation(
 @auxiliaries.signals_stop()
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
-    with auxiliaries.resumable(Path(args.resume) if args.resume else None):
+    with auxiliaries.resumable(Path(args.resume) if args.resume else None), auxiliaries.process_group():
         return train(args)
 
 
 def train(args: argparse.Namespace) -> Path:
     """Assemble all parts, start or resume the run, train it to its end, and return the run folder."""
     start = time.time()
+    is_first_process, n_processes = auxiliaries.is_first_process(), auxiliaries.n_processes()
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_tf32(args.tf32, device)
@@ -705,7 +730,10 @@ def train(args: argparse.Namespace) -> Path:
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
     cache_names = ["train", *(evaluate.file_suffix(name)[1:] or "test" for name in test_sets)]
-    train_images, *decoded = datasets.cached([train_images, *test_sets.values()], args.cache, parent, cache_names)
+    with auxiliaries.first_process_first() if args.cache == "disk" else contextlib.nullcontext():
+        train_images, *decoded = datasets.cached(
+            [train_images, *test_sets.values()], args.cache, parent, cache_names, auxiliaries.local_processes()
+        )
     test_sets = dict(zip(test_sets, decoded))
     print_split("train", train_images)
     for name, images in test_sets.items():
@@ -725,15 +753,18 @@ def train(args: argparse.Namespace) -> Path:
             return folder
 
     # Network
-    network = netlib.build_network(
-        args.arch,
-        dict(zip(TASKS, args.embed_sizes, strict=True)),
-        pretrained=not args.not_pretrained and stored is None,
-        weights_file=args.weights if stored is None else None,
-        freeze_batchnorm=args.bn == "frozen",
-    ).to(device)
+    with auxiliaries.first_process_first():  # it downloads the weights
+        network = netlib.build_network(
+            args.arch,
+            dict(zip(TASKS, args.embed_sizes, strict=True)),
+            pretrained=not args.not_pretrained and stored is None,
+            weights_file=args.weights if stored is None else None,
+            freeze_batchnorm=args.bn == "frozen",
+        ).to(device)
+    if n_processes > 1:
+        network = netlib.synchronise_batchnorm(network)
     picture = None
-    if args.make_graph and stored is None:
+    if args.make_graph and stored is None and is_first_process:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     if stored is None:
         initial_scores, _ = score_tests(network, test_loaders, args)
@@ -781,34 +812,43 @@ def train(args: argparse.Namespace) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     trained = network
     if args.compile:
-        trained = netlib.compile_network(network, (args.bs, 3, args.img_size, args.img_size), args.amp)
+        image_shape = (args.bs // n_processes, 3, args.img_size, args.img_size)
+        outputs = heads_used(TASKS[0] if args.task_p[0] else TASKS[1], adversaries)
+        trained = netlib.compile_network(network, image_shape, args.amp, outputs)
 
     modules = {"network": network, "terms": terms}
     others = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     # Resume, or a new run folder: every image has been decoded by now, and the network has run
+    auxiliaries.wait_for_all()
     if stored is not None:
         restore(stored, folder / LAST_CHECKPOINT, modules, others)
-        auxiliaries.remove_leftovers(folder)
     else:
-        folder = auxiliaries.make_run_folder(parent, savename)
+        folder = auxiliaries.computed_by_first(lambda: auxiliaries.make_run_folder(parent, savename))
         lock = auxiliaries.lock_run_folder(folder)
+    if n_processes > 1:
+        trained = DistributedDataParallel(
+            trained, broadcast_buffers=False, find_unused_parameters=heads_used(TASKS[0], adversaries) is not None
+        )
     print(f"run folder: {folder}")
     first_epoch = 0 if stored is None else stored["training"]["epoch"]
     with lock, auxiliaries.resumable(folder):
-        auxiliaries.write_flags(folder, kept_flags(args))
-        if picture is not None:
-            with auxiliaries.replaced_file(folder / "network.svg") as file:
-                file.write(picture)
-        for name, rows in LOGS.items():
-            auxiliaries.write_rows(folder / name, progress[rows])
+        if is_first_process:
+            auxiliaries.remove_leftovers(folder)
+            auxiliaries.write_flags(folder, kept_flags(args))
+            if picture is not None:
+                with auxiliaries.replaced_file(folder / "network.svg") as file:
+                    file.write(picture)
+            for name, rows in LOGS.items():
+                auxiliaries.write_rows(folder / name, progress[rows])
 
         # Loop
         for epoch in range(first_epoch, args.n_epochs + 1):
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
             position = {"epoch": epoch, "n_images": len(train_images), "seconds": time.time() - start}
-            record_training(folder / LAST_CHECKPOINT, modules, others, args, progress, position)
-            auxiliaries.publish_best(folder, epoch)
+            if is_first_process:
+                record_training(folder / LAST_CHECKPOINT, modules, others, args, progress, position)
+                auxiliaries.publish_best(folder, epoch)
             if epoch == args.n_epochs:
                 break
             epoch_start = time.time()
@@ -816,41 +856,45 @@ def train(args: argparse.Namespace) -> Path:
             for task in labels:
                 samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
             bar = {"desc": f"epoch {epoch}", "total": args.bs * int(schedule.sum()), "unit": "img", "unit_scale": True}
-            with tqdm(**bar, leave=False, disable=None) as bar:
+            with tqdm(**bar, leave=False, disable=None if is_first_process else True) as bar:
                 averages = train_one_epoch(
                     trained, criteria, adversaries, optimizer, scaler, loaders, schedule, args.amp, bar, epoch
                 )
             progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
-            auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
+            if is_first_process:
+                auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
 
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 eval_start = time.time()
                 with_clustering = not args.fast_eval or (epoch + 1) % 10 == 0 or epoch == args.n_epochs - 1
                 scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
                 progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
-                best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
-                auxiliaries.write_summary(
-                    folder / "Curr_Summary_Class.txt",
-                    progress["initial_scores"],
-                    progress["val_rows"],
-                    seconds=time.time() - start,
-                )
-                shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
-                print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
+                if is_first_process:
+                    best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
+                    auxiliaries.write_summary(
+                        folder / "Curr_Summary_Class.txt",
+                        progress["initial_scores"],
+                        progress["val_rows"],
+                        seconds=time.time() - start,
+                    )
+                    shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
+                    print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
 
             if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
                 labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
                 progress["mining_rows"].append(mining_row)
-                auxiliaries.append_row(folder / "log_mining.csv", mining_row)
-                print_mining(mining_row)
+                if is_first_process:
+                    auxiliaries.append_row(folder / "log_mining.csv", mining_row)
+                    print_mining(mining_row)
             if scheduler is not None:
                 scheduler.step()
-    for name in test_sets:
-        score = f"{name} Recall @ 1".strip()
-        before, last = progress["initial_scores"][score], scores[score]
-        print(f"{score} on the test classes: {before:.4f} before training, last {last:.4f}")
-    print(f"best Recall @ 1: {best}")
-    print(f"run folder: {folder}")
+    if is_first_process:
+        for name in test_sets:
+            score = f"{name} Recall @ 1".strip()
+            before, last = progress["initial_scores"][score], scores[score]
+            print(f"{score} on the test classes: {before:.4f} before training, last {last:.4f}")
+        print(f"best Recall @ 1: {best}")
+        print(f"run folder: {folder}")
     return folder
 
 

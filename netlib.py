@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from googlenet import GoogLeNet
 
@@ -169,12 +169,83 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
     return network.to(memory_format=torch.channels_last).eval()
 
 
-def compile_network(network: EmbeddingNetwork, image_shape: tuple[int, ...], amp: str) -> nn.Module:
+class SyncedStatistics(torch.autograd.Function):
+    """BatchNorm of a share of a batch by the statistics of the whole, for SyncedBatchNorm."""
+
+    @staticmethod
+    def forward(ctx, maps: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normalised (B, C, H, W) maps, and mean and biased variance, (C,), of the maps of all processes."""
+        values = maps.to(weight.dtype)
+        moments = torch.stack(torch.var_mean(values, (0, 2, 3), correction=0))
+        of_all = moments.new_empty(2 * distributed.get_world_size(), len(weight))
+        distributed.all_gather_into_tensor(of_all, moments)
+        variances, means = of_all[0::2], of_all[1::2]
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        ctx.save_for_backward(maps, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return F.batch_norm(maps, mean, variance, weight, bias, eps=eps), mean, variance
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients; those of the statistics come from the maps of all processes."""
+        maps, weight, mean, variance = ctx.saved_tensors
+        of_maps, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, maps, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([of_weight, of_bias])
+        distributed.all_reduce(sums)
+        n_values = maps.numel() / maps.shape[1] * distributed.get_world_size()
+        inverse = (variance + ctx.eps).rsqrt()
+        slope = weight * inverse.square() * sums[0] / n_values
+        offset = weight * inverse * sums[1] / n_values - slope * mean
+        per_channel = (1, -1, 1, 1)
+        through_statistics = maps * slope.view(per_channel) + offset.view(per_channel)
+        return (of_maps - through_statistics).to(maps.dtype), of_weight, of_bias, None
+
+
+class SyncedBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that trains by the statistics of the batch of all processes, as torch.nn.SyncBatchNorm does on GPUs.
+
+    That module does not run on the CPU. The processes have shares of one size.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) maps, in training mode together with those of the other processes."""
+        if not self.training:
+            return super().forward(maps)
+        normalised, mean, variance = SyncedStatistics.apply(maps, self.weight, self.bias, self.eps)
+        n_values = maps.numel() / maps.shape[1] * distributed.get_world_size()
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * n_values / (n_values - 1), self.momentum)
+        self.num_batches_tracked += 1
+        return normalised
+
+
+def synchronise_batchnorm(network: EmbeddingNetwork) -> EmbeddingNetwork:
+    """Return the network with BatchNorm layers that train by the maps of all processes; frozen ones stay."""
+    if network.freeze_batchnorm:
+        return network
+    if network.mean.is_cuda:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                synced = SyncedBatchNorm(child.num_features, child.eps, child.momentum).to(child.weight)
+                synced.load_state_dict(child.state_dict())
+                setattr(parent, name, synced)
+    return network
+
+
+def compile_network(
+    network: EmbeddingNetwork, image_shape: tuple[int, ...], amp: str, outputs: Sequence[str] | None = None
+) -> nn.Module:
     """Return the network as torch.compile makes it for training, or as it is, with a line that says why.
 
     Both share their weights; keep and save `network`, whose state dict has the usual keys. image_shape: (B, 3, H, W)
-    of a training batch. The first forward and backward pass, which compile, happen here and leave no trace in weights,
-    statistics and random numbers.
+    of a training batch. outputs: that training asks for, see EmbeddingNetwork.forward; others compile anew. The first
+    forward and backward pass, which compile, happen here and leave no trace in weights, statistics and random numbers.
     """
     start = time.perf_counter()
     device = network.mean.device
@@ -184,8 +255,8 @@ def compile_network(network: EmbeddingNetwork, image_shape: tuple[int, ...], amp
         with torch.random.fork_rng([device.index] if device.type == "cuda" else []):
             compiled = torch.compile(network, dynamic=False)
             with autocast(device, amp):
-                outputs = compiled(torch.zeros(image_shape, dtype=torch.uint8, device=device))
-            sum(values.sum() for values in outputs.values()).backward()
+                embeddings = compiled(torch.zeros(image_shape, dtype=torch.uint8, device=device), outputs)
+            sum(values.sum() for values in embeddings.values()).backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a missing C++ compiler, an old GPU, a bug: a compiler can fail in any way

@@ -1,0 +1,293 @@
+"""Several processes: the same gradients, features, labels and scores as one, and an end when one of them dies.
+
+Run by torchrun as a script, this file computes in each process what the tests compare with one process.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import auxiliaries  # noqa: E402
+import datasets  # noqa: E402
+import evaluate  # noqa: E402
+import losses  # noqa: E402
+import main  # noqa: E402
+import netlib  # noqa: E402
+
+BATCH_SIZE = 12
+CASES = {
+    f"{loss}-{sampling}-{'+'.join(directions)}-{batchnorm}": (loss, sampling, directions, batchnorm)
+    for loss, sampling, directions, batchnorm in [
+        ("marginloss", "distance", ["Class-Shared"], "train"),
+        ("marginloss", "distance", [], "train"),
+        ("marginloss", "semihard", ["Class-Shared", "Shared-Class"], "frozen"),
+        ("marginloss", "random", ["Shared-Class"], "train"),
+        ("triplet", "distance", [], "frozen"),
+        ("triplet", "semihard", ["Class-Shared", "Shared-Class"], "train"),
+        ("triplet", "random", ["Class-Shared"], "train"),
+        ("proxynca", "distance", ["Class-Shared", "Shared-Class"], "train"),
+        ("proxynca", "distance", [], "frozen"),
+    ]
+}
+
+
+class SmallNetwork(nn.Module):
+    """Two heads on a convolution with BatchNorm, in float64, which EmbeddingNetwork does not run in."""
+
+    def __init__(self, freeze_batchnorm):
+        super().__init__()
+        self.freeze_batchnorm = freeze_batchnorm
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.heads = nn.ModuleDict({"Class": nn.Linear(8, 6), "Shared": nn.Linear(8, 5)})
+        self.register_buffer("mean", torch.zeros(3))
+        self.double()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.freeze_batchnorm:
+            self.layers[1].eval()
+        return self
+
+    def forward(self, images, outputs=None):
+        pooled = self.layers(images).flatten(1)
+        return {task: F.normalize(self.heads[task](pooled), dim=1) for task in outputs or self.heads}
+
+
+class Recorder(torch.optim.SGD):
+    """Gradient descent that remembers the gradients of each step."""
+
+    def step(self):
+        groups = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.steps.append([None if parameter.grad is None else parameter.grad.clone() for parameter in groups])
+        super().step()
+
+
+def gradients(loss, sampling, directions, batchnorm):
+    """Return the gradients of two iterations of both tasks, and the statistics of BatchNorm after them."""
+    torch.manual_seed(3)
+    network = SmallNetwork(batchnorm == "frozen")
+    values = {"margin": 0.2, "beta": 1.2, "beta_lr": 1.0, "nu": 0.1, "proxy_lr": 1.0, "n_classes": 4}
+    sizes = {"Class": 6, "Shared": 5}
+    criteria = {
+        task: losses.build_loss(loss, sampling, embed_size=sizes[task], **values).double() for task in main.TASKS
+    }
+    adversaries = {}
+    for direction in directions:
+        target, source = direction.split("-")
+        adversaries[direction] = (losses.AdversarialLoss(sizes[target], sizes[source], 7).double(), 30.0)
+    share = auxiliaries.own_share(BATCH_SIZE)
+    loaders = {}
+    for task in main.TASKS:
+        batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(2)]
+        loaders[task] = [
+            (images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches
+        ]
+    trained = network
+    if auxiliaries.n_processes() > 1:
+        network = netlib.synchronise_batchnorm(network)
+        trained = main.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=not adversaries)
+    terms = [*criteria.values(), *(term for term, _ in adversaries.values())]
+    optimizer = Recorder([*network.parameters(), *(values for term in terms for values in term.parameters())], lr=1e-2)
+    optimizer.steps = []
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    with main.tqdm(disable=True) as bar:
+        averages = main.train_one_epoch(
+            trained, criteria, adversaries, optimizer, scaler, loaders, np.ones((2, 2), dtype=bool), "none", bar, 0
+        )
+    statistics = [network.layers[1].running_mean, network.layers[1].running_var]
+    return {"steps": optimizer.steps, "statistics": statistics, "averages": list(averages.values())}
+
+
+def features(n_images):
+    """Return what extract_features gives for this many images in batches of 4, everywhere and on the first process."""
+    rng = np.random.default_rng(n_images)
+    pixels = rng.integers(256, size=(n_images, 40, 40, 3), dtype=np.uint8)
+    images = datasets.ImageSet([str(i) for i in range(n_images)], np.zeros(n_images, int), ["a"], pixels)
+    torch.manual_seed(0)
+    network = netlib.build_network("googlenet", {"Class": 8, "Shared": 6}, pretrained=False, freeze_batchnorm=False)
+    share = auxiliaries.own_share(n_images, 4) if auxiliaries.n_processes() > 1 else None
+    dataset = datasets.ImageDataset(images, datasets.test_transform(32))
+    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, share=share)
+    everywhere = evaluate.extract_features(network, loader, ["Class", "Early"])
+    first = evaluate.extract_features(network, loader, ["Shared"], everywhere=False)["Shared"]
+    assert (first is None) != auxiliaries.is_first_process()
+    return {**{name: torch.from_numpy(values) for name, values in everywhere.items()}, "first": first}
+
+
+def scores():
+    """Return the scores of test sets, one with fewer queries than processes, and labels of a clustering."""
+    rng = np.random.default_rng(0)
+    points, labels = rng.normal(size=(61, 5)), rng.integers(6, size=61)
+    of_all = evaluate.score_set(points, labels, [1, 4], seed=1)
+    of_queries = evaluate.score_set(points, labels, [1, 4], seed=1, is_query=np.arange(61) < 2)
+    clusters, inertia = auxiliaries.computed_by_first(lambda: auxiliaries.kmeans(points, 7, seed=2))
+    return {"all": of_all, "queries": of_queries, "clusters": clusters.tolist(), "inertia": inertia}
+
+
+def computed():
+    """Return all that is compared."""
+    torch.set_num_threads(1)
+    found = {name: gradients(*case) for name, case in CASES.items()}
+    found |= {f"{n} images": features(n) for n in (23, 24, 5, 1)}
+    return found | {"scores": scores()}
+
+
+def torchrun(n_processes, *command, **options):
+    """Start processes; return torchrun's own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
+    return subprocess.Popen(
+        [*launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process computes."""
+    before = torch.get_num_threads()
+    found = computed()
+    torch.set_num_threads(before)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def together(request, tmp_path_factory):
+    """What each of 2 and of 3 processes computes."""
+    folder = tmp_path_factory.mktemp(f"processes_{request.param}")
+    process = torchrun(request.param, __file__, folder)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(request.param)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_one_process(alone, together, case):
+    for found in together:
+        assert len(found[case]["steps"]) == 4
+        for step, expected in zip(found[case]["steps"], alone[case]["steps"], strict=True):
+            for gradient, value in zip(step, expected, strict=True):
+                assert (gradient is None) == (value is None)
+                if value is not None:
+                    torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-12)
+        for statistics, value in zip(found[case]["statistics"], alone[case]["statistics"], strict=True):
+            torch.testing.assert_close(statistics, value, rtol=1e-10, atol=0)
+        for average, value in zip(found[case]["averages"], alone[case]["averages"], strict=True):
+            assert average == (None if value is None else pytest.approx(value, rel=1e-10))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_processes_step_alike_to_the_last_bit(together, case):
+    for found in together[1:]:
+        for step, expected in zip(found[case]["steps"], together[0][case]["steps"], strict=True):
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(step, expected, strict=True))
+
+
+@pytest.mark.parametrize("n_images", [23, 24, 5, 1])
+def test_features_are_those_of_one_process_bit_for_bit(alone, together, n_images):
+    expected = alone[f"{n_images} images"]
+    for found in together:
+        assert all(torch.equal(found[f"{n_images} images"][name], expected[name]) for name in ("Class", "Early"))
+    assert np.array_equal(together[0][f"{n_images} images"]["first"], expected["first"])
+
+
+def test_scores_and_clusters_are_those_of_one_process(alone, together):
+    for found in together:
+        assert found["scores"] == alone["scores"]
+
+
+def flags_of_run(folder, *more):
+    """Return the command line of a run on shapes."""
+    base = (
+        "--dataset shapes --arch googlenet --not_pretrained --img_size 32 --bs 56 --kernels 0 --lr 1e-5 --n_epochs 1 "
+    )
+    base += "--shared_num_classes 8 --adv_weights 50 --savename run"
+    return [*base.split(), "--save_path", str(folder), *map(str, more)]
+
+
+def run(argv):
+    """Run main in this process; return the run folder."""
+    parser = main.get_args_parser()
+    return main.main(main.check_args(parser.parse_args(argv), parser))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folders of a run of one epoch in two processes and in one."""
+    folder = tmp_path_factory.mktemp("runs")
+    process = torchrun(2, ROOT / "main.py", *flags_of_run(folder / "two"))
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert output.count("run folder: ") == 2  # one process speaks
+    assert "in 2 processes" in output
+    return folder / "two" / "shapes" / "run", run(flags_of_run(folder / "one"))
+
+
+def test_a_run_mines_the_same_labels_and_scores_alike(runs):
+    stored = [torch.load(folder / "last.pth.tar", weights_only=True) for folder in runs]
+    assert torch.equal(*(content["progress"]["shared_labels"] for content in stored))
+    assert stored[0]["progress"]["initial_scores"] == pytest.approx(stored[1]["progress"]["initial_scores"], abs=2e-3)
+    # Rounding can turn a draw of the sampler and a point of the k-means
+    for name, bound in (("log_train_Class.csv", {"rtol": 2e-3}), ("log_val_Class.csv", {"atol": 0.01, "rtol": 0})):
+        two, one = (pd.read_csv(folder / name).drop(columns="Time") for folder in runs)
+        pd.testing.assert_frame_equal(two, one, **bound)
+    assert {path.name for path in runs[0].iterdir()} == {path.name for path in runs[1].iterdir()}
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(runs):
+    assert run(["--resume", str(runs[0]), "--n_epochs", "2"]) == runs[0]
+    assert pd.read_csv(runs[0] / "log_val_Class.csv")["Epochs"].tolist() == [0, 1]
+
+
+def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
+    process = torchrun(2, ROOT / "main.py", *flags_of_run(tmp_path, "--n_epochs", 500), start_new_session=True)
+    log = tmp_path / "shapes" / "run" / "log_val_Class.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    ranks = {}
+    for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
+        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        ranks |= {entry: int(pid) for entry in environment if entry.startswith("RANK=")}
+    start = time.monotonic()
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert time.monotonic() - start < 60
+    assert process.returncode != 0
+    own = [line for line in error.splitlines() if line.startswith("main.py: stopped")]
+    assert own, error
+    command = f"go on with: torchrun --nproc_per_node=2 main.py --resume {log.parent}"
+    assert any(command in line for line in own)
+    assert "Signal 9 (SIGKILL)" in error
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+
+
+def test_flags_that_do_not_fit_the_processes_are_one_line(tmp_path, monkeypatch, capsys):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    parser = main.get_args_parser()
+    with pytest.raises(SystemExit) as stop:
+        main.check_args(parser.parse_args(flags_of_run(tmp_path)), parser)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error == "main.py: error: --bs 56 is not divisible by the 3 processes that torchrun started\n"
+    parser = evaluate.get_args_parser()
+    with pytest.raises(SystemExit):
+        evaluate.check_args(parser.parse_args([str(tmp_path)]), parser)
+    assert "not with torchrun" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    with auxiliaries.process_group():
+        torch.save(computed(), Path(sys.argv[1]) / f"{auxiliaries.process_number()}.pt")

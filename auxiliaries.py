@@ -66,7 +66,10 @@ class LostProcessError(StoppedError):
 
 
 class Interrupted(BaseException):
-    """A signal asks the run to stop; the message is one line for the user. signum: the signal's number."""
+    """A signal asks the run to stop; the message is one line for the user, empty where another process tells it.
+
+    signum: the signal's number.
+    """
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -182,16 +185,34 @@ def let_first_process_speak() -> None:
 def process_group() -> Iterator[None]:
     """Connect the processes that torchrun started, over NCCL for GPUs and Gloo for CPUs; only the first one prints.
 
-    Without torchrun nothing happens, nor do the functions below do anything.
+    Without torchrun nothing happens, nor do the functions below do anything. Of what stops all processes the first
+    tells, or the others where it is gone. Raises LostProcessError where the processes do not find each other.
     """
     if launched_processes() == 1:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=PROCESS_TIMEOUT)
-    with contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None):
-        yield
+    try:
+        distributed.init_process_group(backend, timeout=PROCESS_TIMEOUT)
+        first = computed_by_first(lambda: (socket.gethostname(), os.getpid()))
+    except RuntimeError as error:
+        raise LostProcessError(f"the processes of the run do not find each other ({first_line(error)})") from error
+    try:
+        with contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None):
+            yield
+    except Interrupted as error:
+        is_told = not is_first_process() and (first[0] != socket.gethostname() or is_alive(first[1]))
+        raise Interrupted(error.signum, "" if is_told else str(error)) from None
     distributed.destroy_process_group()  # not after an error: the others would be waited for
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this machine is running."""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return False
+    return True
 
 
 def n_processes() -> int:
@@ -278,7 +299,7 @@ class GatherShares(torch.autograd.Function):
         """Return (B, ...) of the (B / n_processes, ...) of each process."""
         ctx.n_rows = len(share)
         whole = share.new_empty(n_processes() * len(share), *share.shape[1:])
-        distributed.all_gather_into_tensor(whole, share.contiguous())
+        distributed.all_gather(list(whole.chunk(n_processes())), share.contiguous())
         return whole
 
     @staticmethod
@@ -371,7 +392,7 @@ def signals_stop(message: str = "nothing had been stored yet") -> Iterator[None]
 def forget_workers() -> None:
     """Let loader workers end without an error: PyTorch raises one for each, at whatever point the owner has reached."""
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
 
 @contextlib.contextmanager

@@ -726,7 +726,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
         print(f"{prog}: stopped: {error}", file=sys.stderr)
         sys.exit(1)
     except auxiliaries.Interrupted as error:
-        if auxiliaries.is_first_process():
+        if str(error):
             print(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", file=sys.stderr)
         sys.exit(128 + error.signum)
 

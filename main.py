@@ -706,7 +706,7 @@ def record_evaluation(
 @auxiliaries.signals_stop()
 def main(args: argparse.Namespace) -> Path:
     """Train with flags that `check_args` resolved, and return the run folder."""
-    with auxiliaries.resumable(Path(args.resume) if args.resume else None), auxiliaries.process_group():
+    with auxiliaries.process_group(), auxiliaries.resumable(Path(args.resume) if args.resume else None):
         return train(args)
 
 
@@ -827,9 +827,7 @@ def train(args: argparse.Namespace) -> Path:
         folder = auxiliaries.computed_by_first(lambda: auxiliaries.make_run_folder(parent, savename))
         lock = auxiliaries.lock_run_folder(folder)
     if n_processes > 1:
-        trained = DistributedDataParallel(
-            trained, broadcast_buffers=False, find_unused_parameters=heads_used(TASKS[0], adversaries) is not None
-        )
+        trained = DistributedDataParallel(trained, find_unused_parameters=not adversaries)
     print(f"run folder: {folder}")
     first_epoch = 0 if stored is None else stored["training"]["epoch"]
     with lock, auxiliaries.resumable(folder):

@@ -177,9 +177,9 @@ class SyncedStatistics(torch.autograd.Function):
         """Return the normalised (B, C, H, W) maps, and mean and biased variance, (C,), of the maps of all processes."""
         values = maps.to(weight.dtype)
         moments = torch.stack(torch.var_mean(values, (0, 2, 3), correction=0))
-        of_all = moments.new_empty(2 * distributed.get_world_size(), len(weight))
-        distributed.all_gather_into_tensor(of_all, moments)
-        variances, means = of_all[0::2], of_all[1::2]
+        of_all = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(of_all, moments)
+        variances, means = torch.stack(of_all, 1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
         ctx.save_for_backward(maps, weight, mean, variance)

@@ -30,11 +30,11 @@ def class_folders(tmp_path):
 
 @pytest.fixture
 def run_main(tmp_path):
-    """Run main with flags, small and on random weights unless told otherwise; returns the run folder."""
+    """Run main with flags, small, with the smaller backbone and random weights; returns the run folder."""
 
     def run(*flags, not_pretrained=True):
-        base = {"--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2", "--n_epochs": "2", "--kernels": "0",
-                "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0", "--adv_weights": "50",
+        base = {"--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2", "--n_epochs": "2",
+                "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0", "--adv_weights": "50",
                 "--savename": "run", "--save_path": str(tmp_path / "results")}  # fmt: skip
         argv = [str(flag) for flag in flags]
         for flag, values in base.items():

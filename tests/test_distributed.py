@@ -98,7 +98,7 @@ def gradients(loss, sampling, directions, batchnorm):
     trained = network
     if auxiliaries.n_processes() > 1:
         network = netlib.synchronise_batchnorm(network)
-        trained = main.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=not adversaries)
+        trained = main.DistributedDataParallel(network, find_unused_parameters=not adversaries)
     terms = [*criteria.values(), *(term for term, _ in adversaries.values())]
     optimizer = Recorder([*network.parameters(), *(values for term in terms for values in term.parameters())], lr=1e-2)
     optimizer.steps = []

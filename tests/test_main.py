@@ -227,7 +227,7 @@ def tiny_run(class_folders, run_main):
 
 
 def test_a_whole_run_writes_every_file(tiny_run, capsys):
-    folder = tiny_run("--n_epochs", 3, "--kernels", 1)
+    folder = tiny_run("--arch", "resnet50", "--n_epochs", 3, "--kernels", 1)
     assert {path.name for path in folder.iterdir()} == RUN_FILES
     logs = read_logs(folder)
     assert logs["log_train_Class.csv"]["Epochs"].tolist() == [0, 1, 2]
@@ -331,7 +331,7 @@ def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embe
         return original(points, n_clusters, seed, **options)
 
     monkeypatch.setattr(auxiliaries, "kmeans", spy)
-    tiny_run("--embed_sizes", 8, 6, "--cluster_mode", "mean")
+    tiny_run("--arch", "resnet50", "--embed_sizes", 8, 6, "--cluster_mode", "mean")
     assert [points.shape for points in clustered] == [(10, 4096), (10, 6), (10, 6)]
     class_labels = np.repeat([0, 1], 5)
     for label in range(2):  # the class means are gone from the early features, and from nothing else
@@ -489,7 +489,7 @@ def test_local_weights_are_used_and_freeze_batchnorm(class_folders, run_main, tm
     torch.save(state, tmp_path / "weights.pth")
     folder = run_main(
         "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "weights.pth", "--lr", "1e-9",
-        not_pretrained=False,
+        "--arch", "resnet50", not_pretrained=False,
     )  # fmt: skip
     stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
     assert stored["flags"]["bn"] == "frozen"
@@ -514,7 +514,8 @@ def test_weights_that_hold_nan_are_told_before_training(class_folders, run_main,
     torch.save(state, tmp_path / "nan.pth")
     with pytest.raises(SystemExit) as stop:
         run_main(
-            "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "nan.pth", not_pretrained=False
+            "--dataset", "tiny", "--source_path", class_folders, "--weights", tmp_path / "nan.pth",
+            "--arch", "resnet50", not_pretrained=False,
         )  # fmt: skip
     error = capsys.readouterr().err
     assert stop.value.code == 2
@@ -566,7 +567,7 @@ def test_best_checkpoint_is_by_recall_at_1(tiny_run, monkeypatch):
 
 
 def test_frozen_batchnorm_keeps_every_statistic_and_trains_every_scale_and_shift(tiny_run):
-    folder = tiny_run("--bn", "frozen", "--n_epochs", 1, "--task_p", 1, 1)
+    folder = tiny_run("--arch", "resnet50", "--bn", "frozen", "--n_epochs", 1, "--task_p", 1, 1)
     trained = torch.load(folder / "checkpoint.pth.tar", weights_only=True)["state_dict"]
     means = [value for name, value in trained.items() if name.endswith("running_mean")]
     variances = [value for name, value in trained.items() if name.endswith("running_var")]

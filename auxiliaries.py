@@ -427,8 +427,9 @@ def resumable(folder: Path | None) -> Iterator[None]:
     except RuntimeError as error:
         forget_workers()  # where one was killed for want of memory, the next may follow
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
-            what = f"process {process_number()} lost another one of the run, or its time ran out ({first_line(error)})"
-            raise LostProcessError(f"{what}; {hint()}") from error
+            is_late = re.search(r"time[d ]*out", str(error), re.IGNORECASE)
+            what = f"waited {PROCESS_TIMEOUT} in vain for" if is_late else "lost"
+            raise LostProcessError(f"process {process_number()} {what} another one of the run; {hint()}") from error
         if not isinstance(error, torch.OutOfMemoryError) and not str(error).startswith("DataLoader worker"):
             raise
         raise StoppedError(f"{first_line(error)}; {hint()}") from error

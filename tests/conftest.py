@@ -34,8 +34,8 @@ def run_main(tmp_path):
 
     def run(*flags, not_pretrained=True):
         base = {"--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2", "--n_epochs": "2",
-                "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0", "--adv_weights": "50",
-                "--savename": "run", "--save_path": str(tmp_path / "results")}  # fmt: skip
+                "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0",
+                "--adv_weights": "50", "--savename": "run", "--save_path": str(tmp_path / "results")}  # fmt: skip
         argv = [str(flag) for flag in flags]
         for flag, values in base.items():
             if flag not in argv:

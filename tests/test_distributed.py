@@ -251,26 +251,52 @@ def test_a_run_of_two_processes_is_resumed_by_one(runs):
     assert pd.read_csv(runs[0] / "log_val_Class.csv")["Epochs"].tolist() == [0, 1]
 
 
-def test_a_killed_process_ends_the_others_with_a_message(tmp_path):
-    process = torchrun(2, ROOT / "main.py", *flags_of_run(tmp_path, "--n_epochs", 500), start_new_session=True)
-    log = tmp_path / "shapes" / "run" / "log_val_Class.csv"
+def processes_of(command_line):
+    """Return the ids of the processes that have a text in their command line."""
+    return subprocess.run(["pgrep", "-f", command_line], capture_output=True, text=True).stdout.split()
+
+
+def rank_of(pid):
+    """Return the number that torchrun gave a process, as text; None for others."""
+    environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return next((entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")), None)
+
+
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path, killed):
+    flags = "--dataset tiny --arch googlenet --not_pretrained --img_size 32 --bs 8 --cs_per_bs 2 2 --kernels 1 "
+    flags += (
+        f"--shared_num_classes 3 --n_epochs 9000 --savename run --source_path {class_folders} --save_path {tmp_path}"
+    )
+    process = torchrun(2, ROOT / "main.py", *flags.split())
+    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
     while not log.exists() and process.poll() is None:
         time.sleep(0.1)
-    ranks = {}
-    for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split():
-        environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
-        ranks |= {entry: int(pid) for entry in environment if entry.startswith("RANK=")}
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    (victim,) = [pid for pid in children if rank_of(pid) == killed]
     start = time.monotonic()
-    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    os.kill(int(victim), signal.SIGKILL)
     _, error = process.communicate(timeout=60)
+    while processes_of(f"save_path {tmp_path}") and time.monotonic() - start < 60:  # workers look every 5 s
+        time.sleep(0.1)
     assert time.monotonic() - start < 60
     assert process.returncode != 0
-    own = [line for line in error.splitlines() if line.startswith("main.py: stopped")]
-    assert own, error
-    command = f"go on with: torchrun --nproc_per_node=2 main.py --resume {log.parent}"
-    assert any(command in line for line in own)
+    (own,) = [line for line in error.splitlines() if line.startswith("main.py: stopped")]
+    assert own.endswith(f"go on with: torchrun --nproc_per_node=2 main.py --resume {log.parent}"), error
     assert "Signal 9 (SIGKILL)" in error
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+
+
+def test_a_broken_image_in_the_share_of_one_process_is_told(class_folders, tmp_path):
+    (class_folders / "tiny" / "images" / "class_01" / "4.jpg").write_bytes(b"no image")
+    flags = "--dataset tiny --arch googlenet --not_pretrained --img_size 32 --bs 4 --cs_per_bs 2 2 --kernels 0 "
+    flags += f"--shared_num_classes 3 --savename run --source_path {class_folders} --save_path {tmp_path / 'runs'}"
+    process = torchrun(2, ROOT / "main.py", *flags.split())
+    _, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    own = [line for line in error.splitlines() if line.startswith("main.py: error: ")]
+    assert len(own) == 1, error
+    assert f"cannot decode the image {class_folders}/tiny/images/class_01/4.jpg" in own[0]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_flags_that_do_not_fit_the_processes_are_one_line(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -349,21 +349,122 @@ def count_pairs(sizes: np.ndarray) -> int:
 
 
 def describe_clusters(
-    clusters: np.ndarray, labels: np.ndarray, factors: Mapping[str, np.ndarray]
-) -> dict[str, int | float]:
-    """Describe mined labels: how many clusters have images, their sizes, and NMI with the class and known factors.
+    clusters: np.ndarray,
+    n_clusters: int,
+    labels: np.ndarray,
+    factors: Mapping[str, np.ndarray],
+    previous: np.ndarray | None = None,
+) -> dict[str, int | float | None]:
+    """Describe mined labels: how many clusters have images and how many have none, the sizes of the former, agreement
+    with the labels mined before (adjusted Rand index: 1 the same partition, 0 as by chance), and NMI with the class and
+    known factors.
 
-    clusters, labels: (N,) int. factors: name to (N,) int levels, shared across classes.
+    clusters: (N,) int in [0, n_clusters). labels: (N,) int. factors: name to (N,) int levels, shared across classes.
+    previous: (N,) int; None for the first mining.
     """
     sizes = np.bincount(clusters)
     sizes = sizes[sizes > 0]
     known = {"class": labels, **factors}
     return {
         "Clusters": len(sizes),
+        "Empty": n_clusters - len(sizes),
         "Smallest": int(sizes.min()),
         "Median": float(np.median(sizes)),
         "Largest": int(sizes.max()),
+        "ARI with previous": None if previous is None else float(adjusted_rand_score(previous, clusters)),
     } | {f"NMI {name}": float(normalized_mutual_info_score(values, clusters)) for name, values in known.items()}
+
+
+def clusters_to_show(
+    clusters: np.ndarray,
+    squared_distances: np.ndarray,
+    labels: np.ndarray,
+    factors: Mapping[str, np.ndarray],
+    n_rows: int = 10,
+    n_images: int = 8,
+) -> list[tuple[str, np.ndarray]]:
+    """Return caption and images of clusters, largest first: all, or of many the largest, smallest and middle ones.
+
+    Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
+    number of classes, and where there are factors the one that most images have in common beyond what is so in all.
+    clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
+    (N,) int levels. Returns (caption, indices (at most n_images,)) for at most n_rows clusters.
+    """
+    sizes = np.bincount(clusters)
+    ordered = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    if len(ordered) > n_rows:
+        n_ends = n_rows // 3
+        start = (len(ordered) - n_rows) // 2 + n_ends
+        ordered = np.concatenate([ordered[:n_ends], ordered[start : start + n_rows - 2 * n_ends], ordered[-n_ends:]])
+    shown = []
+    for cluster in ordered:
+        members = np.flatnonzero(clusters == cluster)
+        members = members[np.argsort(squared_distances[members], kind="stable")]
+        first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
+        caption = f"cluster {cluster}\n{len(members)} images\n{len(first_of_class)} classes"
+        shares = {name: largest_share(levels[members]) - largest_share(levels) for name, levels in factors.items()}
+        if shares:
+            name = max(shares, key=shares.get)
+            caption += f"\n{100 * largest_share(factors[name][members]):.0f} % one {name}"
+        shown.append((caption, members[first_of_class[:n_images]]))
+    return shown
+
+
+def largest_share(labels: np.ndarray) -> float:
+    """Return the share of the most frequent of some labels (N,) int: the accuracy of always guessing it."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
+PROBE_IMAGES = 1000
+"""Most training images that a probe embeds."""
+
+
+def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
+    """Return the training images that disentanglement is probed on: sorted indices, the same for the same seed.
+
+    A quarter of the images, at least 100 and at most PROBE_IMAGES: about equally many of each class. Where that would
+    be fewer than images_per_class it is so many of a random choice of classes, as a class is found by its own images
+    only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
+    """
+    n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
+    rng = np.random.default_rng([seed, PROBE_IMAGES])
+    order, place = rng.permutation(len(labels)), rng.permutation(n_classes)
+    order = order[np.argsort(place[labels[order]], kind="stable")]  # class by class
+    sizes = np.bincount(place[labels], minlength=n_classes)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = order[rank < max(images_per_class, n_images // n_classes)][:n_images]
+    return np.sort(chosen[np.bincount(labels[chosen])[labels[chosen]] > 1])
+
+
+def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
+    """Return the fraction of points whose label is the most frequent among their k nearest other points.
+
+    Where labels tie, the one that comes first among the nearest counts. embeddings: (N, D) float, N of some 1,000.
+    labels: (N,) int.
+    """
+    points = torch.as_tensor(embeddings).double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances.topk(min(k, len(labels) - 1), largest=False, sorted=True).indices.numpy()
+    found = labels[nearest]
+    votes = (found[:, :, None] == found[:, None, :]).sum(2)
+    return float((found[np.arange(len(found)), votes.argmax(1)] == labels).mean())
+
+
+def probe_scores(embeddings: Mapping[str, np.ndarray], classes: np.ndarray, mined: np.ndarray) -> dict[str, float]:
+    """Return how well class and mined label are read from the embeddings, by nearest_neighbour_accuracy.
+
+    Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
+    to what is right by chance, by always guessing the most frequent label. embeddings: "Class" and "Shared" to (N, D).
+    classes, mined: (N,) int.
+    """
+    readable = {
+        f"{what} from {name}": nearest_neighbour_accuracy(embeddings[name], labels)
+        for what, labels, names in (("Class", classes, ("Shared", "Class")), ("Mined", mined, ("Class", "Shared")))
+        for name in names
+    }
+    order = ("Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared")
+    chance = {"Class by chance": largest_share(classes), "Mined by chance": largest_share(mined)}
+    return {name: readable[name] for name in order} | chance
 
 
 def score_set(
@@ -518,7 +619,15 @@ PAPER = {
 }
 """Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
 
+
+def paper_scores(dataset: str) -> dict[str, float]:
+    """Return the paper's scores of a data set by the columns of log_val_Class.csv; nothing for others than the five."""
+    of_sets = PAPER.get(dataset, {})
+    return {f"{name} {score}".strip(): value for name, scores in of_sets.items() for score, value in scores.items()}
+
+
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
+NO_SETTING += ("eval_shared", "tensorboard")
 """Flags in which runs of one setting may differ."""
 
 

@@ -575,7 +575,7 @@ def draw_progress(
     best = max(val_rows, key=lambda row: row["Recall @ 1"])
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.8, 6.4))
-        losses = figure.add_gridspec(max(len(parts), 1), 1, left=0.06, right=0.4, bottom=0.16, top=0.86, hspace=0.4)
+        losses = figure.add_gridspec(max(len(parts), 1), 1, left=0.075, right=0.41, bottom=0.16, top=0.86, hspace=0.4)
         scores = figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)
         axes = [figure.add_subplot(place) for place in losses]
         for i, (axis, name) in enumerate(zip(axes, parts)):
@@ -606,11 +606,12 @@ def mark_epochs(
     """Mark epochs up to the last one on an axis, see draw_progress; return the marks that are there, for a legend."""
     axis.set_xlim(-0.7, last + 0.7)
     marks = []
-    for epochs, label, style in [
-        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}),
-        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
+    for epochs, label, style, side in [
+        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}, -0.004),
+        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}, 0.004),
     ]:
-        places = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
+        # Beside each other where both happen
+        places = [epoch - 0.5 + side * (last + 1) for epoch in epochs if epoch <= last + 1]
         width = 1.2 if len(places) < 20 else 0.5
         axis.vlines(places, 0, 1, **style, linewidth=width, zorder=0, transform=axis.get_xaxis_transform())
         marks += [Line2D([], [], **style, linewidth=1.2, label=label)] if places else []
@@ -629,8 +630,8 @@ def draw_curves(
         if not np.isnan(values).all():
             look = {"color": colours[i % len(colours)], "marker": markers[i % len(markers)], "markersize": 4}
             axis.plot(epochs, values, label=name, markevery=max(1, len(rows) // 25), **look)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(4))  # ticks take most of the time of a plot
     axis.grid(axis="y", alpha=0.25)
 
 
@@ -652,13 +653,14 @@ def draw_probe(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.8))
         figure.subplots_adjust(left=0.08, right=0.98, bottom=0.26, top=0.9, wspace=0.18)
-        for axis, (title, names) in zip(figure.subplots(1, 2), panels.items()):
+        for axis, (title, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
             for name, label, (colour, line, marker) in zip(names, labels, looks, strict=True):
                 axis.plot(epochs, [row[name] for row in rows], line, color=colour, marker=marker, markersize=4,
                           markevery=max(1, len(rows) // 25), label=label)  # fmt: skip
             axis.set_title(title, loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            axis.yaxis.set_major_locator(MaxNLocator(5))
             axis.grid(axis="y", alpha=0.25)
         figure.axes[0].set_ylabel("accuracy")
         figure.legend(handles=figure.axes[0].lines, loc="lower center", ncols=3, frameon=False)
@@ -710,6 +712,42 @@ class Tile(NamedTuple):
     kind: str
 
 
+def draw_ablation(
+    path: Path, flag: str, values: Sequence[str], lines: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """Draw Recall@1 over the values of a flag: the mean of the runs in a band of one standard deviation, runs as dots.
+
+    values: of the flag as they are typed, in the order in which they are drawn at equal distances. lines: name to
+    {value: Recall@1 of each run}; a name that starts with "paper" is drawn as published numbers. The format is that of
+    the path's ending.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 5.4))
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.18 + 0.045 * len(lines))
+        colours, markers = COLOUR_CYCLE.by_key()["color"], "osD^vP*X"
+        for i, (name, points) in enumerate(lines.items()):
+            places = [place for place, value in enumerate(values) if value in points]
+            runs = [np.asarray(points[values[place]]) for place in places]
+            look = {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
+            look = {"color": colours[i % 8], "marker": markers[i % 8]} | look
+            axis.plot(places, [recalls.mean() for recalls in runs], **look, label=name.replace("$", r"\$"))
+            if max(map(len, runs)) > 1:
+                spread = [recalls.std(ddof=1) if len(recalls) > 1 else 0 for recalls in runs]
+                low, high = ([r.mean() + side * d for r, d in zip(runs, spread)] for side in (-1, 1))
+                axis.fill_between(places, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                dots = [(place, recall) for place, recalls in zip(places, runs) for recall in recalls]
+                axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3)
+        axis.set_xticks(range(len(values)), values)
+        axis.set(xlabel=f"--{flag}", ylabel="Recall @ 1 on the test classes")
+        axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)
+        axis.grid(axis="y", alpha=0.25)
+        figure.legend(loc="lower center", frameon=False)
+        with replaced_file(path) as file:
+            metadata = {"Date": None} if path.suffix == ".svg" else {}
+            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+
+
 def draw_recoveries(
     path: Path,
     read: Callable[[int], np.ndarray],
@@ -744,7 +782,7 @@ def draw_recoveries(
             kind = "same" if labels[index] == labels[query] else "other"
             row.append(Tile(read(index), class_names[labels[index]], kind))
     legend = "left: query;  ✓ solid: of its class;  ✗ dashed: of another class"
-    draw_sheet(path, [title, legend], [""] * len(rows), rows)
+    draw_sheet(path, [line for line in (title, legend) if line], [""] * len(rows), rows)
 
 
 def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> None:
@@ -767,7 +805,7 @@ def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: 
         for j, tile in enumerate(row):
             draw_tile(sheet, pen, (left + step * j, y), tile, font)
     with replaced_file(path) as file:
-        sheet.save(file, "PNG", compress_level=1)
+        sheet.save(file, "PNG", compress_level=1)  # at the default it takes twice as long
 
 
 def draw_tile(
@@ -787,7 +825,8 @@ def draw_tile(
     if mark:
         pen.rectangle((x, y, x + 24, y + 24), colour)
         pen.text((x + 12, y + 12), mark, "white", sheet_font(19), anchor="mm")
-    pen.text((x + TILE // 2, y + TILE + 15), fitted(tile.caption, TILE + 12, font), colour, font, anchor="mm")
+    text_colour = "black" if tile.kind == "plain" else colour
+    pen.text((x + TILE // 2, y + TILE + 15), fitted(tile.caption, TILE + 12, font), text_colour, font, anchor="mm")
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Feature extraction and scores of an embedding; as a command: score a stored run, or compare runs.
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
-python evaluate.py --compare RUN [RUN ...] [--csv FILE] [--plot FILE]
+python evaluate.py --compare RUN [RUN ...] [--over FLAG] [--csv FILE] [--plot FILE]
 """
 
 import argparse
@@ -405,7 +405,7 @@ def clusters_to_show(
         shares = {name: largest_share(levels[members]) - largest_share(levels) for name, levels in factors.items()}
         if shares:
             name = max(shares, key=shares.get)
-            caption += f"\n{100 * largest_share(factors[name][members]):.0f} % one {name}"
+            caption += f"\n{100 * largest_share(factors[name][members]):.0f} % alike in\n{name}"
         shown.append((caption, members[first_of_class[:n_images]]))
     return shown
 
@@ -646,12 +646,17 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(f"skipped {reason}")
     if not runs:
         raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
-    tables, curves = [], {}
+    if args.over:
+        runs = [run for run in runs if args.over in run.flags]
+        if not runs:
+            raise auxiliaries.RunFolderError(f"--over {args.over}: no run has this flag")
+    tables, curves, lines = [], {}, {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         of_dataset = [run for run in runs if run.flags["dataset"] == dataset]
         for test_set in test_set_names(of_dataset[0].val_rows):
             table, more_curves = compare_setting(of_dataset, dataset, test_set)
             curves |= more_curves
+            lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if args.over else {}
             shown = table.drop(columns=["data set", "test set"])
             shown = shown.apply(lambda column: column.map(lambda value: shown_cell(value, column.name)))
             print(f"\n{dataset} {test_set}".rstrip())
@@ -660,7 +665,13 @@ def compare_runs(args: argparse.Namespace) -> None:
     if args.csv:
         with auxiliaries.replaced_file(Path(args.csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
-    if args.plot:
+    if args.over:
+        values = sorted({value for points in lines.values() for value in points}, key=by_number)
+        print(f"\nRecall @ 1 over --{args.over}, mean and standard deviation over runs")
+        print(ablation_table(lines, values).to_string())
+    if args.plot and args.over:
+        auxiliaries.draw_ablation(Path(args.plot), args.over, values, lines)
+    elif args.plot:
         auxiliaries.draw_comparison(Path(args.plot), curves)
 
 
@@ -721,6 +732,85 @@ def compare_setting(
     return pd.DataFrame(rows).dropna(axis=1, how="all"), curves
 
 
+PAPER_ABLATIONS = {
+    "shared_num_classes": {
+        "cub200": {"5": 0.604, "10": 0.612, "20": 0.636, "30": 0.647, "50": 0.641, "100": 0.633, "150": 0.621,
+                   "200": 0.599, "250": 0.602, "300": 0.587},
+        "cars196": {"5": 0.770, "10": 0.769, "20": 0.781, "30": 0.786, "50": 0.796, "100": 0.798, "150": 0.805,
+                    "200": 0.805, "250": 0.801, "300": 0.800},
+        "online_products": {"5": 0.728, "10": 0.731, "20": 0.730, "30": 0.738, "50": 0.741, "100": 0.742,
+                            "150": 0.740, "200": 0.745, "250": 0.744, "300": 0.742},
+    },
+    "cluster_update_freq": {
+        "cub200": {"1": 0.647, "50": 0.628},
+        "cars196": {"1": 0.800, "50": 0.783},
+        "online_products": {"1": 0.741, "50": 0.730},
+    },
+    "embed_sizes": {
+        "cub200": {"0": 0.636, "64": 0.647, "128": 0.657, "256": 0.666, "512": 0.670, "1024": 0.667},
+        "cars196": {"0": 0.796, "64": 0.817, "128": 0.828, "256": 0.842, "512": 0.850, "1024": 0.845},
+    },
+}  # fmt: skip
+"""Recall@1 over a flag, by data set, read off the paper's plots, +-0.002; of the update interval its ends only."""
+
+
+def ablated_value(run: auxiliaries.Run, flag: str) -> str:
+    """Return a run's value of a flag as it is typed; of a pair that of the Shared task.
+
+    A run without the Shared task has a Shared embedding of size 0.
+    """
+    if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
+        return "0"
+    value = run.flags[flag]
+    value = value[-1] if isinstance(value, list) and value else value
+    return f"{value:g}" if isinstance(value, float) else shown_flag(value)
+
+
+def ablation_lines(
+    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str, flag: str
+) -> dict[str, dict[str, list[float]]]:
+    """Return lines of Recall@1 over a flag, {name: {value of the flag: of each run}}: at the best epoch, at the last,
+    and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines.
+    """
+    own = {flag, *NO_SETTING, *(("task_p", "adv_weights") if flag == "embed_sizes" else ())}  # the baseline has others
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.flags) if name not in own]
+    differing = [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+    lines: dict[str, dict[str, list[float]]] = {}
+    for setting, members in grouped_by_setting(runs, differing).items():
+        others = [f"{name} {value}" for name, value in zip(differing, setting, strict=True)]
+        for at, pick in (("best epoch", max), ("last epoch", lambda recalls: recalls[-1])):
+            points = lines.setdefault(" ".join(filter(None, [dataset, test_set, *others, at])), {})
+            for run in members:
+                recalls = [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows]
+                points.setdefault(ablated_value(run, flag), []).append(pick(recalls))
+    paper = PAPER_ABLATIONS.get(flag, {}).get(dataset)
+    return lines | ({f"paper, {dataset}": {x: [y] for x, y in paper.items()}} if paper and not test_set else {})
+
+
+def by_number(value: str) -> tuple[float, str]:
+    """Return the key that sorts values of a flag: numbers by size, then words."""
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value
+
+
+def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]], values: Sequence[str]) -> pd.DataFrame:
+    """Return a table of ablation_lines as text: a row for each value of the flag, a column for each line."""
+    return pd.DataFrame(
+        {name: [mean_and_spread(points.get(value, [])) for value in values] for name, points in lines.items()},
+        index=list(values),
+    )
+
+
+def mean_and_spread(recalls: Sequence[float]) -> str:
+    """Return the mean of some runs as text, with standard deviation and number where there are several."""
+    if not len(recalls):
+        return ""
+    spread = f" +- {np.std(recalls, ddof=1):.4f} ({len(recalls)} runs)" if len(recalls) > 1 else ""
+    return f"{np.mean(recalls):.4f}{spread}"
+
+
 def grouped_by_setting(
     runs: Sequence[auxiliaries.Run], differing: Sequence[str]
 ) -> dict[tuple[str, ...], list[auxiliaries.Run]]:
@@ -755,6 +845,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "folders, or folders that hold them")  # fmt: skip
     add("--compare", action="store_true", help="print a table of stored runs: the flags in which they differ, scores "
         "at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")  # fmt: skip
+    add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
+        "where there is one, and draw it with --plot; of a pair the Shared task's value counts")  # fmt: skip
     add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
     add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs (.svg, .png or .pdf)")
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
@@ -769,7 +861,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the flags; `parser.error` on flags that do not fit together or files that exist already."""
-    only = {"compare": ["csv", "plot"], "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"]}
+    only = {
+        "compare": ["over", "csv", "plot"],
+        "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"],
+    }
     for flag in only["score" if args.compare else "compare"]:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")

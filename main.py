@@ -800,7 +800,9 @@ def draw_evaluation(
     return sheets
 
 
-def draw_mining(folder: Path, images: datasets.ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> Path:
+def draw_mining(
+    folder: Path, before_epoch: int, images: datasets.ImageSet, mined: np.ndarray, squared_distances: np.ndarray
+) -> Path:
     """Draw the mined clusters, mined_clusters.png, and return its path. See evaluate.clusters_to_show."""
     clusters = evaluate.clusters_to_show(mined, squared_distances, images.labels, images.factors)
     n_clusters, read = len(np.unique(mined)), pixels_of(images)
@@ -809,7 +811,7 @@ def draw_mining(folder: Path, images: datasets.ImageSet, mined: np.ndarray, squa
         [auxiliaries.Tile(read(index), images.class_names[images.labels[index]], "plain") for index in indices]
         for _, indices in clusters
     ]
-    title = f"{folder.name}: {which} {n_clusters} mined clusters"
+    title = f"{folder.name}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     path = folder / "mined_clusters.png"
     auxiliaries.draw_sheet(path, [title, note], [caption for caption, _ in clusters], tiles)
@@ -962,7 +964,7 @@ def train(args: argparse.Namespace) -> Path:
             auxiliaries.write_rows(folder / name, progress[rows])
         if is_mining and stored is None:
             with stopwatch.measure("drawing"):
-                draw_mining(folder, train_images, labels["Shared"], squared_distances)
+                draw_mining(folder, 0, train_images, labels["Shared"], squared_distances)
         if is_mining and progress["mining_rows"][-1]["Before Epoch"] == first_epoch:  # a resumed board has dropped it
             pictures = [folder / "mined_clusters.png"]
             auxiliaries.add_to_board(board, first_epoch, {"mining": progress["mining_rows"][-1]}, pictures)
@@ -1010,7 +1012,7 @@ def train(args: argparse.Namespace) -> Path:
                 labels["Shared"], squared_distances = mine(before_epoch=epoch + 1)
                 auxiliaries.append_row(folder / "log_mining.csv", progress["mining_rows"][-1])
                 with stopwatch.measure("drawing"):
-                    picture = draw_mining(folder, train_images, labels["Shared"], squared_distances)
+                    picture = draw_mining(folder, epoch + 1, train_images, labels["Shared"], squared_distances)
                 auxiliaries.add_to_board(board, epoch + 1, last_rows(progress, ("mining",)), [picture])
             if scheduler is not None:
                 scheduler.step()

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The published set-ups, and a demo that needs no data: bash Result_Runs.sh NAME [more flags of main.py]
+# The published set-ups, the paper's ablations, and a demo that needs no data: see the usage below
 set -euo pipefail
 
 usage() {
     cat <<'EOF'
 usage: bash Result_Runs.sh NAME [more flags of main.py]
+       bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more flags of main.py]
 
   demo              MIC on the built-in rendered data set: CPU, no data, minutes
   cub200            CUB200-2011
@@ -17,6 +18,17 @@ usage: bash Result_Runs.sh NAME [more flags of main.py]
 More flags are passed on and win over those of the set-up, for example
   bash Result_Runs.sh cub200 --source_path /data --gpu 1 --seed 2
 Data sets are expected in ./Datasets, see README.md; `python main.py --help` lists all flags.
+
+An ablation trains one run for each value of a flag and each of N seeds (default 1), with the set-up of the data set
+(shapes: the demo's; your own: the defaults and your flags) and then compares them: a table, and SERIES.csv and
+SERIES.svg beside the runs. Started again it leaves out what is done and goes on with what was interrupted. SERIES is
+  clusters      --shared_num_classes: 5 10 20 30 50 100 150 200 250 300
+  interval      --cluster_update_freq, the epochs between two minings: 1 3 5 10 20 50
+  dim           --embed_sizes, of the Shared embedding: 0 64 128 256 512 1024; 0 is the plain margin-loss baseline
+  adversarial   --adv_weights: 0, and on for the weight of the set-up
+  standardise   --cluster_mode: no_norm mean mstd
+--values runs others than these, for example a smaller series on a CPU:
+  bash Result_Runs.sh ablation clusters shapes --values 4 8 16 --seeds 2 --n_epochs 4
 EOF
 }
 
@@ -26,10 +38,15 @@ if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
 fi
 name=$1
 shift
-main="$(dirname "${BASH_SOURCE[0]}")/main.py"
+here="$(dirname "${BASH_SOURCE[0]}")"
 published=(--seed 0 --random_cluster_pick_p 0.2 --cluster_update_freq 3)
 
-run() { "${PYTHON:-python}" "$main" "$@"; }
+run() { "${PYTHON:-python}" "$here/main.py" "$@"; }
+
+fail() {
+    echo "Result_Runs.sh: error: $*" >&2
+    exit 2
+}
 
 cub200() {
     run --dataset cub200 "${published[@]}" --shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 \
@@ -57,7 +74,68 @@ demo() {
         --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
+
+ablation() {
+    [[ $# -ge 2 ]] || fail "give the series and the data set: bash Result_Runs.sh ablation SERIES DATASET"
+    local series=$1 dataset=$2 values flag seeds=1 first_seed=1 save_path=./Training_Results prefix=ablation_$1
+    local own=() flags=() failed=() value seed status
+    case $series in
+        clusters) flag=shared_num_classes values=(5 10 20 30 50 100 150 200 250 300) ;;
+        interval) flag=cluster_update_freq values=(1 3 5 10 20 50) ;;
+        dim) flag=embed_sizes values=(0 64 128 256 512 1024) ;;
+        adversarial) flag=adv_weights values=(0 on) ;;
+        standardise) flag=cluster_mode values=(no_norm mean mstd) ;;
+        *) fail "no series '$series'; one of clusters, interval, dim, adversarial, standardise" ;;
+    esac
+    shift 2
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            --seeds) seeds=${2:-} && shift ;;
+            --save_path) save_path=${2:-} && shift ;;
+            --savename) prefix=${2:-} && shift ;;
+            --values) while [[ $# -gt 1 && $2 != --* ]]; do own+=("$2") && shift; done ;;
+            --seed | --dataset | --resume | --seeds=* | --values=* | --save_path=* | --savename=*)
+                fail "$1 does not go with an ablation: give --seeds N, --values V ..., --save_path FOLDER, --savename NAME" ;;
+            *) flags+=("$1") ;;
+        esac
+        [[ $# -eq 0 ]] || shift
+    done
+    [[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds '$seeds': give how many runs to train for each value"
+    [[ -n $save_path && -n $prefix ]] || fail "--save_path and --savename take a value"
+    [[ ${#own[@]} -eq 0 ]] || values=("${own[@]}")
+    case $dataset in
+        cub200 | cars196 | online_products | in-shop | vehicle_id) setup=("$dataset") first_seed=0 ;;
+        shapes) setup=(demo) ;;
+        *) setup=(run --dataset "$dataset") ;;
+    esac
+    for value in "${values[@]}"; do
+        ablated=(--$flag "$value")
+        case $series-$value in
+            dim-0) ablated=(--task_p 1 0 --adv_weights 0) ;;
+            dim-*) ablated=(--embed_sizes 128 "$value") ;;
+            adversarial-on) ablated=() ;;
+        esac
+        for ((seed = first_seed; seed < first_seed + seeds; seed++)); do
+            echo "== $series $value, seed $seed"
+            status=0
+            "${setup[@]}" ${flags[@]+"${flags[@]}"} ${ablated[@]+"${ablated[@]}"} --seed "$seed" --save_path "$save_path" \
+                --savename "${prefix}_${value}_seed$seed" --go_on || status=$?
+            [[ $status -ne 2 && $status -lt 128 ]] || exit $status # bad flags, or told to stop
+            [[ $status -eq 0 ]] || failed+=("${value}_seed$seed")
+        done
+    done
+    rm -f "$save_path/$dataset/$prefix.csv" "$save_path/$dataset/$prefix.svg" # of this series, drawn anew
+    "${PYTHON:-python}" "$here/evaluate.py" --compare "$save_path/$dataset/$prefix"_*/ --over $flag \
+        --csv "$save_path/$dataset/$prefix.csv" --plot "$save_path/$dataset/$prefix.svg"
+    echo "table: $save_path/$dataset/$prefix.csv, plot: $save_path/$dataset/$prefix.svg"
+    if [[ ${#failed[@]} -gt 0 ]]; then
+        echo "Result_Runs.sh: failed: ${failed[*]}" >&2
+        exit 1
+    fi
+}
+
 case $name in
+    ablation) ablation "$@" ;;
     demo | cub200 | cars196 | online_products | in-shop | vehicle_id) "$name" "$@" ;;
     all)
         failed=()
@@ -68,8 +146,6 @@ case $name in
         fi
         ;;
     *)
-        echo "Result_Runs.sh: error: no set-up '$name'; one of demo, cub200, cars196, online_products, in-shop," \
-            "vehicle_id, all" >&2
-        exit 2
+        fail "no set-up '$name'; one of demo, cub200, cars196, online_products, in-shop, vehicle_id, all, ablation"
         ;;
 esac

@@ -1,7 +1,7 @@
 """Feature extraction and scores of an embedding; as a command: score a stored run, or compare runs.
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
-python evaluate.py --compare RUN [RUN ...] [--csv FILE] [--plot FILE]
+python evaluate.py --compare RUN [RUN ...] [--over FLAG] [--csv FILE] [--plot FILE]
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import normalized_mutual_info_score
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -359,21 +359,122 @@ def count_pairs(sizes: np.ndarray) -> int:
 
 
 def describe_clusters(
-    clusters: np.ndarray, labels: np.ndarray, factors: Mapping[str, np.ndarray]
-) -> dict[str, int | float]:
-    """Describe mined labels: how many clusters have images, their sizes, and NMI with the class and known factors.
+    clusters: np.ndarray,
+    n_clusters: int,
+    labels: np.ndarray,
+    factors: Mapping[str, np.ndarray],
+    previous: np.ndarray | None = None,
+) -> dict[str, int | float | None]:
+    """Describe mined labels: how many clusters have images and how many have none, the sizes of the former, agreement
+    with the labels mined before (adjusted Rand index: 1 the same partition, 0 as by chance), and NMI with the class and
+    known factors.
 
-    clusters, labels: (N,) int. factors: name to (N,) int levels, shared across classes.
+    clusters: (N,) int in [0, n_clusters). labels: (N,) int. factors: name to (N,) int levels, shared across classes.
+    previous: (N,) int; None for the first mining.
     """
     sizes = np.bincount(clusters)
     sizes = sizes[sizes > 0]
     known = {"class": labels, **factors}
     return {
         "Clusters": len(sizes),
+        "Empty": n_clusters - len(sizes),
         "Smallest": int(sizes.min()),
         "Median": float(np.median(sizes)),
         "Largest": int(sizes.max()),
+        "ARI with previous": None if previous is None else float(adjusted_rand_score(previous, clusters)),
     } | {f"NMI {name}": float(normalized_mutual_info_score(values, clusters)) for name, values in known.items()}
+
+
+def clusters_to_show(
+    clusters: np.ndarray,
+    squared_distances: np.ndarray,
+    labels: np.ndarray,
+    factors: Mapping[str, np.ndarray],
+    n_rows: int = 10,
+    n_images: int = 8,
+) -> list[tuple[str, np.ndarray]]:
+    """Return caption and images of clusters, largest first: all, or of many the largest, smallest and middle ones.
+
+    Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
+    number of classes, and where there are factors the one that most images have in common beyond what is so in all.
+    clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
+    (N,) int levels. Returns (caption, indices (at most n_images,)) for at most n_rows clusters.
+    """
+    sizes = np.bincount(clusters)
+    ordered = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+    if len(ordered) > n_rows:
+        n_ends = n_rows // 3
+        start = (len(ordered) - n_rows) // 2 + n_ends
+        ordered = np.concatenate([ordered[:n_ends], ordered[start : start + n_rows - 2 * n_ends], ordered[-n_ends:]])
+    shown = []
+    for cluster in ordered:
+        members = np.flatnonzero(clusters == cluster)
+        members = members[np.argsort(squared_distances[members], kind="stable")]
+        first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
+        caption = f"cluster {cluster}\n{len(members)} images\n{len(first_of_class)} classes"
+        shares = {name: largest_share(levels[members]) - largest_share(levels) for name, levels in factors.items()}
+        if shares:
+            name = max(shares, key=shares.get)
+            caption += f"\n{100 * largest_share(factors[name][members]):.0f} % alike in\n{name}"
+        shown.append((caption, members[first_of_class[:n_images]]))
+    return shown
+
+
+def largest_share(labels: np.ndarray) -> float:
+    """Return the share of the most frequent of some labels (N,) int: the accuracy of always guessing it."""
+    return float(np.bincount(labels).max() / len(labels))
+
+
+PROBE_IMAGES = 1000
+"""Most training images that a probe embeds."""
+
+
+def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
+    """Return the training images that disentanglement is probed on: sorted indices, the same for the same seed.
+
+    A quarter of the images, at least 100 and at most PROBE_IMAGES: about equally many of each class. Where that would
+    be fewer than images_per_class it is so many of a random choice of classes, as a class is found by its own images
+    only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
+    """
+    n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
+    rng = np.random.default_rng([seed, PROBE_IMAGES])
+    order, place = rng.permutation(len(labels)), rng.permutation(n_classes)
+    order = order[np.argsort(place[labels[order]], kind="stable")]  # class by class
+    sizes = np.bincount(place[labels], minlength=n_classes)
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = order[rank < max(images_per_class, n_images // n_classes)][:n_images]
+    return np.sort(chosen[np.bincount(labels[chosen])[labels[chosen]] > 1])
+
+
+def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
+    """Return the fraction of points whose label is the most frequent among their k nearest other points.
+
+    Where labels tie, the one that comes first among the nearest counts. embeddings: (N, D) float, N of some 1,000.
+    labels: (N,) int.
+    """
+    points = torch.as_tensor(embeddings).double()
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    nearest = distances.topk(min(k, len(labels) - 1), largest=False, sorted=True).indices.numpy()
+    found = labels[nearest]
+    votes = (found[:, :, None] == found[:, None, :]).sum(2)
+    return float((found[np.arange(len(found)), votes.argmax(1)] == labels).mean())
+
+
+def probe_scores(embeddings: Mapping[str, np.ndarray], classes: np.ndarray, mined: np.ndarray) -> dict[str, float]:
+    """Return how well class and mined label are read from the embeddings, by nearest_neighbour_accuracy.
+
+    Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
+    to what is right by chance, by always guessing the most frequent label. embeddings: "Class" and "Shared" to (N, D).
+    classes, mined: (N,) int.
+    """
+    readable = {
+        f"{what} from {name}": nearest_neighbour_accuracy(embeddings[name], labels)
+        for what, labels, names in (("Class", classes, ("Shared", "Class")), ("Mined", mined, ("Class", "Shared")))
+        for name in names
+    }
+    order = ("Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared")
+    chance = {"Class by chance": largest_share(classes), "Mined by chance": largest_share(mined)}
+    return {name: readable[name] for name in order} | chance
 
 
 def score_set(
@@ -531,7 +632,15 @@ PAPER = {
 }
 """Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
 
+
+def paper_scores(dataset: str) -> dict[str, float]:
+    """Return the paper's scores of a data set by the columns of log_val_Class.csv; nothing for others than the five."""
+    of_sets = PAPER.get(dataset, {})
+    return {f"{name} {score}".strip(): value for name, scores in of_sets.items() for score, value in scores.items()}
+
+
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
+NO_SETTING += ("eval_shared", "tensorboard")
 """Flags in which runs of one setting may differ."""
 
 
@@ -550,12 +659,17 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(f"skipped {reason}")
     if not runs:
         raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
-    tables, curves = [], {}
+    if args.over:
+        runs = [run for run in runs if args.over in run.flags]
+        if not runs:
+            raise auxiliaries.RunFolderError(f"--over {args.over}: no run has this flag")
+    tables, curves, lines = [], {}, {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         of_dataset = [run for run in runs if run.flags["dataset"] == dataset]
         for test_set in test_set_names(of_dataset[0].val_rows):
             table, more_curves = compare_setting(of_dataset, dataset, test_set)
             curves |= more_curves
+            lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if args.over else {}
             shown = table.drop(columns=["data set", "test set"])
             shown = shown.apply(lambda column: column.map(lambda value: shown_cell(value, column.name)))
             print(f"\n{dataset} {test_set}".rstrip())
@@ -564,7 +678,13 @@ def compare_runs(args: argparse.Namespace) -> None:
     if args.csv:
         with auxiliaries.replaced_file(Path(args.csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
-    if args.plot:
+    if args.over:
+        values = sorted({value for points in lines.values() for value in points}, key=by_number)
+        print(f"\nRecall @ 1 over --{args.over}, mean and standard deviation over runs")
+        print(ablation_table(lines, values).to_string())
+    if args.plot and args.over:
+        auxiliaries.draw_ablation(Path(args.plot), args.over, values, lines)
+    elif args.plot:
         auxiliaries.draw_comparison(Path(args.plot), curves)
 
 
@@ -625,6 +745,85 @@ def compare_setting(
     return pd.DataFrame(rows).dropna(axis=1, how="all"), curves
 
 
+PAPER_ABLATIONS = {
+    "shared_num_classes": {
+        "cub200": {"5": 0.604, "10": 0.612, "20": 0.636, "30": 0.647, "50": 0.641, "100": 0.633, "150": 0.621,
+                   "200": 0.599, "250": 0.602, "300": 0.587},
+        "cars196": {"5": 0.770, "10": 0.769, "20": 0.781, "30": 0.786, "50": 0.796, "100": 0.798, "150": 0.805,
+                    "200": 0.805, "250": 0.801, "300": 0.800},
+        "online_products": {"5": 0.728, "10": 0.731, "20": 0.730, "30": 0.738, "50": 0.741, "100": 0.742,
+                            "150": 0.740, "200": 0.745, "250": 0.744, "300": 0.742},
+    },
+    "cluster_update_freq": {
+        "cub200": {"1": 0.647, "50": 0.628},
+        "cars196": {"1": 0.800, "50": 0.783},
+        "online_products": {"1": 0.741, "50": 0.730},
+    },
+    "embed_sizes": {
+        "cub200": {"0": 0.636, "64": 0.647, "128": 0.657, "256": 0.666, "512": 0.670, "1024": 0.667},
+        "cars196": {"0": 0.796, "64": 0.817, "128": 0.828, "256": 0.842, "512": 0.850, "1024": 0.845},
+    },
+}  # fmt: skip
+"""Recall@1 over a flag, by data set, read off the paper's plots, +-0.002; of the update interval its ends only."""
+
+
+def ablated_value(run: auxiliaries.Run, flag: str) -> str:
+    """Return a run's value of a flag as it is typed; of a pair that of the Shared task.
+
+    A run without the Shared task has a Shared embedding of size 0.
+    """
+    if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
+        return "0"
+    value = run.flags[flag]
+    value = value[-1] if isinstance(value, list) and value else value
+    return f"{value:g}" if isinstance(value, float) else shown_flag(value)
+
+
+def ablation_lines(
+    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str, flag: str
+) -> dict[str, dict[str, list[float]]]:
+    """Return lines of Recall@1 over a flag, {name: {value of the flag: of each run}}: at the best epoch, at the last,
+    and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines.
+    """
+    own = {flag, *NO_SETTING, *(("task_p", "adv_weights") if flag == "embed_sizes" else ())}  # the baseline has others
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.flags) if name not in own]
+    differing = [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+    lines: dict[str, dict[str, list[float]]] = {}
+    for setting, members in grouped_by_setting(runs, differing).items():
+        others = [f"{name} {value}" for name, value in zip(differing, setting, strict=True)]
+        for at, pick in (("best epoch", max), ("last epoch", lambda recalls: recalls[-1])):
+            points = lines.setdefault(" ".join(filter(None, [dataset, test_set, *others, at])), {})
+            for run in members:
+                recalls = [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows]
+                points.setdefault(ablated_value(run, flag), []).append(pick(recalls))
+    paper = PAPER_ABLATIONS.get(flag, {}).get(dataset)
+    return lines | ({f"paper, {dataset}": {x: [y] for x, y in paper.items()}} if paper and not test_set else {})
+
+
+def by_number(value: str) -> tuple[float, str]:
+    """Return the key that sorts values of a flag: numbers by size, then words."""
+    try:
+        return float(value), value
+    except ValueError:
+        return float("inf"), value
+
+
+def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]], values: Sequence[str]) -> pd.DataFrame:
+    """Return a table of ablation_lines as text: a row for each value of the flag, a column for each line."""
+    return pd.DataFrame(
+        {name: [mean_and_spread(points.get(value, [])) for value in values] for name, points in lines.items()},
+        index=list(values),
+    )
+
+
+def mean_and_spread(recalls: Sequence[float]) -> str:
+    """Return the mean of some runs as text, with standard deviation and number where there are several."""
+    if not len(recalls):
+        return ""
+    spread = f" +- {np.std(recalls, ddof=1):.4f} ({len(recalls)} runs)" if len(recalls) > 1 else ""
+    return f"{np.mean(recalls):.4f}{spread}"
+
+
 def grouped_by_setting(
     runs: Sequence[auxiliaries.Run], differing: Sequence[str]
 ) -> dict[tuple[str, ...], list[auxiliaries.Run]]:
@@ -659,6 +858,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "folders, or folders that hold them")  # fmt: skip
     add("--compare", action="store_true", help="print a table of stored runs: the flags in which they differ, scores "
         "at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")  # fmt: skip
+    add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
+        "where there is one, and draw it with --plot; of a pair the Shared task's value counts")  # fmt: skip
     add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
     add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs (.svg, .png or .pdf)")
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
@@ -673,7 +874,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the flags; `parser.error` on flags that do not fit together or files that exist already."""
-    only = {"compare": ["csv", "plot"], "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"]}
+    only = {
+        "compare": ["over", "csv", "plot"],
+        "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"],
+    }
     for flag in only["score" if args.compare else "compare"]:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import glob
 import math
 import shutil
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import auxiliaries
@@ -32,7 +33,13 @@ LOSS_READ_INTERVAL = 10
 SMALLEST_SCALE = 2.0**-14
 """Scale of a float16 loss below which it is not the scale that makes gradients overflow."""
 LAST_CHECKPOINT = "last.pth.tar"
-LOGS = {"log_train_Class.csv": "train_rows", "log_val_Class.csv": "val_rows", "log_mining.csv": "mining_rows"}
+LOGS = {
+    "log_train_Class.csv": "train_rows",
+    "log_val_Class.csv": "val_rows",
+    "log_mining.csv": "mining_rows",
+    "log_val_Shared.csv": "shared_rows",
+    "log_probe.csv": "probe_rows",
+}
 """The CSV files of a run folder, and what the checkpoint calls their rows."""
 
 
@@ -129,6 +136,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "after the last")  # fmt: skip
     add("--fast_eval", action="store_true", help="leave NMI and F1, which need a k-means with as many clusters as "
         "classes, out of all but every tenth epoch and the last: empty cells in the CSV")  # fmt: skip
+    add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, to "
+        "log_val_Shared.csv: takes as long again as scoring, but no second pass over the images")  # fmt: skip
 
     add = parser.add_argument_group("optimiser and schedule").add_argument
     add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
@@ -183,6 +192,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         "time; an existing name gets a counter, nothing is overwritten")  # fmt: skip
     add("--resume", metavar="RUN", help="go on with the run in this folder as if it had not been interrupted, with its "
         "flags; only --kernels, --gpu, --source_path and a larger --n_epochs may be given anew")  # fmt: skip
+    add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
+        "there is one; one with other flags is refused")  # fmt: skip
+    add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
+        "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")  # fmt: skip
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs graphviz")
     add("--source_path", default="./Datasets", metavar="FOLDER", help="folder that holds the dataset folders")
     add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to SAVE_PATH/DATASET/NAME")
@@ -225,6 +238,11 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
     missing = auxiliaries.missing_for_graphs() if args.make_graph else []
     if missing:
         parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
+    missing = auxiliaries.missing_for_tensorboard() if args.tensorboard else []
+    if missing:
+        parser.error(f"--tensorboard: install {' and '.join(missing)}, or leave it out")
+    if args.go_on and not args.savename:
+        parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
     args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
     if args.bs < 2:
@@ -244,7 +262,30 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
         )
     args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
-    return args
+    return run_to_go_on_with(args, parser) if args.go_on else args
+
+
+def run_to_go_on_with(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the flags that resume the run of this name, or these flags where there is none.
+
+    Where a run was stopped before it had stored anything, the one that took its place has a counter behind its name.
+    `parser.error` where the run has other flags.
+    """
+    parent = Path(args.save_path) / args.dataset
+    folders = [parent / args.savename, *sorted(parent.glob(f"{glob.escape(args.savename)}_[0-9]*"))]
+    folder = next((folder for folder in folders if (folder / LAST_CHECKPOINT).is_file()), None)
+    if folder is None:
+        return args
+    try:
+        stored = netlib.read_checkpoint(folder / LAST_CHECKPOINT)["flags"]
+    except netlib.WeightsError as error:
+        parser.error(f"--go_on: {error}")
+    wanted = kept_flags(args)
+    other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and stored.get(flag) != wanted[flag]]
+    if other or args.n_epochs < stored.get("n_epochs", 0):
+        was = " ".join(f"--{flag} {evaluate.shown_flag(stored.get(flag))}" for flag in other or ["n_epochs"])
+        parser.error(f"--go_on: {folder} is a run with {was}; give these, or another --savename or --save_path")
+    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})
 
 
 RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs")
@@ -305,7 +346,8 @@ def build_loaders(
 ) -> tuple[dict[str, datasets.ClassBalancedBatchSampler], dict[str, DataLoader], dict[str, DataLoader]]:
     """Return batch samplers and training loaders, each by task, and loaders of all images in order.
 
-    The latter are called "train" and by the names of the test sets. Each of several processes loads its share.
+    The latter are called "train" and by the names of the test sets; "probe" has the part of the training images that
+    disentanglement is probed on. Each of several processes loads its share.
     """
     loading = {"n_workers": auxiliaries.n_workers(args.kernels), "pin_memory": pin_memory}
     replacement = {"Class": 0.0, "Shared": args.random_cluster_pick_p}
@@ -324,9 +366,16 @@ def build_loaders(
     ordered_loaders = {}
     for split, images in {"train": train_images, **test_sets}.items():
         dataset = datasets.ImageDataset(images, datasets.test_transform(args.img_size))
-        share = auxiliaries.own_share(len(images), args.bs) if auxiliaries.n_processes() > 1 else None
-        ordered_loaders[split] = datasets.make_loader(dataset, batch_size=args.bs, share=share, **loading)
+        ordered_loaders[split] = ordered_loader(dataset, args.bs, loading)
+    probed = Subset(ordered_loaders["train"].dataset, evaluate.probe_subset(train_images.labels, args.seed))
+    ordered_loaders["probe"] = ordered_loader(probed, args.bs, loading)
     return samplers, train_loaders, ordered_loaders
+
+
+def ordered_loader(dataset: Dataset, batch_size: int, loading: Mapping[str, object]) -> DataLoader:
+    """Return a loader of all items once, in order, or of the process's share of them in whole batches."""
+    share = auxiliaries.own_share(len(dataset), batch_size) if auxiliaries.n_processes() > 1 else None
+    return datasets.make_loader(dataset, batch_size=batch_size, share=share, **loading)
 
 
 def build_objective(
@@ -401,8 +450,8 @@ def mine_labels(
     n_clusters: int,
     seed: int,
     amp: str,
-) -> tuple[np.ndarray, float]:
-    """Cluster all training images and return (labels (N,) int64 in [0, n_clusters), inertia of the clustering).
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster all training images; return labels (N,) int64 in [0, n_clusters), and squared distances to their centres.
 
     The first time by early features standardised per class, later by the Shared embedding as it is (MIC paper,
     section 3.2). loader: the training images in order. class_labels: (N,) int.
@@ -410,8 +459,8 @@ def mine_labels(
     name = "Early" if is_first else "Shared"
     features = evaluate.extract_features(network, loader, [name], amp, everywhere=False)[name]
 
-    def cluster() -> tuple[np.ndarray, float]:
-        """Return labels and inertia; only the first process has the features."""
+    def cluster() -> tuple[np.ndarray, np.ndarray]:
+        """Return labels and squared distances; only the first process has the features."""
         standardised = standardise_per_class(features, class_labels, cluster_mode) if is_first else features
         return auxiliaries.kmeans(standardised, n_clusters, seed)
 
@@ -529,27 +578,60 @@ def score_tests(
     loaders: Mapping[str, DataLoader],
     args: argparse.Namespace,
     with_clustering: bool = True,
-) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
-    """Return the scores of the Class embedding on all test sets, and that embedding, (N, D) float32, by test set.
+) -> tuple[dict[str, float | None], dict[str, dict[str, np.ndarray]]]:
+    """Return the scores of the Class embedding on all test sets, and both embeddings: {test set: {task: (N, D)}}.
 
     loaders: of each test set in order, by its name, which stands before the names of its scores. with_clustering: see
     evaluate.score_set.
     """
-    scores, embeddings = {}, {}
+    embeddings = {name: evaluate.extract_features(network, loader, TASKS, args.amp) for name, loader in loaders.items()}
+    return score_embeddings("Class", embeddings, loaders, args, network.mean.device, with_clustering), embeddings
+
+
+def score_embeddings(
+    task: str,
+    embeddings: Mapping[str, Mapping[str, np.ndarray]],
+    loaders: Mapping[str, DataLoader],
+    args: argparse.Namespace,
+    device: torch.device,
+    with_clustering: bool,
+) -> dict[str, float | None]:
+    """Return the scores of one task's embedding on all test sets; see score_tests."""
+    scores = {}
     for name, loader in loaders.items():
-        images = loader.dataset.images
-        embeddings[name] = evaluate.extract_features(network, loader, ["Class"], args.amp)["Class"]
+        images, of_task = loader.dataset.images, embeddings[name][task]
         of_set = evaluate.score_set(
-            embeddings[name],
-            images.labels,
-            args.k_vals,
-            args.seed,
-            network.mean.device,
-            images.is_query,
-            with_clustering,
+            of_task, images.labels, args.k_vals, args.seed, device, images.is_query, with_clustering
         )
         scores |= {f"{name} {score}".strip(): value for score, value in of_set.items()}
-    return scores, embeddings
+    return scores
+
+
+def evaluate_more(
+    network: netlib.EmbeddingNetwork,
+    args: argparse.Namespace,
+    progress: Mapping[str, list],
+    mined: np.ndarray | None,
+    embeddings: Mapping[str, Mapping[str, np.ndarray]],
+    loaders: Mapping[str, DataLoader],
+    with_clustering: bool,
+) -> None:
+    """Add to progress the rows that go with the last one of log_val_Class.csv: of log_val_Shared.csv and log_probe.csv.
+
+    mined: (N,) int, the mined labels of all training images; None without mining, where there is no probe.
+    embeddings: {test set: {task: (N, D)}}. loaders: of each test set and of "probe", a Subset of the training images.
+    """
+    epoch, start = progress["val_rows"][-1]["Epochs"], time.time()
+    if args.eval_shared:
+        test_loaders = {name: loaders[name] for name in embeddings}
+        scores = score_embeddings("Shared", embeddings, test_loaders, args, network.mean.device, with_clustering)
+        progress["shared_rows"].append({"Epochs": epoch, "Time": round(time.time() - start, 2)} | scores)
+    if mined is not None:
+        start, subset = time.time(), loaders["probe"].dataset
+        probed = evaluate.extract_features(network, loaders["probe"], TASKS, args.amp)
+        classes = subset.dataset.images.labels
+        scores = evaluate.probe_scores(probed, classes[subset.indices], mined[subset.indices])
+        progress["probe_rows"].append({"Epochs": epoch, "Time": round(time.time() - start, 2)} | scores)
 
 
 def print_split(split: str, images: datasets.ImageSet) -> None:
@@ -570,7 +652,7 @@ def print_mining(row: Mapping[str, float]) -> None:
 
 def kept_flags(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag != "resume"}
+    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
 
 
 def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]:
@@ -582,16 +664,23 @@ def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]
     stored = netlib.read_checkpoint(path)
     progress, training = stored["progress"], stored.get("training")
     labels = progress.get("shared_labels")
-    rows = [progress.get(name) for name in ("train_rows", "val_rows", "mining_rows")]
+    rows = [progress.get(name) for name in LOGS.values()]
+    n_scored = {"shared_rows": stored["flags"].get("eval_shared") is True, "probe_rows": n_clusters > 0}
     is_whole = (
         isinstance(training, dict)
         and isinstance(training.get("epoch"), int)
         and isinstance(training.get("seconds"), float)
+        and isinstance(training.get("spent"), dict)
+        and {name: type(seconds) for name, seconds in training["spent"].items()}
+        == dict.fromkeys(auxiliaries.ACTIVITIES, float)
         and all(isinstance(some, list) and all(isinstance(row, dict) for row in some) for some in rows)
         and all(list(row) == list(some[0]) for some in rows for row in some)
         and len(rows[0]) == training["epoch"]
+        and bool(rows[2]) == (n_clusters > 0)
+        and all("Before Epoch" in row for row in rows[2])
         and isinstance(progress.get("initial_scores"), dict)
         and all(list(row) == ["Epochs", "Time", *progress["initial_scores"]] for row in rows[1])
+        and all(len(progress[name]) == (len(rows[1]) if is_kept else 0) for name, is_kept in n_scored.items())
         and (labels is None) == (n_clusters == 0)
         and (labels is None or (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64))
         and (labels is None or labels.shape == (training.get("n_images"),))
@@ -652,54 +741,115 @@ def record_training(
     others: Mapping,
     args: argparse.Namespace,
     progress: Mapping,
-    position: Mapping[str, float],
+    position: Mapping[str, object],
 ) -> None:
-    """Store all that `restore` needs. position: the epoch that comes next, n_images, and the run's seconds so far."""
+    """Store all that `restore` needs.
+
+    position: the epoch that comes next, n_images, the run's seconds so far, and what they were spent on.
+    """
     states = {name: part.state_dict() for name, part in others.items() if part is not None}
     random_states = auxiliaries.random_states(modules["network"].mean.device)
     training = {"terms": modules["terms"].state_dict(), "random": random_states, **states, **position}
     auxiliaries.save_checkpoint(path, modules["network"], kept_flags(args), progress, training)
 
 
+def last_rows(progress: Mapping[str, list], names: Sequence[str]) -> dict[str, Mapping[str, float | None]]:
+    """Return the last row of some logs, by their names in progress less "_rows"; those without rows are left out."""
+    return {name: progress[f"{name}_rows"][-1] for name in names if progress[f"{name}_rows"]}
+
+
+def best_row(rows: Sequence[Mapping[str, float]], test_set: str) -> Mapping[str, float]:
+    """Return the row of log_val_Class.csv with the best Recall@1 of a test set, the first one that has it."""
+    return max(rows, key=lambda row: row[f"{test_set} Recall @ 1".strip()])
+
+
 def record_evaluation(
+    folder: Path, network: nn.Module, args: argparse.Namespace, progress: Mapping, test_sets: Sequence[str]
+) -> str:
+    """Log the last evaluation; keep the checkpoint for a test set whose best epoch it is.
+
+    progress: what the checkpoint keeps, with the rows of all logs so far. test_sets: their names.
+    Returns the best Recall@1 of each test set as text.
+    """
+    for log in ("log_val_Class.csv", "log_val_Shared.csv", "log_probe.csv"):
+        if progress[LOGS[log]]:
+            auxiliaries.append_row(folder / log, progress[LOGS[log]][-1])
+    best_lines = []
+    for name in test_sets:
+        best = best_row(progress["val_rows"], name)
+        best_lines.append(f"{name} {best[f'{name} Recall @ 1'.strip()]:.4f} in epoch {best['Epochs']}".strip())
+        if best is progress["val_rows"][-1]:
+            # It takes its place once last.pth.tar holds this epoch: until then the epoch may have to be trained again
+            waiting = f"checkpoint{evaluate.file_suffix(name)}.pth.tar.{len(progress['train_rows'])}.next"
+            auxiliaries.save_checkpoint(folder / waiting, network, kept_flags(args), progress)
+    return ", ".join(best_lines)
+
+
+def draw_evaluation(
     folder: Path,
-    network: nn.Module,
     args: argparse.Namespace,
     progress: Mapping,
-    embeddings: Mapping[str, np.ndarray],
+    embeddings: Mapping[str, Mapping[str, np.ndarray]],
     test_loaders: Mapping[str, DataLoader],
-) -> str:
-    """Log the last evaluation and redraw the plots; for a test set's new best epoch, keep checkpoint and contact sheet.
+) -> list[Path]:
+    """Redraw the plots, and the contact sheets of a test set whose best epoch this is; return the contact sheets.
 
-    progress: what the checkpoint keeps, with the rows of both logs so far. embeddings: (N, D), by test set.
-    Returns the best Recall@1 of each test set as text; the best epoch is the first one that has it.
+    embeddings: {test set: {task: (N, D)}}. The Shared embedding is shown where it is trained.
     """
-    auxiliaries.append_row(folder / "log_val_Class.csv", progress["val_rows"][-1])
-    best_lines = []
+    shown_tasks = TASKS if progress["mining_rows"] else TASKS[:1]
+    sheets = []
     for name, loader in test_loaders.items():
-        suffix = evaluate.file_suffix(name)
+        suffix, images, title = evaluate.file_suffix(name), loader.dataset.images, f"{folder.name} {name}".strip()
         rows = [
             {"Epochs": row["Epochs"], "Time": row["Time"]} | evaluate.scores_of_set(row, name)
             for row in progress["val_rows"]
         ]
-        best = max(rows, key=lambda row: row["Recall @ 1"])
-        best_lines.append(f"{name} {best['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
-        if best is rows[-1]:
-            # It takes its place once last.pth.tar holds this epoch: until then the epoch may have to be trained again
-            path = folder / f"checkpoint{suffix}.pth.tar.{len(progress['train_rows'])}.next"
-            auxiliaries.save_checkpoint(path, network, kept_flags(args), progress)
-            images = loader.dataset.images
-            auxiliaries.draw_recoveries(
-                folder / f"sample_recoveries{suffix}.png",
-                lambda index, test_set=loader.dataset: test_set[index][0].permute(1, 2, 0).numpy(),
-                embeddings[name],
-                images.labels,
-                images.class_names,
-                is_query=images.is_query,
-            )
-        title = f"{folder.name} {name}".strip()
-        auxiliaries.draw_progress(folder / f"InfoPlot_Class{suffix}.svg", progress["train_rows"], rows, title=title)
-    return ", ".join(best_lines)
+        if best_row(rows, "") is rows[-1]:
+            for task in shown_tasks:
+                sheets.append(folder / f"sample_recoveries{'' if task == 'Class' else f'_{task}'}{suffix}.png")
+                auxiliaries.draw_recoveries(
+                    sheets[-1],
+                    pixels_of(images),
+                    embeddings[name][task],
+                    images.labels,
+                    images.class_names,
+                    title=f"{title}, epoch {rows[-1]['Epochs']}: nearest by the {task} embedding",
+                    is_query=images.is_query,
+                )
+        auxiliaries.draw_progress(
+            folder / f"InfoPlot_Class{suffix}.svg",
+            progress["train_rows"],
+            rows,
+            title=title,
+            mined_before=[row["Before Epoch"] for row in progress["mining_rows"]],
+            rate_steps={"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler],
+        )
+    if progress["probe_rows"]:
+        auxiliaries.draw_probe(folder / "InfoPlot_Probe.svg", progress["probe_rows"])
+    return sheets
+
+
+def draw_mining(
+    folder: Path, before_epoch: int, images: datasets.ImageSet, mined: np.ndarray, squared_distances: np.ndarray
+) -> Path:
+    """Draw the mined clusters, mined_clusters.png, and return its path. See evaluate.clusters_to_show."""
+    clusters = evaluate.clusters_to_show(mined, squared_distances, images.labels, images.factors)
+    n_clusters, read = len(np.unique(mined)), pixels_of(images)
+    which = "all" if len(clusters) == n_clusters else f"the largest, middle and smallest {len(clusters)} of"
+    tiles = [
+        [auxiliaries.Tile(read(index), images.class_names[images.labels[index]], "plain") for index in indices]
+        for _, indices in clusters
+    ]
+    title = f"{folder.name}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
+    note = "images nearest to the centre, each of another class: a row should have something in common"
+    path = folder / "mined_clusters.png"
+    auxiliaries.draw_sheet(path, [title, note], [caption for caption, _ in clusters], tiles)
+    return path
+
+
+def pixels_of(images: datasets.ImageSet) -> Callable[[int], np.ndarray]:
+    """Return a function from an index to the image as it is, (H, W, 3) uint8."""
+    return lambda index: images.read(index).permute(1, 2, 0).numpy()
 
 
 @evaluate.one_line_errors("main.py")
@@ -712,7 +862,7 @@ def main(args: argparse.Namespace) -> Path:
 
 def train(args: argparse.Namespace) -> Path:
     """Assemble all parts, start or resume the run, train it to its end, and return the run folder."""
-    start = time.time()
+    start, stopwatch = time.time(), auxiliaries.Stopwatch()
     is_first_process, n_processes = auxiliaries.is_first_process(), auxiliaries.n_processes()
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
@@ -748,6 +898,7 @@ def train(args: argparse.Namespace) -> Path:
         n_clusters = args.shared_num_classes if args.task_p[TASKS.index("Shared")] > 0 else 0
         stored = read_training(folder / LAST_CHECKPOINT, len(train_images), n_clusters)
         start -= stored["training"]["seconds"]
+        stopwatch.seconds = dict(stored["training"]["spent"])
         if stored["training"]["epoch"] >= args.n_epochs:
             print(f"{folder} is finished: {args.n_epochs} epochs are done; a larger --n_epochs goes on")
             return folder
@@ -767,17 +918,19 @@ def train(args: argparse.Namespace) -> Path:
     if args.make_graph and stored is None and is_first_process:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
     if stored is None:
-        initial_scores, _ = score_tests(network, test_loaders, args)
+        with stopwatch.measure("evaluation"):
+            initial_scores, _ = score_tests(network, test_loaders, args)
         print(f"before training  {evaluate.scores_line(initial_scores)}")
-        progress = {"initial_scores": initial_scores, "train_rows": [], "val_rows": [], "mining_rows": []}
+        progress = {"initial_scores": initial_scores, **{rows: [] for rows in LOGS.values()}}
     else:
         progress = stored["progress"]
 
     # First labels
-    def mine(before_epoch: int) -> tuple[np.ndarray, dict[str, float]]:
-        """Return mined labels and their row of log_mining.csv."""
+    @stopwatch.measure("mining")
+    def mine(before_epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return mined labels and squared distances to their centres; add their row of log_mining.csv to progress."""
         mining_start = time.time()
-        mined, inertia = mine_labels(
+        mined, squared_distances = mine_labels(
             network,
             ordered_loaders["train"],
             train_images.labels,
@@ -787,17 +940,21 @@ def train(args: argparse.Namespace) -> Path:
             seed=args.seed,
             amp=args.amp,
         )
-        row = {"Before Epoch": before_epoch, "Time": round(time.time() - mining_start, 2), "Inertia": inertia}
-        return mined, row | evaluate.describe_clusters(mined, train_images.labels, train_images.factors)
+        row = {"Before Epoch": before_epoch, "Time": round(time.time() - mining_start, 2)}
+        row["Inertia"] = float(squared_distances.sum(dtype=np.float64))
+        row |= evaluate.describe_clusters(
+            mined, args.shared_num_classes, train_images.labels, train_images.factors, labels.get("Shared")
+        )
+        progress["mining_rows"].append(row)
+        print_mining(row)
+        return mined, squared_distances
 
     is_mining = args.task_p[TASKS.index("Shared")] > 0
     labels = {"Class": train_images.labels}
     if stored is not None:
         labels |= {"Shared": progress["shared_labels"].numpy()} if is_mining else {}
     elif is_mining:
-        labels["Shared"], mining_row = mine(before_epoch=0)
-        progress["mining_rows"].append(mining_row)
-        print_mining(mining_row)
+        labels["Shared"], squared_distances = mine(before_epoch=0)
     elif train_images.pixels is None:
         for _ in ordered_loaders["train"]:  # a broken image is to show now, not in the middle of a run
             pass
@@ -819,6 +976,12 @@ def train(args: argparse.Namespace) -> Path:
     modules = {"network": network, "terms": terms}
     others = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
+    def summarise() -> str:
+        """Write Curr_Summary_Class.txt and return its text."""
+        path, paper = folder / "Curr_Summary_Class.txt", evaluate.paper_scores(args.dataset)
+        scores = progress["initial_scores"], progress["val_rows"]
+        return auxiliaries.write_summary(path, *scores, time.time() - start, stopwatch.seconds, paper)
+
     # Resume, or a new run folder: every image has been decoded by now, and the network has run
     auxiliaries.wait_for_all()
     if stored is not None:
@@ -830,7 +993,9 @@ def train(args: argparse.Namespace) -> Path:
         trained = DistributedDataParallel(trained, find_unused_parameters=not adversaries)
     print(f"run folder: {folder}")
     first_epoch = 0 if stored is None else stored["training"]["epoch"]
-    with lock, auxiliaries.resumable(folder):
+    board_folder = folder / "tensorboard" if args.tensorboard and is_first_process else None
+    timed_loaders = {task: auxiliaries.TimedLoader(loader, stopwatch) for task, loader in loaders.items()}
+    with lock, auxiliaries.resumable(folder), auxiliaries.opened_board(board_folder, first_epoch) as board:
         if is_first_process:
             auxiliaries.remove_leftovers(folder)
             auxiliaries.write_flags(folder, kept_flags(args))
@@ -839,11 +1004,18 @@ def train(args: argparse.Namespace) -> Path:
                     file.write(picture)
             for name, rows in LOGS.items():
                 auxiliaries.write_rows(folder / name, progress[rows])
+            if is_mining and stored is None:
+                with stopwatch.measure("drawing"):
+                    draw_mining(folder, 0, train_images, labels["Shared"], squared_distances)
+            if is_mining and progress["mining_rows"][-1]["Before Epoch"] == first_epoch:  # a resumed board dropped it
+                pictures = [folder / "mined_clusters.png"]
+                auxiliaries.add_to_board(board, first_epoch, {"mining": progress["mining_rows"][-1]}, pictures)
 
         # Loop
         for epoch in range(first_epoch, args.n_epochs + 1):
             progress["shared_labels"] = torch.from_numpy(labels["Shared"]) if is_mining else None
             position = {"epoch": epoch, "n_images": len(train_images), "seconds": time.time() - start}
+            position["spent"] = dict(stopwatch.seconds)
             if is_first_process:
                 record_training(folder / LAST_CHECKPOINT, modules, others, args, progress, position)
                 auxiliaries.publish_best(folder, epoch)
@@ -854,45 +1026,45 @@ def train(args: argparse.Namespace) -> Path:
             for task in labels:
                 samplers[task].set_epoch(epoch, labels[task], n_batches=int(schedule[:, TASKS.index(task)].sum()))
             bar = {"desc": f"epoch {epoch}", "total": args.bs * int(schedule.sum()), "unit": "img", "unit_scale": True}
-            with tqdm(**bar, leave=False, disable=None if is_first_process else True) as bar:
+            is_silent = None if is_first_process else True
+            with stopwatch.measure("training"), tqdm(**bar, leave=False, disable=is_silent) as bar:
                 averages = train_one_epoch(
-                    trained, criteria, adversaries, optimizer, scaler, loaders, schedule, args.amp, bar, epoch
+                    trained, criteria, adversaries, optimizer, scaler, timed_loaders, schedule, args.amp, bar, epoch
                 )
             progress["train_rows"].append({"Epochs": epoch, "Time": round(time.time() - epoch_start, 2)} | averages)
             if is_first_process:
                 auxiliaries.append_row(folder / "log_train_Class.csv", progress["train_rows"][-1])
+                auxiliaries.add_to_board(board, epoch, {"train": progress["train_rows"][-1]})
 
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 eval_start = time.time()
                 with_clustering = not args.fast_eval or (epoch + 1) % 10 == 0 or epoch == args.n_epochs - 1
-                scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
-                progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
-                if is_first_process:
-                    best = record_evaluation(folder, network, args, progress, embeddings, test_loaders)
-                    auxiliaries.write_summary(
-                        folder / "Curr_Summary_Class.txt",
-                        progress["initial_scores"],
-                        progress["val_rows"],
-                        seconds=time.time() - start,
+                with stopwatch.measure("evaluation"):
+                    scores, embeddings = score_tests(network, test_loaders, args, with_clustering)
+                    progress["val_rows"].append({"Epochs": epoch, "Time": round(time.time() - eval_start, 2)} | scores)
+                    evaluate_more(
+                        network, args, progress, labels.get("Shared"), embeddings, ordered_loaders, with_clustering
                     )
+                if is_first_process:
+                    best = record_evaluation(folder, network, args, progress, list(test_sets))
+                    with stopwatch.measure("drawing"):
+                        sheets = draw_evaluation(folder, args, progress, embeddings, test_loaders)
+                    summarise()
+                    auxiliaries.add_to_board(board, epoch, last_rows(progress, ("val", "shared", "probe")), sheets)
                     shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"
                     print(f"epoch {epoch}  {shown}  {time.time() - epoch_start:.1f} s")
 
             if is_mining and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # after the last epoch: for the log
-                labels["Shared"], mining_row = mine(before_epoch=epoch + 1)
-                progress["mining_rows"].append(mining_row)
+                labels["Shared"], squared_distances = mine(before_epoch=epoch + 1)
                 if is_first_process:
-                    auxiliaries.append_row(folder / "log_mining.csv", mining_row)
-                    print_mining(mining_row)
+                    auxiliaries.append_row(folder / "log_mining.csv", progress["mining_rows"][-1])
+                    with stopwatch.measure("drawing"):
+                        picture = draw_mining(folder, epoch + 1, train_images, labels["Shared"], squared_distances)
+                    auxiliaries.add_to_board(board, epoch + 1, last_rows(progress, ("mining",)), [picture])
             if scheduler is not None:
                 scheduler.step()
-    if is_first_process:
-        for name in test_sets:
-            score = f"{name} Recall @ 1".strip()
-            before, last = progress["initial_scores"][score], scores[score]
-            print(f"{score} on the test classes: {before:.4f} before training, last {last:.4f}")
-        print(f"best Recall @ 1: {best}")
-        print(f"run folder: {folder}")
+        if is_first_process:
+            print(summarise(), end="")
     return folder
 
 

@@ -133,8 +133,8 @@ def scores():
     points, labels = rng.normal(size=(61, 5)), rng.integers(6, size=61)
     of_all = evaluate.score_set(points, labels, [1, 4], seed=1)
     of_queries = evaluate.score_set(points, labels, [1, 4], seed=1, is_query=np.arange(61) < 2)
-    clusters, inertia = auxiliaries.computed_by_first(lambda: auxiliaries.kmeans(points, 7, seed=2))
-    return {"all": of_all, "queries": of_queries, "clusters": clusters.tolist(), "inertia": inertia}
+    clusters, distances = auxiliaries.computed_by_first(lambda: auxiliaries.kmeans(points, 7, seed=2))
+    return {"all": of_all, "queries": of_queries, "clusters": clusters.tolist(), "distances": distances.tolist()}
 
 
 def computed():

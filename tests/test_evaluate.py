@@ -186,10 +186,83 @@ def test_score_set_of_perfect_embeddings():
 
 def test_clusters_are_described_by_size_and_what_they_match():
     clusters = np.array([0, 0, 0, 4, 4, 2])
-    row = evaluate.describe_clusters(clusters, np.array([0, 1, 2, 0, 1, 2]), {"light": np.array([1, 1, 1, 0, 0, 2])})
-    assert (row["Clusters"], row["Smallest"], row["Median"], row["Largest"]) == (3, 1, 2.0, 3)
+    classes, factors = np.array([0, 1, 2, 0, 1, 2]), {"light": np.array([1, 1, 1, 0, 0, 2])}
+    row = evaluate.describe_clusters(clusters, 5, classes, factors)
+    sizes = {"Clusters": 3, "Empty": 2, "Smallest": 1, "Median": 2.0, "Largest": 3, "ARI with previous": None}
+    assert {name: row[name] for name in sizes} == sizes
     assert row["NMI light"] == pytest.approx(1.0)
     assert row["NMI class"] < 0.6
+    # pairs of 15 together in the labels mined before: 2; now: 4; in both: 1, by chance 2 * 4 / 15, at most (2 + 4) / 2
+    row = evaluate.describe_clusters(clusters, 5, classes, factors, previous=np.array([0, 0, 1, 2, 3, 2]))
+    assert row["ARI with previous"] == pytest.approx((1 - 8 / 15) / (3 - 8 / 15))
+    row = evaluate.describe_clusters(clusters, 5, classes, factors, previous=(clusters + 1) % 5)
+    assert row["ARI with previous"] == 1.0  # other names for the same clusters
+
+
+def test_clusters_are_shown_by_the_nearest_image_of_each_class():
+    clusters = np.array([7, 7, 7, 7, 2, 2, 5])
+    distances = np.array([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.0])
+    classes = np.array([0, 1, 1, 2, 0, 0, 3])
+    shown = evaluate.clusters_to_show(clusters, distances, classes, {})
+    assert [caption for caption, _ in shown] == [
+        "cluster 7\n4 images\n3 classes", "cluster 2\n2 images\n1 classes", "cluster 5\n1 images\n1 classes"
+    ]  # fmt: skip
+    assert [indices.tolist() for _, indices in shown] == [[1, 0, 3], [5], [6]]
+    assert evaluate.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]
+    factors = {"light": np.array([1, 1, 1, 0, 0, 1, 1]), "size": np.array([0, 1, 0, 1, 0, 0, 1])}
+    captions = [caption for caption, _ in evaluate.clusters_to_show(clusters, distances, classes, factors)]
+    assert [caption.split("\n", 3)[3] for caption in captions] == [
+        "75 % alike in\nlight", "100 % alike in\nsize", "100 % alike in\nsize"
+    ]  # fmt: skip
+
+
+def test_of_many_clusters_the_largest_middle_and_smallest_are_shown():
+    clusters = np.repeat(np.arange(20), np.arange(20))  # cluster i has i images, cluster 0 none
+    shown = evaluate.clusters_to_show(clusters, np.zeros(190), np.arange(190), {})
+    assert [int(caption.split()[1]) for caption, _ in shown] == [19, 18, 17, 12, 11, 10, 9, 3, 2, 1]
+
+
+def test_probe_by_hand():
+    line = np.array([[0.0], [1.0], [2.5], [10.0], [11.0], [13.0]])
+    classes, mined = np.array([0, 0, 1, 1, 1, 1]), np.array([0, 1, 0, 1, 0, 0])
+    # the nearest other points are 1, 0, 1, 4, 3, 4
+    assert evaluate.nearest_neighbour_accuracy(line, classes, k=1) == pytest.approx(5 / 6)
+    # the three nearest, and their vote: {1, 2, 3}: 1; {0, 2, 3}: 1; {1, 0, 3}: 0; {4, 5, 2}, {3, 5, 2}, {4, 3, 2}: 1
+    assert evaluate.nearest_neighbour_accuracy(line, classes, k=3) == pytest.approx(3 / 6)
+    # of two that tie the nearer; of the last three points: {4, 5}: 0; {3, 5}: 1; {4, 3}: 0
+    assert evaluate.nearest_neighbour_accuracy(line[3:], mined[3:], k=2) == pytest.approx(1 / 3)
+    scores = evaluate.probe_scores({"Class": line, "Shared": -line[::-1]}, classes, mined)
+    assert list(scores) == [
+        "Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared", "Class by chance",
+        "Mined by chance",
+    ]  # fmt: skip
+    assert (scores["Class by chance"], scores["Mined by chance"]) == (4 / 6, 4 / 6)
+    assert scores["Class from Class"] == 4 / 6  # of all five others: the class of the most, 1, for every point
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([24] * 24, [6] * 24),  # 144 of 576 images
+        ([60] * 100, [10] * 100),  # 1,000 of 6,000
+        ([5, 5], [5, 5]),
+        ([5] * 3 + [1], [5] * 3),  # a class that cannot be found
+    ],
+)
+def test_probe_takes_as_many_images_of_each_class(sizes, expected):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    chosen = evaluate.probe_subset(labels, seed=1)
+    assert (np.diff(chosen) > 0).all()
+    assert np.unique(labels[chosen], return_counts=True)[1].tolist() == expected
+    assert (evaluate.probe_subset(labels, seed=1) == chosen).all()
+
+
+def test_probe_of_many_small_classes_takes_some_of_them_whole():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5000), 6))
+    chosen, other = (evaluate.probe_subset(labels, seed) for seed in (1, 2))
+    classes, counts = np.unique(labels[chosen], return_counts=True)
+    assert (len(classes), set(counts)) == (200, {5})
+    assert set(labels[other]) != set(classes)
 
 
 @pytest.mark.parametrize("was_training", [True, False])
@@ -341,6 +414,7 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
     [
         (["a", "b"], "2 runs; give one to score, or --compare"),
         (["a", "--csv", "t.csv"], "--csv: goes only with --compare"),
+        (["a", "--over", "seed"], "--over: goes only with --compare"),
         (["a", "--compare", "--checkpoint", "x"], "--checkpoint: does not go with --compare"),
         (["a", "--compare", "--plot", "x.jpeg"], "ends in .svg, .png or .pdf"),
         (["a", "--save_embeddings", "x.txt"], "ends in .npz"),
@@ -400,6 +474,33 @@ def test_comparison_by_hand(tmp_path, capsys):
     assert table.sort_index().loc["paper: MIC + margin", "Recall @ 1"].item() == 0.661
     with Image.open(plot) as picture:
         assert picture.width > 500
+
+
+def test_recall_over_a_flag_by_hand(tmp_path, capsys):
+    for seed, recalls in [(1, [0.5, 0.6, 0.4]), (2, [0.5, 0.8])]:
+        write_run(tmp_path / "runs" / f"c30_{seed}", recalls, shared_num_classes=30, seed=seed)
+    write_run(tmp_path / "runs" / "c4_1", [0.3], shared_num_classes=4)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    command("--compare", tmp_path / "runs", "--over", "shared_num_classes", "--csv", csv, "--plot", plot)
+    printed = capsys.readouterr().out.split("Recall @ 1 over --shared_num_classes")[1].splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in printed[2:]}
+    assert list(rows) == ["4", "5", "10", "20", "30", "50", "100", "150", "200", "250", "300"]
+    assert rows["4"] == ["0.3000", "0.3000"]
+    assert rows["5"] == ["0.6040"]  # the paper's
+    assert " ".join(rows["30"]) == "0.7000 +- 0.1414 (2 runs) 0.6000 +- 0.2828 (2 runs) 0.6470"
+    assert len(pd.read_csv(csv)) == 2 * (3 + 2 + 2) + 1  # runs, mean and deviation, gaps; the paper's row
+    assert plot.read_text().count("<svg") == 1
+
+
+def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.3], embed_sizes=[128, 128], task_p=[1.0, 0.0], adv_weights=[0.0], dataset="shapes")
+    write_run(tmp_path / "b", [0.4], embed_sizes=[128, 64], task_p=[1.0, 0.8], dataset="shapes")
+    command("--compare", tmp_path / "a", tmp_path / "b", "--over", "embed_sizes")
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "   shapes best epoch shapes last epoch", "0             0.3000            0.3000",
+        "64            0.4000            0.4000",
+    ]  # fmt: skip
+    assert "no run has this flag" in refused(capsys, "--compare", tmp_path / "a", "--over", "unheard_of")
 
 
 def test_runs_on_other_data_have_no_paper(tmp_path, capsys):

@@ -36,9 +36,16 @@ RUN_FILES = {
     "InfoPlot_Class.svg",
     "Curr_Summary_Class.txt",
     "sample_recoveries.png",
+    "sample_recoveries_Shared.png",
+    "mined_clusters.png",
+    "log_probe.csv",
+    "InfoPlot_Probe.svg",
     "last.pth.tar",
     ".lock",
 }
+MINING_FILES = {
+    "log_mining.csv", "mined_clusters.png", "sample_recoveries_Shared.png", "log_probe.csv", "InfoPlot_Probe.svg"
+}  # fmt: skip
 METHOD_DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
     "kernels": 8, "seed": 1, "scheduler": "step", "gamma": 0.3, "tau": [80], "decay": 4e-4, "lr": 1e-5,
@@ -49,7 +56,7 @@ METHOD_DEFAULTS = {
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
-    "resume": None,
+    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False,
 }  # fmt: skip
 
 
@@ -124,6 +131,18 @@ def test_a_graph_without_graphviz_is_refused_at_once(monkeypatch, capsys):
         "main.py: error: --make_graph: install the Python package graphviz (pip install graphviz) and the program dot "
         "of Graphviz (https://graphviz.org/download), or leave it out\n"
     )
+
+
+def test_a_board_without_tensorboard_is_refused_at_once(class_folders, run_main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        run_main("--dataset", "tiny", "--source_path", class_folders, "--tensorboard")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "main.py: error: --tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it "
+        "out\n"
+    )
+    assert not (tmp_path / "results").exists()
 
 
 def spoil_first_image(root):
@@ -241,9 +260,24 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2, 3]
     flags = pickle.loads((folder / "hypa.pkl").read_bytes())
     assert flags["arch"] == "resnet50"
-    ElementTree.parse(folder / "InfoPlot_Class.svg")
-    Image.open(folder / "sample_recoveries.png").verify()
+    for name in ("InfoPlot_Class.svg", "InfoPlot_Probe.svg"):
+        ElementTree.parse(folder / name)
+    tile, edge, lines = auxiliaries.TILE, 16, 2 * 26
+    for name in ("sample_recoveries.png", "sample_recoveries_Shared.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size == (edge + 6 * (tile + 18), edge + lines + 10 * (tile + 36))
+    with Image.open(folder / "mined_clusters.png") as picture:
+        assert picture.height == edge + lines + logs["log_mining.csv"]["Clusters"].iloc[-1] * (tile + 36)
+    assert list(logs["log_mining.csv"]) == [
+        "Before Epoch", "Inertia", "Clusters", "Empty", "Smallest", "Median", "Largest", "ARI with previous",
+        "NMI class",
+    ]  # fmt: skip
+    assert logs["log_mining.csv"]["ARI with previous"].isna().tolist() == [True, False, False, False]
+    assert logs["log_probe.csv"]["Epochs"].tolist() == [0, 1, 2]
+    assert logs["log_probe.csv"].drop(columns="Epochs").stack().between(0, 1).all()
     printed = capsys.readouterr().out
+    assert printed.endswith((folder / "Curr_Summary_Class.txt").read_text())
+    assert printed.splitlines()[-1] == f"run folder: {folder}"
     assert printed.count("\nepoch ") == 3
     assert "CPU" in printed or "GPU" in printed
 
@@ -275,6 +309,36 @@ def test_fast_evaluation_leaves_cells_empty(tiny_run):
     summary = (folder / "Curr_Summary_Class.txt").read_text()
     best = val["NMI"].idxmax()
     assert f"NMI          {val['NMI'][best]:.4f}  {best:5d}" in summary
+
+
+def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_run, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kept = {}
+    original = main.score_tests
+
+    def spy(network, loaders, *rest):
+        scores, embeddings = original(network, loaders, *rest)
+        kept.update(embeddings[""], labels=loaders[""].dataset.images.labels)
+        return scores, embeddings
+
+    monkeypatch.setattr(main, "score_tests", spy)
+    folder = tiny_run("--arch", "googlenet", "--eval_shared", "--tensorboard")
+    assert {path.name for path in folder.iterdir()} == RUN_FILES | {"log_val_Shared.csv", "tensorboard"}
+    logs = read_logs(folder)
+    shared = logs["log_val_Shared.csv"]
+    assert list(shared) == list(logs["log_val_Class.csv"])
+    scores = evaluate.retrieval_scores(kept["Shared"], kept["labels"], [1, 2, 4, 8])
+    assert scores == pytest.approx({name: shared[name].iloc[-1] for name in scores}, abs=1e-12)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    groups = {tag.split("/")[0] for tag in board.Tags()["scalars"]}
+    assert groups == {"train", "val", "shared", "probe", "mining"}
+    assert [event.step for event in board.Scalars("train/Class Loss")] == [0, 1]
+    assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2]
+    recalls = [event.value for event in board.Scalars("val/Recall @ 1")]
+    assert recalls == pytest.approx(logs["log_val_Class.csv"]["Recall @ 1"].tolist())
+    assert set(board.Tags()["images"]) == {"sample_recoveries", "sample_recoveries_Shared", "mined_clusters"}
 
 
 def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_run):
@@ -311,7 +375,7 @@ def test_baseline_mines_nothing_and_loads_no_shared_batch(tiny_run, monkeypatch)
 
     monkeypatch.setattr(datasets.ImageDataset, "__getitem__", spy)
     folder = tiny_run("--task_p", 1, 0, "--adv_weights", 0)
-    assert {path.name for path in folder.iterdir()} == RUN_FILES - {"log_mining.csv"}
+    assert {path.name for path in folder.iterdir()} == RUN_FILES - MINING_FILES
     train_draws = [steps for key, steps in asked if isinstance(key, tuple)]
     assert len(train_draws) == 2 * 8  # two epochs of one Class batch: nothing else is loaded for training
     assert set(train_draws) == {2}  # crop and flip: the Class transform
@@ -343,7 +407,7 @@ def test_batches_carry_the_labels_of_their_task(tiny_run, monkeypatch):
     class_labels = np.repeat([0, 1], 5)
     mined = [np.arange(10) % 3, (np.arange(10) + 1) % 3, np.arange(10) // 4]
     answers = iter(mined)
-    monkeypatch.setattr(main, "mine_labels", lambda *_, **__: (next(answers), 0.0))
+    monkeypatch.setattr(main, "mine_labels", lambda *_, **__: (next(answers), np.zeros(10, np.float32)))
     drawn = {"Class": [], "Shared": []}
     original = datasets.ImageDataset.__getitem__
 
@@ -436,7 +500,9 @@ def test_every_data_set_trains_and_is_scored_with_its_protocol(tmp_path, run_mai
         return
     assert columns == ["Epochs", *(f"Set {i} {score}" for i in (1, 2, 3) for score in scores)]
     files = {path.name for path in folder.iterdir()}
-    for file in ("checkpoint{}.pth.tar", "InfoPlot_Class{}.svg", "sample_recoveries{}.png"):
+    for file in (
+        "checkpoint{}.pth.tar", "InfoPlot_Class{}.svg", "sample_recoveries{}.png", "sample_recoveries_Shared{}.png"
+    ):  # fmt: skip
         assert {file.format(f"_set{i}") for i in (1, 2, 3)} <= files
         assert file.format("") not in files
 

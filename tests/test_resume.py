@@ -82,7 +82,8 @@ def assert_same_run(one, other):
     for name in ("last.pth.tar", "checkpoint.pth.tar"):
         stored = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
         for content in stored:
-            content.get("training", {}).pop("seconds", None)
+            for name in ("seconds", "spent"):
+                content.get("training", {}).pop(name, None)
             for row in [row for rows in content["progress"].values() if isinstance(rows, list) for row in rows]:
                 row.pop("Time")
             for flag in ("savename", "save_path", "n_epochs", "kernels"):
@@ -144,7 +145,7 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, module, function,
         ["--losses", "triplet", "proxynca", "--adversarial", "Shared-Class", "Class-Shared", "--adv_weights", 5, 9],
         ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 0.7, 0.6, "--amp", "fp16"],
         ["--task_p", 1, 0, "--adv_weights", 0, "--scheduler", "none", "--eval_every", 2],
-        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 2, "--cache", "ram"],
+        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 2, "--cache", "ram", "--eval_shared"],
     ],
 )
 def test_all_that_has_state_is_resumed(whole, tmp_path, flags, monkeypatch):
@@ -348,6 +349,9 @@ def outcome(command, capsys, path):
     ("place", "value"),
     [
         (("training",), None),
+        (("training", "spent"), {"loading": 1.0}),
+        (("progress", "probe_rows"), []),
+        (("progress", "shared_rows"), [{"Epochs": 0}]),
         (("training", "epoch"), "1"),
         (("training", "epoch"), 1),
         (("training", "optimizer"), {}),
@@ -376,7 +380,7 @@ def outcome(command, capsys, path):
 def test_checkpoints_with_wrong_values_are_refused(whole, tmp_path, capsys, place, value):
     content = torch.load(whole[1] / "last.pth.tar", weights_only=True)
     content["training"]["epoch"] = 2  # so that there is something to go on with
-    for name in ("train_rows", "val_rows"):
+    for name in ("train_rows", "val_rows", "probe_rows"):
         content["progress"][name].pop()
     inner = content
     for key in place[:-1]:
@@ -484,6 +488,56 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_pa
     stored = torch.load(tmp_path / "tiny" / "run" / "last.pth.tar", weights_only=True)
     assert stored["training"]["epoch"] == 1
     assert all(value.isfinite().all() for value in stored["state_dict"].values())
+
+
+def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys):
+    source, expected = whole
+    named = flags_of(source, tmp_path, "--go_on")
+    stopped_early = tmp_path / "tiny" / "run"
+    stopped_early.mkdir(parents=True)  # before anything was stored: it stays as it is
+    process = killed_run(named, "main.losses.MarginLoss", "forward", 5)
+    assert process.returncode == -signal.SIGKILL
+    for flags, message in [
+        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
+        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
+    ]:
+        assert message in refused(capsys, *named, *flags)
+    assert run([*named, "--kernels", 1]) == tmp_path / "tiny" / "run_1"
+    assert_same_run(tmp_path / "tiny" / "run_1", expected)
+    assert not list(stopped_early.iterdir())
+    capsys.readouterr()
+    run(named)
+    assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
+    assert len(list((tmp_path / "tiny").iterdir())) == 2
+    assert "--go_on: give the name" in refused(capsys, "--dataset", "tiny", "--go_on")
+
+
+def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    source, _ = whole
+    original = auxiliaries.publish_best
+
+    def stop_after_mining(folder, epoch):  # last.pth.tar holds epoch 1, the board epoch 2 and a mining after it
+        if epoch == 2:
+            shutil.copy(tmp_path / "last", folder / "last.pth.tar")
+            raise auxiliaries.Interrupted(signal.SIGTERM, "")
+        shutil.copy(folder / "last.pth.tar", tmp_path / "last")
+        original(folder, epoch)
+
+    monkeypatch.setattr(auxiliaries, "publish_best", stop_after_mining)
+    with pytest.raises(SystemExit):
+        run(flags_of(source, tmp_path, "--tensorboard"))
+    monkeypatch.undo()
+    spent = torch.load(tmp_path / "last", weights_only=True)["training"]["spent"]
+    assert all(spent[activity] > 0 for activity in auxiliaries.ACTIVITIES)
+    folder = run(["--resume", tmp_path / "tiny" / "run"])
+    after = torch.load(folder / "last.pth.tar", weights_only=True)["training"]["spent"]
+    assert all(after[activity] > spent[activity] for activity in auxiliaries.ACTIVITIES)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/Class Loss")] == [0, 1, 2]
+    assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2, 3]
 
 
 def test_two_runs_of_one_name_get_two_folders(tmp_path):

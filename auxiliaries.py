@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, TYPE_CHECKING, NamedTuple, TypeVar
 
 try:
     import fcntl
@@ -40,6 +40,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, distributed
+
+if TYPE_CHECKING:  # it is optional
+    from torch.utils.tensorboard import SummaryWriter
 
 COLOUR_CYCLE = matplotlib.cycler(
     color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933"]
@@ -946,16 +949,20 @@ def draw_ablation(
     the path's ending.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 5.4))
+        below, height = 0.6 + 0.25 * len(lines), 4.6 + 0.25 * len(lines)  # inches: for the legend
+        figure = Figure(figsize=(8.4, height))
         axis = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=0.93, bottom=0.18 + 0.045 * len(lines))
+        figure.subplots_adjust(left=0.09, right=0.97, top=1 - 0.35 / height, bottom=below / height)
         colours, markers = COLOUR_CYCLE.by_key()["color"], "osD^vP*X"
         for i, (name, points) in enumerate(lines.items()):
             places = [place for place, value in enumerate(values) if value in points]
             runs = [np.asarray(points[values[place]]) for place in places]
-            look = {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
-            look = {"color": colours[i % 8], "marker": markers[i % 8]} | look
-            axis.plot(places, [recalls.mean() for recalls in runs], **look, label=name.replace("$", r"\$"))
+            look = {"color": colours[i % 8], "marker": markers[i % 8], "linestyle": ("-", ":")[i % 2]}
+            look["markersize"] = (9, 5)[i % 2]  # where two lines coincide both are seen
+            look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
+            axis.plot(
+                places, [recalls.mean() for recalls in runs], **look, label=shortened(name, 90).replace("$", r"\$")
+            )
             if max(map(len, runs)) > 1:
                 spread = [recalls.std(ddof=1) if len(recalls) > 1 else 0 for recalls in runs]
                 low, high = ([r.mean() + side * d for r, d in zip(runs, spread)] for side in (-1, 1))
@@ -1098,7 +1105,7 @@ def missing_for_tensorboard() -> list[str]:
 
 
 @contextlib.contextmanager
-def opened_board(folder: Path | None, first_step: int) -> Iterator["SummaryWriter | None"]:  # noqa: F821
+def opened_board(folder: Path | None, first_step: int) -> Iterator["SummaryWriter | None"]:
     """Open TensorBoard's event files in a folder; None where the folder is None.
 
     first_step: what the folder holds of this step and later ones, of a run that was interrupted, is dropped.
@@ -1113,7 +1120,7 @@ def opened_board(folder: Path | None, first_step: int) -> Iterator["SummaryWrite
 
 
 def add_to_board(
-    board: "SummaryWriter | None",  # noqa: F821
+    board: "SummaryWriter | None",
     step: int,
     rows: Mapping[str, Mapping[str, float | None]],
     pictures: Sequence[Path] = (),

@@ -693,6 +693,34 @@ def split_halves(source: Path, folder: Path, per_class: dict[str, list[str]]) ->
     return train, {"": test}
 
 
+def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Return the training images without the last classes, and those: fraction of the classes, rounded.
+
+    Raises DatasetError where that leaves fewer than two classes on either side.
+    """
+    n_classes = len(images.class_names)
+    n_kept = n_classes - round(fraction * n_classes)
+    if not 2 <= n_kept <= n_classes - 2:
+        raise DatasetError(
+            f"--val_classes {fraction}: holds out {n_classes - n_kept} of {n_classes} training classes; at least 2 are "
+            "needed to train and 2 to score on"
+        )
+    return class_range(images, 0, n_kept), class_range(images, n_kept, n_classes)
+
+
+def class_range(images: ImageSet, first: int, stop: int) -> ImageSet:
+    """Return the images of the classes from first up to stop, whose labels then count from 0."""
+    chosen = np.flatnonzero((images.labels >= first) & (images.labels < stop))
+    return replace(
+        images,
+        names=[images.names[i] for i in chosen],
+        labels=images.labels[chosen] - first,
+        class_names=images.class_names[first:stop],
+        pixels=None if images.pixels is None else images.pixels[chosen],
+        factors={name: levels[chosen] for name, levels in images.factors.items()},
+    )
+
+
 def read_cars(root: Path) -> Splits:
     """Read CARS196: class folders, or the official archive's car_ims with the annotations in cars_annos.mat.
 

@@ -502,6 +502,10 @@ def score_set(
     return {"NMI": nmi, "F1": f1} | retrieval_scores(embeddings, labels, k_vals, device, is_query)
 
 
+VALIDATION = "Val"
+"""Name of the set of training classes that are held out, among the test sets."""
+
+
 def file_suffix(test_set: str) -> str:
     """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for the only one, ""."""
     return f"_{test_set.lower().replace(' ', '')}" if test_set else ""
@@ -510,11 +514,8 @@ def file_suffix(test_set: str) -> str:
 def scores_of_set(row: Mapping[str, float | None], test_set: str) -> dict[str, float | None]:
     """Return the scores of one test set, under their plain names, of a row of log_val_Class.csv."""
     prefix = f"{test_set} " if test_set else ""
-    return {
-        name[len(prefix) :]: value
-        for name, value in row.items()
-        if name.startswith(prefix) and name not in ("Epochs", "Time")
-    }
+    others = ("Epochs", "Time") if test_set else ("Epochs", "Time", *(n for n in row if n.startswith(f"{VALIDATION} ")))
+    return {name[len(prefix) :]: value for name, value in row.items() if name.startswith(prefix) and name not in others}
 
 
 def scores_line(scores: Mapping[str, float | None]) -> str:
@@ -553,7 +554,10 @@ def score_run(args: argparse.Namespace) -> None:
         raise netlib.WeightsError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
     flags = stored_flags(netlib.read_checkpoint(found[0]), found[0])
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
-    _, test_sets = datasets.load_dataset(dataset, source)
+    train_images, test_sets = datasets.load_dataset(dataset, source)
+    held_out = flags.get("val_classes", 0.0)
+    if isinstance(held_out, float) and 0 < held_out < 1 and not args.dataset:
+        test_sets = {**test_sets, VALIDATION: datasets.hold_out_classes(train_images, held_out)[1]}
     if args.save_embeddings:
         for path in (embeddings_path(args.save_embeddings, name) for name in test_sets):
             if path.exists():
@@ -695,6 +699,13 @@ def run_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
 
 
+def best_index(run: auxiliaries.Run, test_set: str) -> int:
+    """Return which row of a run's log is of the epoch whose checkpoint it kept for a test set; see --select."""
+    selects = VALIDATION if run.flags.get("select") == "val" else test_set
+    recalls = [scores_of_set(row, selects)["Recall @ 1"] for row in run.val_rows]
+    return int(np.argmax(recalls))
+
+
 def test_set_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
     """Return the names of the test sets that a run was scored on."""
     return [name.removesuffix("Recall @ 1").strip() for name in rows[0] if name.endswith("Recall @ 1")]
@@ -719,7 +730,7 @@ def compare_setting(
         for at in ("best", "last"):
             scores = []
             for run, frame in zip(members, frames, strict=True):
-                index = frame["Recall @ 1"].idxmax() if at == "best" else frame.index[-1]
+                index = best_index(run, test_set) if at == "best" else frame.index[-1]
                 epoch, done = run.val_rows[index]["Epochs"], run.val_rows[-1]["Epochs"] + 1
                 scores.append(frame.loc[index])
                 own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}

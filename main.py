@@ -1008,7 +1008,7 @@ def train(args: argparse.Namespace) -> Path:
                 with stopwatch.measure("drawing"):
                     draw_mining(folder, 0, train_images, labels["Shared"], squared_distances)
             if is_mining and progress["mining_rows"][-1]["Before Epoch"] == first_epoch:  # a resumed board dropped it
-                pictures = [folder / "mined_clusters.png"]
+                pictures = [path for path in [folder / "mined_clusters.png"] if path.exists()]
                 auxiliaries.add_to_board(board, first_epoch, {"mining": progress["mining_rows"][-1]}, pictures)
 
         # Loop

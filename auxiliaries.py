@@ -19,6 +19,7 @@ import socket
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -812,7 +813,7 @@ def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: 
         for j, tile in enumerate(row):
             draw_tile(sheet, pen, (left + step * j, y), tile, font)
     with replaced_file(path) as file:
-        sheet.save(file, "PNG", compress_level=1)  # at the default it takes twice as long
+        sheet.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # as small as by default, in half the time
 
 
 def draw_tile(

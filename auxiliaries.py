@@ -796,7 +796,7 @@ def draw_recoveries(
 def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> None:
     """Draw captioned and framed images as a PNG, row by row, each behind its heading of one line or several.
 
-    Drawn with Pillow, in a tenth of the time that Matplotlib needs for as many images. lines: text above all rows.
+    Drawn with Pillow, in a twentieth of the time that Matplotlib needs for as many images. lines: text above all rows.
     """
     edge, step, row_height, font = 16, TILE + 18, TILE + 36, sheet_font(13)
     heading_width = max(multiline_width(heading, font) for heading in headings)

@@ -835,7 +835,7 @@ def draw_mining(
     """Draw the mined clusters, mined_clusters.png, and return its path. See evaluate.clusters_to_show."""
     clusters = evaluate.clusters_to_show(mined, squared_distances, images.labels, images.factors)
     n_clusters, read = len(np.unique(mined)), pixels_of(images)
-    which = "all" if len(clusters) == n_clusters else f"the largest, middle and smallest {len(clusters)} of"
+    which = "all" if len(clusters) == n_clusters else f"the {len(clusters)} largest, middle and smallest of"
     tiles = [
         [auxiliaries.Tile(read(index), images.class_names[images.labels[index]], "plain") for index in indices]
         for _, indices in clusters

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import ctypes
 import errno
 import functools
 import html
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -85,10 +87,7 @@ class LostProcessError(StoppedError):
 
 
 class Interrupted(BaseException):
-    """A signal asks the run to stop; the message is one line for the user, empty where another process tells it.
-
-    signum: the signal's number.
-    """
+    """A signal asks the run to stop; the message is one line for the user. signum: the signal's number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -113,8 +112,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Exit with the message; see argparse."""
-        let_first_process_speak()
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if may_tell() else None)
 
 
 def pick_device(gpu: int) -> torch.device:
@@ -131,7 +129,8 @@ def pick_device(gpu: int) -> torch.device:
         wanted = f"--gpu {gpu}" + (f" with {n_local} processes on this machine" if n_local > 1 else "")
         raise DeviceError(f"{wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
     device = torch.device("cuda", gpu + own)
-    torch.cuda.set_device(device)
+    if n_local > 1:
+        torch.cuda.set_device(device)
     print(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")
     return device
 
@@ -153,8 +152,12 @@ def set_tf32(enabled: bool, device: torch.device) -> None:
 
 def n_workers(wanted: int) -> int:
     """Return how many workers each loader starts: as many as wanted, but at most one per CPU core of the process."""
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(wanted, max(n_cores // local_processes(), 1))
+    return min(wanted, max(n_cores() // local_processes(), 1))
+
+
+def n_cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 class GraphError(RuntimeError):
@@ -172,20 +175,23 @@ def set_seeds(seed: int) -> None:
 PROCESS_TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, which may be clustering or decoding, before it gives them up."""
 
-SPEAKING_TIME = 15.0
-"""Seconds that a process which finds an error leaves the first one, which mostly finds it too, to tell it and stop."""
+PATIENCE = 2.0
+"""Seconds that a process which was stopped by others leaves the one that knows why to tell it."""
+
+UNHEEDED = 5.0
+"""Seconds after which a process is ended that does not heed a signal, as it waits for others within a library."""
 
 Computed = TypeVar("Computed")
 
 
 def launched_processes() -> int:
     """Return how many processes torchrun started for this run; 1 without torchrun."""
-    return int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def local_processes() -> int:
     """Return how many of them run on this machine."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def is_first_process() -> bool:
@@ -193,55 +199,88 @@ def is_first_process() -> bool:
     return launched_processes() == 1 or os.environ["RANK"] == "0"
 
 
-def let_first_process_speak() -> None:
-    """Before an error is told: what every process finds, the first one tells, and torchrun ends the others."""
-    if not is_first_process():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SPEAKING_TIME)
+def may_tell(is_cause_known: bool = True) -> bool:
+    """Tell whether it is for this process to tell why the run stops: of several, the one that asks first.
+
+    is_cause_known: False for one that was stopped, or that lost another; it lets those that know more ask before.
+    """
+    if launched_processes() == 1:
+        return True
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not is_cause_known:
+        time.sleep(PATIENCE if is_first_process() else PATIENCE + 1)
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # torchrun's own
+        return store.add(f"told in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:
+        return True
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Connect the processes that torchrun started, over NCCL for GPUs and Gloo for CPUs; only the first one prints.
 
-    Without torchrun nothing happens, nor do the functions below do anything. Of what stops all processes the first
-    tells, or the others where it is gone. Raises LostProcessError where the processes do not find each other.
+    Without torchrun nothing happens, nor do the functions below do anything. Raises LostProcessError where the
+    processes do not find each other.
     """
     if launched_processes() == 1:
         yield
         return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: not to train on where torchrun is killed
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         distributed.init_process_group(backend, timeout=PROCESS_TIMEOUT)
-        first = computed_by_first(lambda: (socket.gethostname(), os.getpid()))
     except RuntimeError as error:
         raise LostProcessError(f"the processes of the run do not find each other ({first_line(error)})") from error
-    try:
-        with contextlib.nullcontext() if is_first_process() else contextlib.redirect_stdout(None):
-            yield
-    except Interrupted as error:
-        is_told = not is_first_process() and (first[0] != socket.gethostname() or is_alive(first[1]))
-        raise Interrupted(error.signum, "" if is_told else str(error)) from None
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries write to it up to the end
+    with contextlib.redirect_stdout(sys.stdout if is_first_process() else nowhere):
+        yield
     distributed.destroy_process_group()  # not after an error: the others would be waited for
 
 
-def is_alive(pid: int) -> bool:
-    """Tell whether a process of this machine is running."""
+@contextlib.contextmanager
+def unheeded_signals_end(hint: Callable[[], str]) -> Iterator[None]:
+    """End one of several processes that does not heed SIGTERM or Ctrl-C within the block; a line has the hint.
+
+    Python answers a signal when a call returns; one that waits for a process that is gone may not for a long time.
+    """
+    if launched_processes() == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    is_over = threading.Event()
+
+    def watch() -> None:
+        """Wait for the signal's number, then for the block to end."""
+        while numbers := reader.recv(1):
+            if numbers[0] in (signal.SIGTERM, signal.SIGINT) and not is_over.wait(UNHEEDED):
+                if may_tell(is_cause_known=False):
+                    sys.stderr.write(f"main.py: stopped by {signal.Signals(numbers[0]).name}: {hint()}\n")
+                    sys.stderr.flush()
+                os._exit(128 + numbers[0])
+
+    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
-        os.kill(pid, 0)
-    except OSError:
-        return False
-    return True
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        writer.close()  # ends the thread
 
 
 def n_processes() -> int:
     """Return the number of connected processes."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return distributed.get_world_size() if launched_processes() > 1 and distributed.is_initialized() else 1
 
 
 def process_number() -> int:
     """Return this process's number among the connected ones, from 0."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
+    return distributed.get_rank() if n_processes() > 1 else 0
 
 
 def own_share(n_items: int, block_size: int = 1) -> range:
@@ -271,12 +310,22 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Let the first process run a block before the others do, which then find the files that it wrote."""
-    if not is_first_process():
-        computed_by_first(lambda: None)
+    """Let the first process run a block, then the first of each other machine, then the rest, who find their files."""
+    turn = 0 if is_first_process() else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for _ in range(turn):
+        wait_for_all()
     yield
-    if is_first_process():
-        computed_by_first(lambda: None)
+    for _ in range(2 - turn):
+        wait_for_all()
+
+
+def require_same(value: object, message: str) -> None:
+    """Raise RunFolderError with the message where a value is not the same on all processes."""
+    if n_processes() > 1:
+        values = [None] * n_processes()
+        distributed.all_gather_object(values, value)
+        if any(other != value for other in values):
+            raise RunFolderError(message)
 
 
 def gather_rows(rows: np.ndarray, everywhere: bool = True) -> np.ndarray | None:
@@ -474,15 +523,19 @@ def resumable(folder: Path | None) -> Iterator[None]:
 
     def hint() -> str:
         """Say what is left and how to go on with it."""
+        n_local = local_processes()
+        if folder is not None and launched_processes() > n_local:
+            return (
+                f"go on with the last complete epoch: torchrun as before, main.py --resume {shlex.quote(str(folder))}"
+            )
         if folder is None or not (folder / "last.pth.tar").exists():
             return "nothing had been stored to go on with"
-        program = "python" if launched_processes() == 1 else f"torchrun --nproc_per_node={local_processes()}"
-        if launched_processes() > local_processes():
-            program = "torchrun (as before)"
+        program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
         return f"the last complete epoch is safe; go on with: {program} main.py --resume {shlex.quote(str(folder))}"
 
     try:
-        yield
+        with unheeded_signals_end(hint):
+            yield
     except Interrupted as error:
         if folder is None:
             raise
@@ -777,7 +830,8 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
 def all_cores() -> Iterator[None]:
     """Let faiss use the cores of the processes of this machine, which wait for this one."""
     n_threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(n_threads * local_processes())
+    if launched_processes() > 1:  # for each of which torchrun allows one thread
+        faiss.omp_set_num_threads(n_cores())
     try:
         yield
     finally:

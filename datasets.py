@@ -254,6 +254,15 @@ def fingerprint(paths: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
+def contents_digest(image_sets: Sequence[ImageSet]) -> str:
+    """Return a digest of the images' names, without their folders, and labels."""
+    digest = hashlib.sha256()
+    for images in image_sets:
+        names = (os.path.basename(name).encode(errors="surrogateescape") for name in images.names)
+        digest.update(b"\0".join(names) + images.labels.tobytes())
+    return digest.hexdigest()
+
+
 def image_size(path: str) -> tuple[int, int]:
     """Return (height, width) from an image file's header. Raises DatasetError that names the file."""
     with opened_image(path) as image:
@@ -453,6 +462,7 @@ def leave_signals_to_the_owner(_: int) -> None:
         timer.daemon = True
         timer.start()
 
+    signal.set_wakeup_fd(-1)  # the owner's, which is not to hear of the worker's signals
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end_later)
 

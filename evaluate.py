@@ -39,6 +39,14 @@ class NonFiniteFeaturesError(auxiliaries.DivergedError):
     """The network's output is NaN or infinite; the message is one line for the user."""
 
 
+def scoring_batch_size(bs: int) -> int:
+    """Return how many images are embedded at a time outside of training: --bs, but no more than memory is sure to hold.
+
+    With several processes --bs is the batch of all of them together.
+    """
+    return min(bs, 112)
+
+
 @torch.inference_mode()
 def extract_features(
     network: netlib.EmbeddingNetwork,
@@ -570,7 +578,7 @@ def score_run(args: argparse.Namespace) -> None:
         flags = stored_flags(stored, path)
         loader = datasets.make_loader(
             datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
-            batch_size=flags["bs"],
+            batch_size=scoring_batch_size(flags["bs"]),
             n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
             pin_memory=device.type == "cuda",
         )
@@ -930,20 +938,23 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        auxiliaries.let_first_process_speak()
         # A missing data set is diagnosed in several lines, which `python datasets.py` prints as they are
         message = "; ".join(" ".join(line.split()) for line in str(error).splitlines())
-        print(f"{prog}: error: {message}", file=sys.stderr)
+        tell(f"{prog}: error: {message}")
         sys.exit(2)
     except (auxiliaries.DivergedError, auxiliaries.StoppedError) as error:
-        if not isinstance(error, auxiliaries.LostProcessError):  # the first may be the one that is lost
-            auxiliaries.let_first_process_speak()
-        print(f"{prog}: stopped: {error}", file=sys.stderr)
+        tell(f"{prog}: stopped: {error}", is_cause_known=not isinstance(error, auxiliaries.LostProcessError))
         sys.exit(1)
     except auxiliaries.Interrupted as error:
-        if str(error):
-            print(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", file=sys.stderr)
+        tell(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", is_cause_known=False)
         sys.exit(128 + error.signum)
+
+
+def tell(line: str, is_cause_known: bool = True) -> None:
+    """Print a line on stderr; of several processes one does."""
+    if auxiliaries.may_tell(is_cause_known):
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 @one_line_errors("evaluate.py")

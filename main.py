@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -366,9 +365,9 @@ def build_loaders(
     ordered_loaders = {}
     for split, images in {"train": train_images, **test_sets}.items():
         dataset = datasets.ImageDataset(images, datasets.test_transform(args.img_size))
-        ordered_loaders[split] = ordered_loader(dataset, args.bs, loading)
+        ordered_loaders[split] = ordered_loader(dataset, evaluate.scoring_batch_size(args.bs), loading)
     probed = Subset(ordered_loaders["train"].dataset, evaluate.probe_subset(train_images.labels, args.seed))
-    ordered_loaders["probe"] = ordered_loader(probed, args.bs, loading)
+    ordered_loaders["probe"] = ordered_loader(probed, evaluate.scoring_batch_size(args.bs), loading)
     return samplers, train_loaders, ordered_loaders
 
 
@@ -879,6 +878,10 @@ def train(args: argparse.Namespace) -> Path:
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
     check_sizes(args, len(train_images))
+    auxiliaries.require_same(
+        datasets.contents_digest([train_images, *test_sets.values()]),
+        f"--source_path: the images of {args.dataset} are not the same for all processes",
+    )
     cache_names = ["train", *(evaluate.file_suffix(name)[1:] or "test" for name in test_sets)]
     with auxiliaries.first_process_first() if args.cache == "disk" else contextlib.nullcontext():
         train_images, *decoded = datasets.cached(
@@ -897,6 +900,11 @@ def train(args: argparse.Namespace) -> Path:
     if args.resume:
         n_clusters = args.shared_num_classes if args.task_p[TASKS.index("Shared")] > 0 else 0
         stored = read_training(folder / LAST_CHECKPOINT, len(train_images), n_clusters)
+        auxiliaries.require_same(
+            (stored["training"]["epoch"], str(stored["training"]["seconds"])),
+            f"--resume: {folder / LAST_CHECKPOINT} is not the same for all processes; wait until all machines see its "
+            "last state",
+        )
         start -= stored["training"]["seconds"]
         stopwatch.seconds = dict(stored["training"]["spent"])
         if stored["training"]["epoch"] >= args.n_epochs:
@@ -912,11 +920,11 @@ def train(args: argparse.Namespace) -> Path:
             weights_file=args.weights if stored is None else None,
             freeze_batchnorm=args.bn == "frozen",
         ).to(device)
-    if n_processes > 1:
-        network = netlib.synchronise_batchnorm(network)
     picture = None
     if args.make_graph and stored is None and is_first_process:
         picture = auxiliaries.draw_graph(*netlib.describe_graph(network, args.img_size), title=args.arch)
+    if n_processes > 1:
+        network = netlib.synchronise_batchnorm(network)
     if stored is None:
         with stopwatch.measure("evaluation"):
             initial_scores, _ = score_tests(network, test_loaders, args)
@@ -990,7 +998,7 @@ def train(args: argparse.Namespace) -> Path:
         folder = auxiliaries.computed_by_first(lambda: auxiliaries.make_run_folder(parent, savename))
         lock = auxiliaries.lock_run_folder(folder)
     if n_processes > 1:
-        trained = DistributedDataParallel(trained, find_unused_parameters=not adversaries)
+        trained = netlib.distribute(trained, has_unused=not adversaries)
     print(f"run folder: {folder}")
     first_epoch = 0 if stored is None else stored["training"]["epoch"]
     board_folder = folder / "tensorboard" if args.tensorboard and is_first_process else None

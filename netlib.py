@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import inspect
 import os
 import re
 import time
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from googlenet import GoogLeNet
 
@@ -221,6 +223,17 @@ class SyncedBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance * n_values / (n_values - 1), self.momentum)
         self.num_batches_tracked += 1
         return normalised
+
+
+def distribute(network: nn.Module, has_unused: bool) -> DistributedDataParallel:
+    """Return the network with gradients that are the mean over all processes.
+
+    has_unused: some heads may take no part in a step. Statistics of BatchNorm need no synchronisation: they are frozen,
+    or those of all processes.
+    """
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+    return DistributedDataParallel(network, find_unused_parameters=has_unused, **{sync: False})
 
 
 def synchronise_batchnorm(network: EmbeddingNetwork) -> EmbeddingNetwork:

@@ -14,19 +14,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import assert_equal
 from torch import nn
 from torch.nn import functional as F
 
+import auxiliaries
+import datasets
+import evaluate
+import losses
+import main
+import netlib
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import auxiliaries  # noqa: E402
-import datasets  # noqa: E402
-import evaluate  # noqa: E402
-import losses  # noqa: E402
-import main  # noqa: E402
-import netlib  # noqa: E402
-
 BATCH_SIZE = 12
 CASES = {
     f"{loss}-{sampling}-{'+'.join(directions)}-{batchnorm}": (loss, sampling, directions, batchnorm)
@@ -98,7 +97,7 @@ def gradients(loss, sampling, directions, batchnorm):
     trained = network
     if auxiliaries.n_processes() > 1:
         network = netlib.synchronise_batchnorm(network)
-        trained = main.DistributedDataParallel(network, find_unused_parameters=not adversaries)
+        trained = netlib.distribute(network, has_unused=not adversaries)
     terms = [*criteria.values(), *(term for term, _ in adversaries.values())]
     optimizer = Recorder([*network.parameters(), *(values for term in terms for values in term.parameters())], lr=1e-2)
     optimizer.steps = []
@@ -150,7 +149,7 @@ def torchrun(n_processes, *command, **options):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     return subprocess.Popen(
         [*launcher, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **options,
     )  # fmt: skip
 
 
@@ -246,9 +245,36 @@ def test_a_run_mines_the_same_labels_and_scores_alike(runs):
     assert {path.name for path in runs[0].iterdir()} == {path.name for path in runs[1].iterdir()}
 
 
-def test_a_run_of_two_processes_is_resumed_by_one(runs):
-    assert run(["--resume", str(runs[0]), "--n_epochs", "2"]) == runs[0]
-    assert pd.read_csv(runs[0] / "log_val_Class.csv")["Epochs"].tolist() == [0, 1]
+def tiny_flags(source, folder, *more):
+    """Return the command line of a run on the data set "tiny", with proxies, betas and both adversarial directions."""
+    base = (
+        "--dataset tiny --arch googlenet --not_pretrained --img_size 32 --bs 6 --cs_per_bs 2 2 --kernels 0 --lr 1e-3 "
+    )
+    base += "--shared_num_classes 3 --cluster_update_freq 0 --losses proxynca marginloss --task_p 1 0.8 --savename run "
+    base += "--adversarial Class-Shared Shared-Class --adv_weights 50 50 --n_epochs 2"
+    return [*base.split(), "--source_path", str(source), "--save_path", str(folder), *map(str, more)]
+
+
+def finish(process):
+    """Wait for a run that is to end well."""
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, error
+
+
+def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders, tmp_path):
+    finish(torchrun(2, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "whole")))
+    cut = tmp_path / "cut" / "tiny" / "run"
+    finish(torchrun(2, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "cut", "--n_epochs", 1)))
+    finish(torchrun(2, ROOT / "main.py", "--resume", cut, "--n_epochs", 2))
+    whole, resumed = (
+        torch.load(folder / "last.pth.tar", weights_only=True) for folder in (tmp_path / "whole" / "tiny" / "run", cut)
+    )
+    assert_equal(resumed["state_dict"], whole["state_dict"], "weights")
+    for part in ("terms", "optimizer", "scheduler", "random"):
+        assert_equal(resumed["training"][part], whole["training"][part], part)
+    assert torch.equal(resumed["progress"]["shared_labels"], whole["progress"]["shared_labels"])
+    run(["--resume", str(cut), "--n_epochs", "3"])
+    assert pd.read_csv(cut / "log_val_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
 def processes_of(command_line):
@@ -262,13 +288,15 @@ def rank_of(pid):
     return next((entry.removeprefix("RANK=") for entry in environment if entry.startswith("RANK=")), None)
 
 
+def own_lines(error):
+    """Return the lines on stderr that are not torchrun's."""
+    return [line for line in error.splitlines() if line.startswith("main.py:")]
+
+
 @pytest.mark.parametrize("killed", ["0", "1"])
 def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path, killed):
-    flags = "--dataset tiny --arch googlenet --not_pretrained --img_size 32 --bs 8 --cs_per_bs 2 2 --kernels 1 "
-    flags += (
-        f"--shared_num_classes 3 --n_epochs 9000 --savename run --source_path {class_folders} --save_path {tmp_path}"
-    )
-    process = torchrun(2, ROOT / "main.py", *flags.split())
+    flags = tiny_flags(class_folders, tmp_path, "--kernels", 1, "--n_epochs", 9000)
+    process = torchrun(3, ROOT / "main.py", *flags)
     log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
     while not log.exists() and process.poll() is None:
         time.sleep(0.1)
@@ -281,33 +309,74 @@ def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path
         time.sleep(0.1)
     assert time.monotonic() - start < 60
     assert process.returncode != 0
-    (own,) = [line for line in error.splitlines() if line.startswith("main.py: stopped")]
-    assert own.endswith(f"go on with: torchrun --nproc_per_node=2 main.py --resume {log.parent}"), error
+    (own,) = own_lines(error)
+    assert own.startswith("main.py: stopped")
+    assert own.endswith(f"go on with: torchrun --standalone --nproc_per_node=3 main.py --resume {log.parent}"), error
     assert "Signal 9 (SIGKILL)" in error
 
 
-def test_a_broken_image_in_the_share_of_one_process_is_told(class_folders, tmp_path):
+def test_no_process_outlives_torchrun(class_folders, tmp_path):
+    process = torchrun(2, ROOT / "main.py", *tiny_flags(class_folders, tmp_path, "--n_epochs", 9000))
+    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()
+    start = time.monotonic()
+    while processes_of(f"save_path {tmp_path}") and time.monotonic() - start < 60:
+        time.sleep(0.1)
+    assert time.monotonic() - start < 60
+    process.communicate()
+
+
+def test_a_broken_image_in_the_share_of_one_process_is_told_once(class_folders, tmp_path):
     (class_folders / "tiny" / "images" / "class_01" / "4.jpg").write_bytes(b"no image")
-    flags = "--dataset tiny --arch googlenet --not_pretrained --img_size 32 --bs 4 --cs_per_bs 2 2 --kernels 0 "
-    flags += f"--shared_num_classes 3 --savename run --source_path {class_folders} --save_path {tmp_path / 'runs'}"
-    process = torchrun(2, ROOT / "main.py", *flags.split())
+    process = torchrun(3, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "runs", "--bs", 6))
     _, error = process.communicate(timeout=120)
     assert process.returncode != 0
-    own = [line for line in error.splitlines() if line.startswith("main.py: error: ")]
-    assert len(own) == 1, error
-    assert f"cannot decode the image {class_folders}/tiny/images/class_01/4.jpg" in own[0]
+    (own,) = own_lines(error)
+    assert own.startswith(f"main.py: error: cannot decode the image {class_folders}/tiny/images/class_01/4.jpg")
     assert not (tmp_path / "runs").exists()
 
 
-def test_flags_that_do_not_fit_the_processes_are_one_line(tmp_path, monkeypatch, capsys):
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    parser = main.get_args_parser()
-    with pytest.raises(SystemExit) as stop:
-        main.check_args(parser.parse_args(flags_of_run(tmp_path)), parser)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error == "main.py: error: --bs 56 is not divisible by the 3 processes that torchrun started\n"
+def test_what_all_processes_find_is_told_once(class_folders, tmp_path):
+    process = torchrun(3, ROOT / "main.py", *tiny_flags(class_folders, tmp_path, "--bs", 4))
+    (own,) = own_lines(process.communicate(timeout=120)[1])
+    assert own == "main.py: error: --bs 4 is not divisible by the 3 processes that torchrun started"
+
+
+def test_what_the_first_process_finds_is_told_once(runs):
+    with auxiliaries.lock_run_folder(runs[0]):
+        process = torchrun(2, ROOT / "main.py", "--resume", runs[0], "--n_epochs", 2)
+        (own,) = own_lines(process.communicate(timeout=120)[1])
+    assert "is being trained by process" in own
+
+
+def test_a_process_that_waits_within_a_library_heeds_a_signal_all_the_same(tmp_path):
+    """A receive from a process that never sends does not return to Python."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import auxiliaries, evaluate, numpy, torch
+with evaluate.one_line_errors("main.py"), auxiliaries.signals_stop(), auxiliaries.process_group():
+    with auxiliaries.resumable(None):
+        print("ready", flush=True)
+        if auxiliaries.is_first_process():
+            torch.distributed.recv(torch.zeros(1), 1)
+        time.sleep(600)
+"""
+    (tmp_path / "wait.py").write_text(code)
+    process = torchrun(2, tmp_path / "wait.py")
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert own_lines(error)
+    assert not processes_of(str(tmp_path / "wait.py"))
+
+
+def test_stored_runs_are_scored_by_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(auxiliaries, "launched_processes", lambda: 3)
+    monkeypatch.setattr(auxiliaries, "may_tell", lambda: True)
     parser = evaluate.get_args_parser()
     with pytest.raises(SystemExit):
         evaluate.check_args(parser.parse_args([str(tmp_path)]), parser)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import write_class_folders
+from conftest import assert_equal, write_class_folders
 
 import auxiliaries
 import evaluate
@@ -89,23 +89,6 @@ def assert_same_run(one, other):
             for flag in ("savename", "save_path", "n_epochs", "kernels"):
                 content["flags"].pop(flag)
         assert_equal(*stored, name)
-
-
-def assert_equal(one, other, where):
-    """Compare nested plain values and tensors bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}: {key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other)):
-            assert_equal(a, b, f"{where}, {i}")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    else:
-        assert one == other, where
 
 
 @pytest.fixture(scope="module")

@@ -138,7 +138,6 @@ def scores():
 
 def computed():
     """Return all that is compared."""
-    torch.set_num_threads(1)
     found = {name: gradients(*case) for name, case in CASES.items()}
     found |= {f"{n} images": features(n) for n in (23, 24, 5, 1)}
     return found | {"scores": scores()}
@@ -154,12 +153,18 @@ def torchrun(n_processes, *command, **options):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """What one process computes."""
+def one_thread():
+    """Let this process compute as those that torchrun starts do."""
     before = torch.get_num_threads()
-    found = computed()
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
-    return found
+
+
+@pytest.fixture(scope="module")
+def alone(one_thread):
+    """What one process computes."""
+    return computed()
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -223,7 +228,7 @@ def run(argv):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, one_thread):
     """The folders of a run of one epoch in two processes and in one."""
     folder = tmp_path_factory.mktemp("runs")
     process = torchrun(2, ROOT / "main.py", *flags_of_run(folder / "two"))

@@ -20,8 +20,9 @@ More flags are passed on and win over those of the set-up, for example
 Data sets are expected in ./Datasets, see README.md; `python main.py --help` lists all flags.
 
 An ablation trains one run for each value of a flag and each of N seeds (default 1), with the set-up of the data set
-(shapes: the demo's; your own: the defaults and your flags) and then compares them: a table, and SERIES.csv and
-SERIES.svg beside the runs. Started again it leaves out what is done and goes on with what was interrupted. SERIES is
+(shapes: the demo's; your own: the defaults and your flags) and then compares them: a table, and ablation_SERIES.csv and
+ablation_SERIES.svg beside the runs. Started again it leaves out what is done and goes on with what was interrupted.
+SERIES is
   clusters      --shared_num_classes: 5 10 20 30 50 100 150 200 250 300
   interval      --cluster_update_freq, the epochs between two minings: 1 3 5 10 20 50
   dim           --embed_sizes, of the Shared embedding: 0 64 128 256 512 1024; 0 is the plain margin-loss baseline
@@ -74,11 +75,10 @@ demo() {
         --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
-
 ablation() {
     [[ $# -ge 2 ]] || fail "give the series and the data set: bash Result_Runs.sh ablation SERIES DATASET"
     local series=$1 dataset=$2 values flag seeds=1 first_seed=1 save_path=./Training_Results prefix=ablation_$1
-    local own=() flags=() failed=() value seed status
+    local own=() flags=() failed=() runs=() value seed status table candidate
     case $series in
         clusters) flag=shared_num_classes values=(5 10 20 30 50 100 150 200 250 300) ;;
         interval) flag=cluster_update_freq values=(1 3 5 10 20 50) ;;
@@ -94,7 +94,8 @@ ablation() {
             --save_path) save_path=${2:-} && shift ;;
             --savename) prefix=${2:-} && shift ;;
             --values) while [[ $# -gt 1 && $2 != --* ]]; do own+=("$2") && shift; done ;;
-            --seed | --dataset | --resume | --seeds=* | --values=* | --save_path=* | --savename=*)
+            -h | --help) usage && exit 0 ;;
+            --seed | --dataset | --resume | --seed=* | --dataset=* | --resume=* | --seeds=* | --values=* | --save_path=* | --savename=*)
                 fail "$1 does not go with an ablation: give --seeds N, --values V ..., --save_path FOLDER, --savename NAME" ;;
             *) flags+=("$1") ;;
         esac
@@ -108,6 +109,10 @@ ablation() {
         shapes) setup=(demo) ;;
         *) setup=(run --dataset "$dataset") ;;
     esac
+    table="$save_path/$dataset/$prefix"
+    for candidate in "$table.csv" "$table.svg"; do
+        [[ ! -e $candidate || -n $(compgen -G "${table}_*_seed*" || true) ]] || fail "$candidate exists already, and is of no series"
+    done
     for value in "${values[@]}"; do
         ablated=(--$flag "$value")
         case $series-$value in
@@ -120,18 +125,28 @@ ablation() {
             status=0
             "${setup[@]}" ${flags[@]+"${flags[@]}"} ${ablated[@]+"${ablated[@]}"} --seed "$seed" --save_path "$save_path" \
                 --savename "${prefix}_${value}_seed$seed" --go_on || status=$?
-            [[ $status -ne 2 && $status -lt 128 ]] || exit $status # bad flags, or told to stop
+            case $status in 2 | 129 | 130 | 143) exit $status ;; esac # bad flags, or told to stop
             [[ $status -eq 0 ]] || failed+=("${value}_seed$seed")
+            for candidate in "${table}_${value}_seed$seed" "${table}_${value}_seed${seed}"_[0-9]*; do
+                [[ ! -e $candidate/last.pth.tar ]] || { runs+=("$candidate") && break; }
+            done
         done
     done
-    rm -f "$save_path/$dataset/$prefix.csv" "$save_path/$dataset/$prefix.svg" # of this series, drawn anew
-    "${PYTHON:-python}" "$here/evaluate.py" --compare "$save_path/$dataset/$prefix"_*/ --over $flag \
-        --csv "$save_path/$dataset/$prefix.csv" --plot "$save_path/$dataset/$prefix.svg"
-    echo "table: $save_path/$dataset/$prefix.csv, plot: $save_path/$dataset/$prefix.svg"
+    status=0
+    rm -f "$table.new.csv" "$table.new.svg"
+    "${PYTHON:-python}" "$here/evaluate.py" --compare ${runs[@]+"${runs[@]}"} --over $flag \
+        --csv "$table.new.csv" --plot "$table.new.svg" || status=$?
+    if [[ $status -eq 0 ]]; then # of this series, drawn anew
+        mv -f "$table.new.csv" "$table.csv" && mv -f "$table.new.svg" "$table.svg"
+        echo "table: $table.csv, plot: $table.svg"
+    else
+        rm -f "$table.new.csv" "$table.new.svg"
+    fi
     if [[ ${#failed[@]} -gt 0 ]]; then
         echo "Result_Runs.sh: failed: ${failed[*]}" >&2
         exit 1
     fi
+    exit $status
 }
 
 case $name in

@@ -212,7 +212,7 @@ def may_tell(is_cause_known: bool = True) -> bool:
         time.sleep(PATIENCE if is_first_process() else PATIENCE + 1)
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # torchrun's own
+        store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=2))  # torchrun's own
         return store.add(f"told in attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except RuntimeError:
         return True
@@ -789,6 +789,7 @@ def write_summary(
         if name in paper:
             line += f"  {paper[name]:.4f}  {best[name] - paper[name]:+12.4f}"
         lines.append(line)
+    lines += ["paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"] if paper else []
     parts = {**spent, "all else": max(seconds - sum(spent.values()), 0.0)}
     lines += [
         f"epochs done: {history[-1]['Epochs'] + 1}",
@@ -844,17 +845,18 @@ def draw_progress(
     val_rows: Sequence[Mapping[str, float]],
     title: str,
     *,
+    best: int,
     mined_before: Sequence[int] = (),
     rate_steps: Sequence[int] = (),
 ) -> None:
     """Draw the logged history as SVG: each part of the loss in a panel of its own left, test scores right.
 
-    mined_before, rate_steps: the epochs that begin with new mined labels, and with another learning rate; both are
-    marked, and so is the epoch of the best Recall@1.
+    best: which of val_rows is of the best epoch. mined_before, rate_steps: the epochs that begin with new mined labels,
+    and with another learning rate. All are marked.
     """
     names = [name for name in train_rows[0] if name.endswith("Loss") and name != "Train Loss"]
     parts = [name for name in names if any(row[name] is not None for row in train_rows)]
-    best = max(val_rows, key=lambda row: row["Recall @ 1"])
+    best_row = val_rows[best]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.8, 6.4))
         losses = figure.add_gridspec(max(len(parts), 1), 1, left=0.075, right=0.41, bottom=0.16, top=0.86, hspace=0.4)
@@ -867,17 +869,19 @@ def draw_progress(
                 axis.set_xticks([])
         score_axis = figure.add_subplot(scores[0])
         draw_curves(score_axis, val_rows, [name for name in val_rows[0] if name not in ("Epochs", "Time")])
-        lines = sorted(score_axis.lines, key=lambda line: -np.nan_to_num(line.get_ydata()[-1]))
+        lines = sorted(score_axis.lines, key=lambda line: -line.get_ydata()[-1])
         score_axis.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
         score_axis.set(ylim=(0, 1))
         score_axis.set_title("Scores on the test classes", loc="left", fontsize=11)
         last = max(train_rows[-1]["Epochs"], val_rows[-1]["Epochs"])
-        marks = [mark_epochs(axis, last, mined_before, rate_steps, best["Epochs"]) for axis in (*axes, score_axis)][-1]
-        score_axis.plot(best["Epochs"], best["Recall @ 1"], **BEST_MARK)
+        marks = [mark_epochs(axis, last, mined_before, rate_steps, best_row["Epochs"]) for axis in (*axes, score_axis)][
+            -1
+        ]
+        score_axis.plot(best_row["Epochs"], best_row["Recall @ 1"], **BEST_MARK)
         for axis in (axes[-1], score_axis):
             axis.set_xlabel("epoch")
         figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False)
-        best_text = f"best Recall @ 1 {best['Recall @ 1']:.4f} in epoch {best['Epochs']}"
+        best_text = f"Recall @ 1 {best_row['Recall @ 1']:.4f} in the best epoch, {best_row['Epochs']}"
         figure.suptitle(f"{shortened(title, 80)}\n{best_text}", parse_math=False, fontsize=12, y=0.98)
         save_svg(figure, path)
 
@@ -894,8 +898,8 @@ def mark_epochs(
     ]:
         # Beside each other where both happen
         places = [epoch - 0.5 + side * (last + 1) for epoch in epochs if epoch <= last + 1]
-        width = 1.2 if len(places) < 20 else 0.5
-        axis.vlines(places, 0, 1, **style, linewidth=width, zorder=0, transform=axis.get_xaxis_transform())
+        width, low = (1.2 if len(places) < 20 else 0.6), (0 if len(places) <= 40 else 0.96)  # many: short, at the top
+        axis.vlines(places, low, 1, **style, linewidth=width, zorder=0, transform=axis.get_xaxis_transform())
         marks += [Line2D([], [], **style, linewidth=1.2, label=label)] if places else []
     axis.axvline(best, color="#e69f00", linewidth=5, alpha=0.3, zorder=0)
     return [*marks, Line2D([], [], **BEST_MARK, label="best epoch")]
@@ -905,14 +909,13 @@ def draw_curves(
     axis: matplotlib.axes.Axes, rows: Sequence[Mapping[str, float]], names: Sequence[str], first_style: int = 0
 ) -> None:
     """Draw the columns `names` of the rows over their epochs, told apart by colour and marker."""
-    markers, epochs = "osD^vP*X", [row["Epochs"] for row in rows]
-    colours = COLOUR_CYCLE.by_key()["color"]
+    markers, colours = "osD^vP*X", COLOUR_CYCLE.by_key()["color"]
     for i, name in enumerate(names, start=first_style):
-        values = [np.nan if row[name] is None else row[name] for row in rows]
-        if not np.isnan(values).all():
+        known = [(row["Epochs"], row[name]) for row in rows if row[name] is not None]
+        if known:
             look = {"color": colours[i % len(colours)], "marker": markers[i % len(markers)], "markersize": 4}
-            axis.plot(epochs, values, label=name, markevery=max(1, len(rows) // 25), **look)
-    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            axis.plot(*zip(*known), label=name, markevery=max(1, len(known) // 25), **look)
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(4))  # ticks take most of the time of a plot
     axis.grid(axis="y", alpha=0.25)
 
@@ -923,7 +926,7 @@ def save_svg(figure: Figure, path: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def draw_probe(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+def draw_probe(path: Path, rows: Sequence[Mapping[str, float]], title: str) -> None:
     """Draw the rows of log_probe.csv as SVG: what can be read from which embedding."""
     panels = {
         "Class, read from an embedding": ("Class from Shared", "Class from Class", "Class by chance"),
@@ -933,15 +936,16 @@ def draw_probe(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     looks = [("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("0.3", ":", "")]
     epochs = [row["Epochs"] for row in rows]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.8))
-        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.26, top=0.9, wspace=0.18)
-        for axis, (title, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        figure = Figure(figsize=(8.4, 4.1))
+        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.24, top=0.83, wspace=0.18)
+        figure.suptitle(shortened(title, 80), parse_math=False, fontsize=12)
+        for axis, (panel, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
             for name, label, (colour, line, marker) in zip(names, labels, looks, strict=True):
                 axis.plot(epochs, [row[name] for row in rows], line, color=colour, marker=marker, markersize=4,
                           markevery=max(1, len(rows) // 25), label=label)  # fmt: skip
-            axis.set_title(title, loc="left", fontsize=11)
+            axis.set_title(panel, loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
             axis.yaxis.set_major_locator(MaxNLocator(5))
             axis.grid(axis="y", alpha=0.25)
         figure.axes[0].set_ylabel("accuracy")

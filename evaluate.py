@@ -442,11 +442,13 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
 
     A quarter of the images, at least 100 and at most PROBE_IMAGES: about equally many of each class. Where that would
     be fewer than images_per_class it is so many of a random choice of classes, as a class is found by its own images
-    only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
+    only. Classes with a single image in the choice are left out: none may remain. labels: (N,) int in [0, n_classes).
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
     rng = np.random.default_rng([seed, PROBE_IMAGES])
     order, place = rng.permutation(len(labels)), rng.permutation(n_classes)
+    place[np.bincount(labels, minlength=n_classes) < 2] += n_classes  # a class of one comes last
+    place = place.argsort().argsort()
     order = order[np.argsort(place[labels[order]], kind="stable")]  # class by class
     sizes = np.bincount(place[labels], minlength=n_classes)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -651,6 +653,9 @@ def paper_scores(dataset: str) -> dict[str, float]:
     return {f"{name} {score}".strip(): value for name, scores in of_sets.items() for score, value in scores.items()}
 
 
+PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
+"""Flags with a value for the Class and one for the Shared task."""
+
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
 NO_SETTING += ("eval_shared", "tensorboard")
 """Flags in which runs of one setting may differ."""
@@ -671,17 +676,15 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(f"skipped {reason}")
     if not runs:
         raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
-    if args.over:
-        runs = [run for run in runs if args.over in run.flags]
-        if not runs:
-            raise auxiliaries.RunFolderError(f"--over {args.over}: no run has this flag")
+    finished = finished_runs(runs, args.over) if args.over else []
     tables, curves, lines = [], {}, {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
-        of_dataset = [run for run in runs if run.flags["dataset"] == dataset]
-        for test_set in test_set_names(of_dataset[0].val_rows):
-            table, more_curves = compare_setting(of_dataset, dataset, test_set)
+        compared = [run for run in runs if run.flags["dataset"] == dataset]
+        for test_set in test_set_names(compared[0].val_rows):
+            table, more_curves = compare_setting(compared, dataset, test_set)
             curves |= more_curves
-            lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if args.over else {}
+            of_dataset = [run for run in finished if run.flags["dataset"] == dataset]
+            lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if of_dataset else {}
             shown = table.drop(columns=["data set", "test set"])
             shown = shown.apply(lambda column: column.map(lambda value: shown_cell(value, column.name)))
             print(f"\n{dataset} {test_set}".rstrip())
@@ -700,6 +703,26 @@ def compare_runs(args: argparse.Namespace) -> None:
         auxiliaries.draw_comparison(Path(args.plot), curves)
 
 
+def finished_runs(runs: Sequence[auxiliaries.Run], flag: str) -> list[auxiliaries.Run]:
+    """Return the runs that have a flag and are through with their epochs; the others are named.
+
+    Raises RunFolderError where there is none.
+    """
+    finished = []
+    for run in runs:
+        done = run.val_rows[-1]["Epochs"] + 1
+        wanted = run.flags.get("n_epochs", done)
+        if flag not in run.flags:
+            print(f"left out of --over: {run.folder}, which has no flag {flag}")
+        elif done != wanted:
+            print(f"left out of --over: {run.folder}, {done} of {wanted} epochs")
+        else:
+            finished.append(run)
+    if not finished:
+        raise auxiliaries.RunFolderError(f"--over {flag}: no run has this flag and is through with its epochs")
+    return finished
+
+
 def run_folders(root: Path) -> list[Path]:
     """Return a run folder itself, or the folders in a folder of runs."""
     if (root / "hypa.pkl").exists() or not root.is_dir():
@@ -707,11 +730,13 @@ def run_folders(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
 
 
-def best_index(run: auxiliaries.Run, test_set: str) -> int:
-    """Return which row of a run's log is of the epoch whose checkpoint it kept for a test set; see --select."""
-    selects = VALIDATION if run.flags.get("select") == "val" else test_set
-    recalls = [scores_of_set(row, selects)["Recall @ 1"] for row in run.val_rows]
-    return int(np.argmax(recalls))
+def best_index(rows: Sequence[Mapping[str, float]], test_set: str, select: str) -> int:
+    """Return which row of log_val_Class.csv is of the epoch whose checkpoint is kept for a test set.
+
+    The first one with the highest Recall@1 on that set or, where select is "val", on the classes held out.
+    """
+    name = f"{VALIDATION if select == 'val' else test_set} Recall @ 1".strip()
+    return max(range(len(rows)), key=lambda index: rows[index][name])
 
 
 def test_set_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
@@ -738,7 +763,8 @@ def compare_setting(
         for at in ("best", "last"):
             scores = []
             for run, frame in zip(members, frames, strict=True):
-                index = best_index(run, test_set) if at == "best" else frame.index[-1]
+                select = run.flags.get("select", "test")
+                index = best_index(run.val_rows, test_set, select) if at == "best" else frame.index[-1]
                 epoch, done = run.val_rows[index]["Epochs"], run.val_rows[-1]["Epochs"] + 1
                 scores.append(frame.loc[index])
                 own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}
@@ -794,7 +820,8 @@ def ablated_value(run: auxiliaries.Run, flag: str) -> str:
     if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
         return "0"
     value = run.flags[flag]
-    value = value[-1] if isinstance(value, list) and value else value
+    value = value[-1] if flag in PAIRS else value
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     return f"{value:g}" if isinstance(value, float) else shown_flag(value)
 
 
@@ -804,17 +831,32 @@ def ablation_lines(
     """Return lines of Recall@1 over a flag, {name: {value of the flag: of each run}}: at the best epoch, at the last,
     and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines.
     """
-    own = {flag, *NO_SETTING, *(("task_p", "adv_weights") if flag == "embed_sizes" else ())}  # the baseline has others
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.flags) if name not in own]
-    differing = [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+
+    def setting(run: auxiliaries.Run, also_left_out: Sequence[str] = ()) -> dict[str, str]:
+        """Return what a run's line is for: its other flags, and the Class task's value of this one."""
+        left_out = (flag, *NO_SETTING, *also_left_out)
+        own = {name: shown_flag(value) for name, value in run.flags.items() if name not in left_out}
+        return own | ({f"{flag} of Class": str(run.flags[flag][0])} if flag in PAIRS else {})
+
+    # A run without the Shared task, of an embedding of size 0, belongs to every line
+    bases = [run for run in runs if flag == "embed_sizes" and ablated_value(run, flag) == "0"]
+    others = [run for run in runs if run not in bases] or bases
+    names = dict.fromkeys(name for run in others for name in setting(run))
+    differing = [name for name in names if len({setting(run).get(name) for run in others}) > 1]
+    groups: dict[tuple, list[auxiliaries.Run]] = {}
+    for run in others:
+        groups.setdefault(tuple(setting(run).get(name) for name in differing), []).append(run)
     lines: dict[str, dict[str, list[float]]] = {}
-    for setting, members in grouped_by_setting(runs, differing).items():
-        others = [f"{name} {value}" for name, value in zip(differing, setting, strict=True)]
-        for at, pick in (("best epoch", max), ("last epoch", lambda recalls: recalls[-1])):
-            points = lines.setdefault(" ".join(filter(None, [dataset, test_set, *others, at])), {})
-            for run in members:
-                recalls = [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows]
-                points.setdefault(ablated_value(run, flag), []).append(pick(recalls))
+    for values, members in groups.items():
+        shared = ("task_p", "adv_weights")
+        joined = [run for run in bases if setting(run, shared) == setting(members[0], shared)]
+        shown = [f"{name} {value}" for name, value in zip(differing, values, strict=True)]
+        for at in ("best epoch", "last epoch"):
+            points = lines.setdefault(" ".join(filter(None, [dataset, test_set, *shown, at])), {})
+            for run in [*members, *(run for run in joined if run not in members)]:
+                best = best_index(run.val_rows, test_set, run.flags.get("select", "test"))
+                row = run.val_rows[best if at == "best epoch" else -1]
+                points.setdefault(ablated_value(run, flag), []).append(scores_of_set(row, test_set)["Recall @ 1"])
     paper = PAPER_ABLATIONS.get(flag, {}).get(dataset)
     return lines | ({f"paper, {dataset}": {x: [y] for x, y in paper.items()}} if paper and not test_set else {})
 

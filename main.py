@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import glob
 import math
+import re
 import shutil
 import sys
 import time
@@ -27,7 +27,6 @@ TASKS = ("Class", "Shared")
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
-PAIRS = ["task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin"]
 LOSS_READ_INTERVAL = 10
 SMALLEST_SCALE = 2.0**-14
 """Scale of a float16 loss below which it is not the scale that makes gradients overflow."""
@@ -91,6 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     not_negative = number(float, lambda value: value >= 0, "a number of at least 0")
     seed = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
     probability = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+    fraction = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
 
     parser = auxiliaries.OneLineParser(
@@ -137,6 +137,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         "classes, out of all but every tenth epoch and the last: empty cells in the CSV")  # fmt: skip
     add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, to "
         "log_val_Shared.csv: takes as long again as scoring, but no second pass over the images")  # fmt: skip
+
+    add("--val_classes", type=fraction, default=0.0, metavar="FRACTION", help="hold out this fraction of the training "
+        "classes, the last ones, and score on them too, as Val: to choose flags by, where the test classes should not "
+        "be")  # fmt: skip
+    add("--select", choices=["test", "val"], default="test", help="the classes whose Recall @ 1 picks the best epoch: "
+        "test as in the paper, val those that --val_classes holds out")  # fmt: skip
 
     add = parser.add_argument_group("optimiser and schedule").add_argument
     add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
@@ -209,7 +215,7 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
     if args.resume is not None:
         return check_resumed(args, parser)
     args = argparse.Namespace(**vars(args))
-    for flag in PAIRS:
+    for flag in evaluate.PAIRS:
         values = getattr(args, flag)
         if len(values) != len(TASKS):
             shown = " ".join(map(str, values))
@@ -234,6 +240,8 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
         parser.error("--dataset '': give the name of a data set")
     if args.not_pretrained and args.weights is not None:
         parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
+    if args.select == "val" and not args.val_classes:
+        parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
     missing = auxiliaries.missing_for_graphs() if args.make_graph else []
     if missing:
         parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
@@ -270,15 +278,16 @@ def run_to_go_on_with(args: argparse.Namespace, parser: argparse.ArgumentParser)
     Where a run was stopped before it had stored anything, the one that took its place has a counter behind its name.
     `parser.error` where the run has other flags.
     """
-    parent = Path(args.save_path) / args.dataset
-    folders = [parent / args.savename, *sorted(parent.glob(f"{glob.escape(args.savename)}_[0-9]*"))]
-    folder = next((folder for folder in folders if (folder / LAST_CHECKPOINT).is_file()), None)
-    if folder is None:
-        return args
+    parent, of_name = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
+    folders = sorted(path.parent for path in parent.glob(f"*/{LAST_CHECKPOINT}") if of_name.fullmatch(path.parent.name))
     try:
-        stored = netlib.read_checkpoint(folder / LAST_CHECKPOINT)["flags"]
+        flags = {folder: netlib.read_checkpoint(folder / LAST_CHECKPOINT)["flags"] for folder in folders}
     except netlib.WeightsError as error:
         parser.error(f"--go_on: {error}")
+    folder = next((folder for folder in folders if flags[folder].get("savename") == args.savename), None)
+    if folder is None:
+        return args
+    stored = flags[folder]
     wanted = kept_flags(args)
     other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and stored.get(flag) != wanted[flag]]
     if other or args.n_epochs < stored.get("n_epochs", 0):
@@ -617,7 +626,8 @@ def evaluate_more(
 ) -> None:
     """Add to progress the rows that go with the last one of log_val_Class.csv: of log_val_Shared.csv and log_probe.csv.
 
-    mined: (N,) int, the mined labels of all training images; None without mining, where there is no probe.
+    mined: (N,) int, the mined labels of all training images; None without mining, where there is no probe. Nor is there
+    one where every class has a single image.
     embeddings: {test set: {task: (N, D)}}. loaders: of each test set and of "probe", a Subset of the training images.
     """
     epoch, start = progress["val_rows"][-1]["Epochs"], time.time()
@@ -625,8 +635,9 @@ def evaluate_more(
         test_loaders = {name: loaders[name] for name in embeddings}
         scores = score_embeddings("Shared", embeddings, test_loaders, args, network.mean.device, with_clustering)
         progress["shared_rows"].append({"Epochs": epoch, "Time": round(time.time() - start, 2)} | scores)
-    if mined is not None:
-        start, subset = time.time(), loaders["probe"].dataset
+    subset = loaders["probe"].dataset
+    if mined is not None and len(subset):
+        start = time.time()
         probed = evaluate.extract_features(network, loaders["probe"], TASKS, args.amp)
         classes = subset.dataset.images.labels
         scores = evaluate.probe_scores(probed, classes[subset.indices], mined[subset.indices])
@@ -664,7 +675,10 @@ def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]
     progress, training = stored["progress"], stored.get("training")
     labels = progress.get("shared_labels")
     rows = [progress.get(name) for name in LOGS.values()]
-    n_scored = {"shared_rows": stored["flags"].get("eval_shared") is True, "probe_rows": n_clusters > 0}
+    n_scored = {
+        "shared_rows": stored["flags"].get("eval_shared") is True,
+        "probe_rows": bool(progress.get("probe_rows")),
+    }
     is_whole = (
         isinstance(training, dict)
         and isinstance(training.get("epoch"), int)
@@ -757,11 +771,6 @@ def last_rows(progress: Mapping[str, list], names: Sequence[str]) -> dict[str, M
     return {name: progress[f"{name}_rows"][-1] for name in names if progress[f"{name}_rows"]}
 
 
-def best_row(rows: Sequence[Mapping[str, float]], test_set: str) -> Mapping[str, float]:
-    """Return the row of log_val_Class.csv with the best Recall@1 of a test set, the first one that has it."""
-    return max(rows, key=lambda row: row[f"{test_set} Recall @ 1".strip()])
-
-
 def record_evaluation(
     folder: Path, network: nn.Module, args: argparse.Namespace, progress: Mapping, test_sets: Sequence[str]
 ) -> str:
@@ -775,7 +784,7 @@ def record_evaluation(
             auxiliaries.append_row(folder / log, progress[LOGS[log]][-1])
     best_lines = []
     for name in test_sets:
-        best = best_row(progress["val_rows"], name)
+        best = progress["val_rows"][evaluate.best_index(progress["val_rows"], name, args.select)]
         best_lines.append(f"{name} {best[f'{name} Recall @ 1'.strip()]:.4f} in epoch {best['Epochs']}".strip())
         if best is progress["val_rows"][-1]:
             # It takes its place once last.pth.tar holds this epoch: until then the epoch may have to be trained again
@@ -793,17 +802,18 @@ def draw_evaluation(
 ) -> list[Path]:
     """Redraw the plots, and the contact sheets of a test set whose best epoch this is; return the contact sheets.
 
-    embeddings: {test set: {task: (N, D)}}. The Shared embedding is shown where it is trained.
+    embeddings: {test set: {task: (N, D)}}. test_loaders: of the sets to draw. The Shared embedding is shown where it is
+    trained.
     """
     shown_tasks = TASKS if progress["mining_rows"] else TASKS[:1]
     sheets = []
     for name, loader in test_loaders.items():
-        suffix, images, title = evaluate.file_suffix(name), loader.dataset.images, f"{folder.name} {name}".strip()
-        rows = [
-            {"Epochs": row["Epochs"], "Time": row["Time"]} | evaluate.scores_of_set(row, name)
-            for row in progress["val_rows"]
-        ]
-        if best_row(rows, "") is rows[-1]:
+        suffix, images = evaluate.file_suffix(name), loader.dataset.images
+        title = f"{auxiliaries.shortened(folder.name, 50)} {name}".strip()
+        also, rows = ("Epochs", "Time", f"{evaluate.VALIDATION} Recall @ 1"), progress["val_rows"]
+        best = evaluate.best_index(rows, name, args.select)
+        rows = [{key: row[key] for key in also if key in row} | evaluate.scores_of_set(row, name) for row in rows]
+        if best == len(rows) - 1:
             for task in shown_tasks:
                 sheets.append(folder / f"sample_recoveries{'' if task == 'Class' else f'_{task}'}{suffix}.png")
                 auxiliaries.draw_recoveries(
@@ -820,11 +830,12 @@ def draw_evaluation(
             progress["train_rows"],
             rows,
             title=title,
+            best=best,
             mined_before=[row["Before Epoch"] for row in progress["mining_rows"]],
             rate_steps={"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler],
         )
     if progress["probe_rows"]:
-        auxiliaries.draw_probe(folder / "InfoPlot_Probe.svg", progress["probe_rows"])
+        auxiliaries.draw_probe(folder / "InfoPlot_Probe.svg", progress["probe_rows"], title=folder.name)
     return sheets
 
 
@@ -839,7 +850,7 @@ def draw_mining(
         [auxiliaries.Tile(read(index), images.class_names[images.labels[index]], "plain") for index in indices]
         for _, indices in clusters
     ]
-    title = f"{folder.name}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
+    title = f"{auxiliaries.shortened(folder.name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     path = folder / "mined_clusters.png"
     auxiliaries.draw_sheet(path, [title, note], [caption for caption, _ in clusters], tiles)
@@ -877,6 +888,10 @@ def train(args: argparse.Namespace) -> Path:
 
     # Data
     train_images, test_sets = datasets.load_dataset(args.dataset, args.source_path)
+    warnings = datasets.count_warnings(args.dataset, train_images, test_sets)
+    set_names = list(test_sets)
+    if args.val_classes:
+        train_images, test_sets[evaluate.VALIDATION] = datasets.hold_out_classes(train_images, args.val_classes)
     check_sizes(args, len(train_images))
     auxiliaries.require_same(
         datasets.contents_digest([train_images, *test_sets.values()]),
@@ -891,10 +906,11 @@ def train(args: argparse.Namespace) -> Path:
     print_split("train", train_images)
     for name, images in test_sets.items():
         print_split(name or "test", images)
-    for warning in datasets.count_warnings(args.dataset, train_images, test_sets):
+    for warning in warnings:
         print(f"warning: {warning}")
     samplers, loaders, ordered_loaders = build_loaders(args, train_images, test_sets, device.type == "cuda")
     test_loaders = {name: ordered_loaders[name] for name in test_sets}
+    drawn_loaders = {name: ordered_loaders[name] for name in set_names}
 
     stored = None
     if args.resume:
@@ -1054,9 +1070,9 @@ def train(args: argparse.Namespace) -> Path:
                         network, args, progress, labels.get("Shared"), embeddings, ordered_loaders, with_clustering
                     )
                 if is_first_process:
-                    best = record_evaluation(folder, network, args, progress, list(test_sets))
+                    best = record_evaluation(folder, network, args, progress, set_names)
                     with stopwatch.measure("drawing"):
-                        sheets = draw_evaluation(folder, args, progress, embeddings, test_loaders)
+                        sheets = draw_evaluation(folder, args, progress, embeddings, drawn_loaders)
                     summarise()
                     auxiliaries.add_to_board(board, epoch, last_rows(progress, ("val", "shared", "probe")), sheets)
                     shown = f"{evaluate.scores_line(scores)}  (best Recall @ 1: {best})"

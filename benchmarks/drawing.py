@@ -74,10 +74,10 @@ def tasks(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], obje
         draw, read = auxiliaries.draw_recoveries, program.pixels_of(images)
         return lambda: draw(folder / "sheet.png", read, embeddings, images.labels, images.class_names, title="a run")
 
-    marks = {"mined_before": range(0, args.epochs + 1, 4), "rate_steps": [args.epochs // 2]}
+    marks = {"best": 0, "mined_before": range(0, args.epochs + 1, 4), "rate_steps": [args.epochs // 2]}
     return {
         "InfoPlot_Class.svg": lambda: auxiliaries.draw_progress(folder / "p", train_rows, val_rows, "a run", **marks),
-        "InfoPlot_Probe.svg": lambda: auxiliaries.draw_probe(folder / "p", probe_rows),
+        "InfoPlot_Probe.svg": lambda: auxiliaries.draw_probe(folder / "p", probe_rows, "a run"),
         "sample_recoveries.png": recoveries(by_class),
         "sample_recoveries_Shared.png": recoveries(by_mined),
         "mined_clusters.png": lambda: program.draw_mining(folder, 0, images, mined, distances),

@@ -131,17 +131,38 @@ def test_progress_plot_shows_losses_and_scores(tmp_path):
         for i in range(5)
     ]
     path = tmp_path / "plot.svg"
-    auxiliaries.draw_progress(path, train_rows, ROWS, title="a $run", mined_before=[0, 4], rate_steps=[3, 9])
+    auxiliaries.draw_progress(path, train_rows, ROWS, title="a $run", best=1, mined_before=[0, 4], rate_steps=[3, 9])
     texts = svg_texts(path)
     assert texts.count("epoch") == 2
     assert {"Class loss in training", "Adversarial loss in training", "NMI", "Recall @ 1", "best epoch"} <= set(texts)
-    assert {"a $run", "best Recall @ 1 0.6000 in epoch 2", "mined labels renewed", "learning rate lowered"} <= set(
+    assert {"a $run", "Recall @ 1 0.6000 in the best epoch, 2", "mined labels renewed", "learning rate lowered"} <= set(
         texts
     )
     assert "Shared loss in training" not in texts
     assert panels(path) == 3
-    auxiliaries.draw_progress(path, train_rows, ROWS, title="a run", rate_steps=[9])
+    auxiliaries.draw_progress(path, train_rows, ROWS, title="a run", best=0, rate_steps=[9])
     assert not {"mined labels renewed", "learning rate lowered"} & set(svg_texts(path))
+
+
+def test_scores_of_some_epochs_only_are_drawn(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(auxiliaries, "save_svg", lambda figure, path: figures.append(figure))
+    train_rows = [{"Epochs": i, "Time": 1.0, "Class Loss": 1.0} for i in range(100)]
+    val_rows = [{"Epochs": i, "NMI": 0.9 if i % 10 == 9 else None, "Recall @ 1": 0.5} for i in range(100)]
+    auxiliaries.draw_progress(tmp_path / "p", train_rows, val_rows, "a run", best=0, mined_before=range(0, 100, 4))
+    lines = {line.get_label(): line for line in figures[0].axes[-1].lines}
+    assert lines["NMI"].get_xdata().tolist() == list(range(9, 100, 10))
+    assert lines["NMI"].get_markevery() == 1
+    assert [text.get_text() for text in figures[0].axes[-1].get_legend().get_texts()] == ["NMI", "Recall @ 1"]
+
+
+def test_one_epoch_is_one_tick(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(auxiliaries, "save_svg", lambda figure, path: figures.append(figure))
+    rows = [{"Epochs": 0, "Time": 1.0, "Class Loss": 1.0}], [{"Epochs": 0, "Recall @ 1": 0.5}]
+    auxiliaries.draw_progress(tmp_path / "p", *rows, "a run", best=0)
+    axis = figures[0].axes[-1]
+    assert [tick for tick in axis.get_xticks() if -0.7 <= tick <= 0.7] == [0]
 
 
 def svg_texts(path):
@@ -159,7 +180,7 @@ def test_legend_of_scores_covers_no_curve(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(auxiliaries, "save_svg", lambda figure, path: figures.append(figure))
     train_rows = [{"Epochs": i, "Time": 1.0, "Class Loss": 1.0} for i in range(5)]
-    auxiliaries.draw_progress(tmp_path / "plot.svg", train_rows, ROWS, title="a run")
+    auxiliaries.draw_progress(tmp_path / "plot.svg", train_rows, ROWS, title="a run", best=0)
     figures[0].draw_without_rendering()
     axis = figures[0].axes[-1]
     assert axis.get_legend().get_window_extent().x0 >= axis.get_window_extent().x1
@@ -169,7 +190,7 @@ def test_legend_of_scores_covers_no_curve(tmp_path, monkeypatch):
 def test_probe_plot_has_a_panel_for_each_kind_of_label(tmp_path):
     names = ["Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared"]
     names += ["Class by chance", "Mined by chance"]
-    auxiliaries.draw_probe(tmp_path / "plot.svg", [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(names, 0.5)])
+    auxiliaries.draw_probe(tmp_path / "plot.svg", [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(names, 0.5)], "a run")
     assert panels(tmp_path / "plot.svg") == 2
     assert "by chance" in svg_texts(tmp_path / "plot.svg")
 

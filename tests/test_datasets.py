@@ -787,3 +787,18 @@ def test_free_memory_follows_control_groups(tmp_path, version):
     write(f"{group}/job/step/memory.{used}", "40000\n")
     write(f"{group}/job/step/memory.stat", "inactive_file 7000\n")
     assert datasets.free_memory(tmp_path) == 17_000
+
+
+def test_classes_are_held_out_whole_and_relabelled():
+    labels = np.array([0, 1, 2, 3, 4, 4, 3, 2, 0])
+    images = datasets.ImageSet(
+        list("abcdefghi"), labels, ["v", "w", "x", "y", "z"], np.arange(9).reshape(9, 1, 1, 1), {"light": labels * 2}
+    )
+    kept, held = datasets.hold_out_classes(images, 0.4)
+    assert (kept.names, kept.labels.tolist(), kept.class_names) == (list("abchi"), [0, 1, 2, 2, 0], ["v", "w", "x"])
+    assert (held.names, held.labels.tolist(), held.class_names) == (list("defg"), [0, 1, 1, 0], ["y", "z"])
+    assert held.pixels.ravel().tolist() == [3, 4, 5, 6]
+    assert held.factors["light"].tolist() == [6, 8, 8, 6]
+    for fraction in (0.05, 0.2, 0.8, 0.99):
+        with pytest.raises(datasets.DatasetError, match="--val_classes"):
+            datasets.hold_out_classes(images, fraction)

@@ -298,10 +298,10 @@ def own_lines(error):
     return [line for line in error.splitlines() if line.startswith("main.py:")]
 
 
-@pytest.mark.parametrize("killed", ["0", "1"])
-def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path, killed):
+@pytest.mark.parametrize(("n_processes", "killed"), [(3, "0"), (2, "1")])
+def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path, n_processes, killed):
     flags = tiny_flags(class_folders, tmp_path, "--kernels", 1, "--n_epochs", 9000)
-    process = torchrun(3, ROOT / "main.py", *flags)
+    process = torchrun(n_processes, ROOT / "main.py", *flags)
     log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
     while not log.exists() and process.poll() is None:
         time.sleep(0.1)
@@ -316,7 +316,8 @@ def test_a_killed_process_ends_the_others_with_a_message(class_folders, tmp_path
     assert process.returncode != 0
     (own,) = own_lines(error)
     assert own.startswith("main.py: stopped")
-    assert own.endswith(f"go on with: torchrun --standalone --nproc_per_node=3 main.py --resume {log.parent}"), error
+    command = f"torchrun --standalone --nproc_per_node={n_processes} main.py --resume {log.parent}"
+    assert own.endswith(f"go on with: {command}"), error
     assert "Signal 9 (SIGKILL)" in error
 
 

@@ -247,6 +247,8 @@ def test_probe_by_hand():
         ([60] * 100, [10] * 100),  # 1,000 of 6,000
         ([5, 5], [5, 5]),
         ([5] * 3 + [1], [5] * 3),  # a class that cannot be found
+        ([1] * 299 + [2, 2], [2, 2]),
+        ([1] * 50, []),
     ],
 )
 def test_probe_takes_as_many_images_of_each_class(sizes, expected):
@@ -501,6 +503,25 @@ def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path
         "64            0.4000            0.4000",
     ]  # fmt: skip
     assert "no run has this flag" in refused(capsys, "--compare", tmp_path / "a", "--over", "unheard_of")
+    write_run(tmp_path / "c", [0.5], embed_sizes=[512, 64], task_p=[1.0, 0.8], dataset="shapes")
+    write_run(tmp_path / "d", [0.6], embed_sizes=[128, 64], task_p=[1.0, 0.8], adv_weights=[1.0], dataset="shapes")
+    run_lines = evaluate.ablation_lines(
+        [auxiliaries.read_run(tmp_path / name) for name in "abcd"], "shapes", "", "embed_sizes"
+    )
+    assert {name: points for name, points in run_lines.items() if name.endswith("best epoch")} == {
+        "shapes adv_weights 2500.0 embed_sizes of Class 128 best epoch": {"64": [0.4], "0": [0.3]},
+        "shapes adv_weights 2500.0 embed_sizes of Class 512 best epoch": {"64": [0.5]},
+        "shapes adv_weights 1.0 embed_sizes of Class 128 best epoch": {"64": [0.6], "0": [0.3]},
+    }
+
+
+def test_unfinished_runs_are_left_out_of_recall_over_a_flag(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "done", [0.5, 0.6], tau=[20, 35], n_epochs=2)
+    write_run(tmp_path / "runs" / "failed", [0.1], tau=[20, 35], seed=2, n_epochs=2)
+    command("--compare", tmp_path / "runs", "--over", "tau")
+    printed = capsys.readouterr().out
+    assert f"left out of --over: {tmp_path}/runs/failed, 1 of 2 epochs" in printed
+    assert printed.splitlines()[-1].split() == ["20", "35", "0.6000", "0.6000"]
 
 
 def test_runs_on_other_data_have_no_paper(tmp_path, capsys):

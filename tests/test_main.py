@@ -56,7 +56,7 @@ METHOD_DEFAULTS = {
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
-    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False,
+    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "val_classes": 0.0, "select": "test",
 }  # fmt: skip
 
 
@@ -813,3 +813,159 @@ def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, run_
     assert error.count("\n") == 1
     assert ("get it at http" in error) == (fault != "image broken")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.fixture
+def eight_classes(tmp_path):
+    """A data set "eight" of 8 classes of 5 images, 4 of which train; returns the source path."""
+    write_class_folders(tmp_path / "held" / "eight", per_class=(5,) * 8)
+    return tmp_path / "held"
+
+
+def test_no_class_held_out_or_tested_is_trained_on_or_mined(eight_classes, run_main, monkeypatch):
+    trained, clustered, original = set(), [], main.train_one_epoch
+    original_kmeans = auxiliaries.kmeans
+
+    def spy(network, criteria, adversaries, optimizer, scaler, loaders, *rest):
+        for loader in loaders.values():
+            images = loader.loader.dataset.images
+            trained.update(images.names[index] for batch in loader.loader.batch_sampler for index, *_ in batch)
+        return original(network, criteria, adversaries, optimizer, scaler, loaders, *rest)
+
+    def spy_kmeans(points, n_clusters, seed):
+        clustered.append((len(points), n_clusters))
+        return original_kmeans(points, n_clusters, seed)
+
+    monkeypatch.setattr(main, "train_one_epoch", spy)
+    monkeypatch.setattr(auxiliaries, "kmeans", spy_kmeans)
+    flags = ["--dataset", "eight", "--source_path", eight_classes, "--shared_num_classes", 3]
+    folder = run_main(*flags, "--val_classes", 0.5)
+    assert {Path(name).parent.name for name in trained} == {"class_00", "class_01"}
+    assert {n_points for n_points, n_clusters in clustered if n_clusters == 3} == {10}
+    assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
+    scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
+    assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+
+
+def test_the_best_epoch_is_that_of_the_classes_it_is_selected_by(eight_classes, run_main, monkeypatch):
+    test_recalls, val_recalls = [0.1, 0.5, 0.7, 0.6], [0.1, 0.2, 0.3, 0.9]  # the first before training
+    scores = iter([value for pair in 2 * list(zip(test_recalls, val_recalls)) for value in pair])
+    monkeypatch.setattr(main.evaluate, "score_set", lambda *_: {"NMI": 0.5, "F1": 0.5, "Recall @ 1": next(scores)})
+    flags = ["--dataset", "eight", "--source_path", eight_classes, "--val_classes", 0.5, "--n_epochs", 3]
+    for select, best in (("test", 1), ("val", 2)):
+        folder = run_main(*flags, "--select", select)
+        stored = torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+        assert len(stored["progress"]["train_rows"]) - 1 == best
+        run = auxiliaries.read_run(folder)
+        assert evaluate.best_index(run.val_rows, "", run.flags["select"]) == best
+        assert evaluate.scores_of_set(run.val_rows[best], "")["Recall @ 1"] == test_recalls[best + 1]
+        assert "Val Recall @ 1" not in evaluate.scores_of_set(run.val_rows[best], "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--select", "val"], "--select val: there are no classes to select by"),
+        (["--val_classes", "0.9"], "--val_classes 0.9: holds out 4 of 4 training classes"),
+        (["--val_classes", "1"], "is not a fraction from 0"),
+    ],
+)
+def test_what_cannot_be_held_out_is_one_line(eight_classes, run_main, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        run_main("--dataset", "eight", "--source_path", eight_classes, *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for python: notes its arguments, makes what it is asked for, or fails as the file FAILS says
+printf '%s|' "$@" >> "$LOG"; echo >> "$LOG"
+[[ -e $FAILS ]] && [[ "$*" == *"$(head -n 1 "$FAILS")"* ]] && exit "$(tail -n 1 "$FAILS")"
+while [[ $# -gt 0 ]]; do
+    case $1 in
+        --dataset) dataset=$2 ;; --save_path) save=$2 ;; --savename) name=$2 ;; --csv | --plot) echo drawn > "$2" ;;
+    esac
+    shift
+done
+if [[ -n ${name:-} ]]; then mkdir -p "$save/$dataset/$name" && touch "$save/$dataset/$name/last.pth.tar"; fi
+"""
+
+
+@pytest.fixture
+def ablation(tmp_path):
+    """Run `Result_Runs.sh ablation` on a stand-in for python: (exit code, stderr, calls, folder of the runs)."""
+    folder = tmp_path / "with space"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(FAKE_PYTHON)
+    (folder / "bin" / "python").chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin", "PYTHON": str(folder / "bin" / "python"), "LOG": str(folder / "log"),
+        "FAILS": str(folder / "fails"),
+    }  # fmt: skip
+
+    def run(*flags, fails=None):
+        (folder / "log").write_text("")
+        if fails:
+            (folder / "fails").write_text("\n".join(fails))
+        script = [str(Path(main.__file__).parent / "Result_Runs.sh"), "ablation", *map(str, flags)]
+        script += ["--save_path", str(folder / "runs")]
+        process = subprocess.run(["bash", *script], env=environment, capture_output=True, text=True)
+        (folder / "fails").unlink(missing_ok=True)
+        calls = [line.split("|")[:-1] for line in (folder / "log").read_text().splitlines()]
+        return process.returncode, process.stderr, calls, folder / "runs" / "shapes"
+
+    return run
+
+
+def test_an_ablation_trains_each_value_and_seed_and_compares_its_own_runs(ablation):
+    code, error, calls, runs = ablation("dim", "shapes", "--values", 0, 64, "--seeds", 2, "--lr", "1e-4")
+    assert (code, error) == (0, "")
+    assert len(calls) == 5
+    for call, (value, seed) in zip(calls, [(0, 1), (0, 2), (64, 1), (64, 2)]):
+        text = " ".join(call)
+        assert ("--task_p 1 0 --adv_weights 0" if value == 0 else "--embed_sizes 128 64") in text
+        assert f"--lr 1e-4 {'--task_p' if value == 0 else '--embed_sizes'}" in text  # the ablated flag wins
+        assert text.endswith(
+            f"--seed {seed} --save_path {runs.parent} --savename ablation_dim_{value}_seed{seed} --go_on"
+        )
+    names = [f"ablation_dim_{value}_seed{seed}" for value in (0, 64) for seed in (1, 2)]
+    assert calls[4][1:7] == ["--compare", *(str(runs / name) for name in names), "--over"]
+    assert {path.name for path in runs.iterdir()} == {*names, "ablation_dim.csv", "ablation_dim.svg"}
+    (runs / "ablation_dim_long_64_seed1").mkdir()  # of another series
+    (runs / "ablation_dim_long_64_seed1" / "last.pth.tar").touch()
+    assert not any("long" in part for part in ablation("dim", "shapes", "--values", 0)[2][-1])
+
+
+def test_an_ablation_goes_on_after_a_failure_and_stops_when_told(ablation):
+    code, error, calls, _ = ablation("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", "137"))
+    assert (code, error, len(calls)) == (1, "Result_Runs.sh: failed: 4_seed1\n", 3)
+    for told in ("2", "130", "143"):
+        code, _, calls, _ = ablation("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", told))
+        assert (code, len(calls)) == (int(told), 1)
+    code, error, _, runs = ablation("clusters", "shapes", "--values", 4, 8, fails=("--compare", "2"))
+    assert code == 2
+    assert (runs / "ablation_clusters.csv").read_text() == "drawn\n"  # of the first time
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["sizes", "shapes"], "no series 'sizes'"),
+        (["clusters", "shapes", "--seeds", "0"], "--seeds '0': give how many"),
+        (["clusters", "shapes", "--dataset=cub200"], "--dataset=cub200 does not go with an ablation"),
+        (["clusters", "shapes", "--seed=7"], "--seed=7 does not go with an ablation"),
+        (["clusters", "shapes", "--savename", "mine"], "mine.csv exists already, and is of no series"),
+    ],
+)
+def test_an_ablation_refuses_what_does_not_fit(ablation, tmp_path, flags, message):
+    (tmp_path / "with space" / "runs" / "shapes").mkdir(parents=True)
+    (tmp_path / "with space" / "runs" / "shapes" / "mine.csv").write_text("of the user")
+    code, error, calls, runs = ablation(*flags)
+    assert (code, calls) == (2, [])
+    assert message in error
+    assert error.count("\n") == 1
+    assert (runs / "mine.csv").read_text() == "of the user"

@@ -476,6 +476,10 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_pa
 def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys):
     source, expected = whole
     named = flags_of(source, tmp_path, "--go_on")
+    shutil.copytree(expected, tmp_path / "tiny" / "run_7")  # of another name that looks like it
+    content = torch.load(expected / "last.pth.tar", weights_only=True)
+    content["flags"] |= {"savename": "run_7", "lr": 0.5}
+    torch.save(content, tmp_path / "tiny" / "run_7" / "last.pth.tar")
     stopped_early = tmp_path / "tiny" / "run"
     stopped_early.mkdir(parents=True)  # before anything was stored: it stays as it is
     process = killed_run(named, "main.losses.MarginLoss", "forward", 5)
@@ -491,7 +495,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys):
     capsys.readouterr()
     run(named)
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
-    assert len(list((tmp_path / "tiny").iterdir())) == 2
+    assert len(list((tmp_path / "tiny").iterdir())) == 3
     assert "--go_on: give the name" in refused(capsys, "--dataset", "tiny", "--go_on")
 
 

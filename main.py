@@ -893,10 +893,9 @@ def train(args: argparse.Namespace) -> Path:
     if args.val_classes:
         train_images, test_sets[evaluate.VALIDATION] = datasets.hold_out_classes(train_images, args.val_classes)
     check_sizes(args, len(train_images))
-    auxiliaries.require_same(
-        datasets.contents_digest([train_images, *test_sets.values()]),
-        f"--source_path: the images of {args.dataset} are not the same for all processes",
-    )
+    if n_processes > 1:
+        digest = datasets.contents_digest([train_images, *test_sets.values()])
+        auxiliaries.require_same(digest, f"--source_path: the images of {args.dataset} differ between the processes")
     cache_names = ["train", *(evaluate.file_suffix(name)[1:] or "test" for name in test_sets)]
     with auxiliaries.first_process_first() if args.cache == "disk" else contextlib.nullcontext():
         train_images, *decoded = datasets.cached(

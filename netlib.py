@@ -177,8 +177,9 @@ class SyncedStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, maps: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normalised (B, C, H, W) maps, and mean and biased variance, (C,), of the maps of all processes."""
-        values = maps.to(weight.dtype)
-        moments = torch.stack(torch.var_mean(values, (0, 2, 3), correction=0))
+        # Its moments are wanted only: of channels_last maps torch.var_mean takes ten times as long
+        _, own_mean, own_inverse = torch.native_batch_norm(maps, weight, bias, None, None, True, 0.0, eps)
+        moments = torch.stack([own_inverse.pow(-2) - eps, own_mean])
         of_all = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]
         distributed.all_gather(of_all, moments)
         variances, means = torch.stack(of_all, 1)
@@ -202,9 +203,9 @@ class SyncedStatistics(torch.autograd.Function):
         inverse = (variance + ctx.eps).rsqrt()
         slope = weight * inverse.square() * sums[0] / n_values
         offset = weight * inverse * sums[1] / n_values - slope * mean
-        per_channel = (1, -1, 1, 1)
-        through_statistics = maps * slope.view(per_channel) + offset.view(per_channel)
-        return (of_maps - through_statistics).to(maps.dtype), of_weight, of_bias, None
+        # maps * slope + offset in the kernel of BatchNorm, in half the time
+        through_statistics = F.batch_norm(maps, torch.zeros_like(mean), torch.ones_like(mean), slope, offset, eps=0.0)
+        return of_maps - through_statistics, of_weight, of_bias, None
 
 
 class SyncedBatchNorm(nn.BatchNorm2d):

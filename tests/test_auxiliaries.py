@@ -100,8 +100,9 @@ def test_summary_holds_scores_gap_to_the_paper_times_and_folder(tmp_path):
     assert " ".join(lines[0].split()) == "score best epoch last before training paper best - paper"
     assert lines[1].split() == ["NMI", "0.5000", "0", "0.4500", "0.1000"]
     assert lines[2].split() == ["Recall", "@", "1", "0.6000", "2", "0.2000", "0.0500", "0.6610", "-0.0610"]
-    assert lines[3:5] == ["epochs done: 5", "seconds: 12.3"]
-    assert lines[5:] == ["of these: loading 1.0, training 7.1, all else 4.3", f"run folder: {tmp_path}"]
+    assert lines[3] == "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
+    assert lines[4:6] == ["epochs done: 5", "seconds: 12.3"]
+    assert lines[6:] == ["of these: loading 1.0, training 7.1, all else 4.3", f"run folder: {tmp_path}"]
     assert "paper" not in auxiliaries.write_summary(path, initial, ROWS, 12.34, spent, paper={})
 
 

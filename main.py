@@ -665,20 +665,18 @@ def kept_flags(args: argparse.Namespace) -> dict[str, object]:
     return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
 
 
-def read_training(path: Path, n_images: int, n_clusters: int) -> dict[str, dict]:
+def read_training(path: Path, n_images: int, n_clusters: int, has_probe: bool) -> dict[str, dict]:
     """Read the checkpoint to resume from and return its content.
 
-    n_images, n_clusters: of the training images now, and of mined labels, 0 without mining. Raises WeightsError where
-    it holds no training to go on with, DatasetError where the images have changed.
+    n_images, n_clusters: of the training images now, and of mined labels, 0 without mining. has_probe: whether a probe
+    was logged at each evaluation. Raises WeightsError where it holds no training to go on with, DatasetError where the
+    images have changed.
     """
     stored = netlib.read_checkpoint(path)
     progress, training = stored["progress"], stored.get("training")
     labels = progress.get("shared_labels")
     rows = [progress.get(name) for name in LOGS.values()]
-    n_scored = {
-        "shared_rows": stored["flags"].get("eval_shared") is True,
-        "probe_rows": bool(progress.get("probe_rows")),
-    }
+    n_scored = {"shared_rows": stored["flags"].get("eval_shared") is True, "probe_rows": has_probe}
     is_whole = (
         isinstance(training, dict)
         and isinstance(training.get("epoch"), int)
@@ -914,7 +912,8 @@ def train(args: argparse.Namespace) -> Path:
     stored = None
     if args.resume:
         n_clusters = args.shared_num_classes if args.task_p[TASKS.index("Shared")] > 0 else 0
-        stored = read_training(folder / LAST_CHECKPOINT, len(train_images), n_clusters)
+        has_probe = n_clusters > 0 and len(ordered_loaders["probe"].dataset) > 0
+        stored = read_training(folder / LAST_CHECKPOINT, len(train_images), n_clusters, has_probe)
         auxiliaries.require_same(
             (stored["training"]["epoch"], str(stored["training"]["seconds"])),
             f"--resume: {folder / LAST_CHECKPOINT} is not the same for all processes; wait until all machines see its "

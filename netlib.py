@@ -177,7 +177,7 @@ class SyncedStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, maps: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normalised (B, C, H, W) maps, and mean and biased variance, (C,), of the maps of all processes."""
-        # Its moments are wanted only: of channels_last maps torch.var_mean takes ten times as long
+        # Its moments are wanted only: of large channels_last maps torch.var_mean takes over ten times as long
         _, own_mean, own_inverse = torch.native_batch_norm(maps, weight, bias, None, None, True, 0.0, eps)
         moments = torch.stack([own_inverse.pow(-2) - eps, own_mean])
         of_all = [torch.empty_like(moments) for _ in range(distributed.get_world_size())]

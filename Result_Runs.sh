@@ -28,6 +28,9 @@ SERIES is
   dim           --embed_sizes, of the Shared embedding: 0 64 128 256 512 1024; 0 is the plain margin-loss baseline
   adversarial   --adv_weights: 0, and on for the weight of the set-up
   standardise   --cluster_mode: no_norm mean mstd
+  mining        whether mining helps: margin, the plain margin-loss baseline; margin_steps, it with as many steps of the
+                optimiser as MIC takes, over more epochs; mic; no_adversarial, MIC with --adv_weights 0; no_norm, MIC with
+                --cluster_mode no_norm. Ends with the differences to the first of them, paired by seed
 --values runs others than these, for example a smaller series on a CPU:
   bash Result_Runs.sh ablation clusters shapes --values 4 8 16 --seeds 2 --n_epochs 4
 EOF
@@ -75,17 +78,33 @@ demo() {
         --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
+as_many_steps() {
+    # The epochs and --tau in which the Class task alone takes as many steps as a set-up with both: of each iteration's
+    # task_p[0] + task_p[1] steps it takes task_p[0]
+    run() {
+        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python}" -c 'import sys, main
+parser = main.get_args_parser()
+args = parser.parse_args(sys.argv[1:])
+if args.task_p[0] == 0:
+    parser.error("--task_p: the Class task takes no steps")
+factor = sum(args.task_p) / args.task_p[0]
+print("--n_epochs", round(factor * args.n_epochs), "--tau", *(round(factor * epoch) for epoch in args.tau))' "$@"
+    }
+    "$@"
+}
+
 ablation() {
     [[ $# -ge 2 ]] || fail "give the series and the data set: bash Result_Runs.sh ablation SERIES DATASET"
     local series=$1 dataset=$2 values flag seeds=1 first_seed=1 save_path=./Training_Results prefix=ablation_$1
-    local own=() flags=() failed=() runs=() value seed status table candidate
+    local own=() flags=() failed=() runs=() value seed status table candidate longer shown
     case $series in
         clusters) flag=shared_num_classes values=(5 10 20 30 50 100 150 200 250 300) ;;
         interval) flag=cluster_update_freq values=(1 3 5 10 20 50) ;;
         dim) flag=embed_sizes values=(0 64 128 256 512 1024) ;;
         adversarial) flag=adv_weights values=(0 on) ;;
         standardise) flag=cluster_mode values=(no_norm mean mstd) ;;
-        *) fail "no series '$series'; one of clusters, interval, dim, adversarial, standardise" ;;
+        mining) flag='' values=(margin margin_steps mic no_adversarial no_norm) ;;
+        *) fail "no series '$series'; one of clusters, interval, dim, adversarial, standardise, mining" ;;
     esac
     shift 2
     while [[ $# -gt 0 ]]; do
@@ -116,6 +135,15 @@ ablation() {
     for value in "${values[@]}"; do
         ablated=(--$flag "$value")
         case $series-$value in
+            mining-margin) ablated=(--task_p 1 0 --adv_weights 0) ;;
+            mining-margin_steps)
+                longer=$(as_many_steps "${setup[@]}" ${flags[@]+"${flags[@]}"}) || exit $?
+                read -ra ablated <<<"--task_p 1 0 --adv_weights 0 $longer"
+                ;;
+            mining-mic) ablated=() ;;
+            mining-no_adversarial) ablated=(--adv_weights 0) ;;
+            mining-no_norm) ablated=(--cluster_mode no_norm) ;;
+            mining-*) fail "no value '$value' of mining; some of margin, margin_steps, mic, no_adversarial, no_norm" ;;
             dim-0) ablated=(--task_p 1 0 --adv_weights 0) ;;
             dim-*) ablated=(--embed_sizes 128 "$value") ;;
             adversarial-on) ablated=() ;;
@@ -134,7 +162,9 @@ ablation() {
     done
     status=0
     rm -f "$table.new.csv" "$table.new.svg"
-    "${PYTHON:-python}" "$here/evaluate.py" --compare ${runs[@]+"${runs[@]}"} --over $flag \
+    shown=(--over "$flag")
+    [[ $series != mining ]] || shown=(--against "${runs[0]:-}")
+    "${PYTHON:-python}" "$here/evaluate.py" --compare ${runs[@]+"${runs[@]}"} "${shown[@]}" \
         --csv "$table.new.csv" --plot "$table.new.svg" || status=$?
     if [[ $status -eq 0 ]]; then # of this series, drawn anew
         mv -f "$table.new.csv" "$table.csv" && mv -f "$table.new.svg" "$table.svg"

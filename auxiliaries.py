@@ -19,6 +19,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -953,6 +954,13 @@ def draw_probe(path: Path, rows: Sequence[Mapping[str, float]], title: str) -> N
         save_svg(figure, path)
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, in the format of the path's ending; without the date, so that the same one is the same file."""
+    with replaced_file(path) as file:
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+
+
 def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Draw Recall@1 over the epochs, a line for the mean of each setting in a band of one standard deviation.
 
@@ -974,10 +982,7 @@ def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarra
         axis.set(xlabel="epoch", ylabel="Recall @ 1 on the test classes")
         axis.set_title("mean over runs, band: one standard deviation", fontsize=10)
         axis.legend(fontsize=9)
-        with replaced_file(path) as file:
-            figure.savefig(
-                file, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {}
-            )
+        save_figure(figure, path)
 
 
 TILE = 128
@@ -1033,9 +1038,42 @@ def draw_ablation(
         axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
         figure.legend(loc="lower center", frameon=False)
-        with replaced_file(path) as file:
-            metadata = {"Date": None} if path.suffix == ".svg" else {}
-            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+        save_figure(figure, path)
+
+
+def draw_differences(
+    path: Path, points: Mapping[str, Mapping[str, Mapping[str, tuple[np.ndarray, float, float]]]], reference: str
+) -> None:
+    """Draw the differences of settings to a reference: a panel for each score, a row for each setting.
+
+    points: {score: {setting: {"best" or "last" (epoch): (differences of the seeds (n,), low, high)}}}, low to high
+    being the confidence interval of their mean. The format is that of the path's ending.
+    """
+    settings = list(dict.fromkeys(setting for rows in points.values() for setting in rows))
+    looks = {"last": ("#0072b2", "o", -0.13), "best": ("#d55e00", "D", 0.13)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 + 2.9 * len(points), 1.6 + 0.75 * len(settings)), layout="constrained")
+        axes = figure.subplots(1, len(points), sharey=True, squeeze=False)[0]
+        for axis, (score, rows) in zip(axes, points.items()):
+            axis.axvline(0, color="0.4", linewidth=1)
+            for at, (colour, marker, shift) in looks.items():
+                shown = [
+                    (place, rows[setting][at]) for place, setting in enumerate(settings) if at in rows.get(setting, ())
+                ]
+                for place, (values, low, high) in shown:
+                    axis.plot([low, high], [place + shift] * 2, color=colour, linewidth=2)
+                    axis.scatter(values, [place + shift] * len(values), s=9, color=colour, alpha=0.45)
+                means = [values.mean() for _, (values, _, _) in shown]
+                places = [place + shift for place, _ in shown]
+                axis.plot(means, places, marker, color=colour, markersize=6, label=f"{at} epoch", linestyle="none")
+            axis.set(xlabel=f"difference in {score}", ylim=(len(settings) - 0.5, -0.5))
+            axis.grid(alpha=0.3, axis="x")
+        names = ["\n".join(textwrap.wrap(shortened(setting, 120), 36)).replace("$", r"\$") for setting in settings]
+        axes[0].set_yticks(range(len(settings)), names, fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
+        title = f"Differences to the setting of {shortened(Path(reference).name, 60)}, same seeds; bars: 95 % interval"
+        figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=9)
+        save_figure(figure, path)
 
 
 def draw_recoveries(

@@ -1,7 +1,7 @@
 """Feature extraction and scores of an embedding; as a command: score a stored run, or compare runs.
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
-python evaluate.py --compare RUN [RUN ...] [--over FLAG] [--csv FILE] [--plot FILE]
+python evaluate.py --compare RUN [RUN ...] [--over FLAG] [--against RUN] [--csv FILE] [--plot FILE]
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student_t
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
@@ -676,13 +677,17 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(f"skipped {reason}")
     if not runs:
         raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
+    reference = Path(args.against).resolve() if args.against else None
+    if reference and reference not in [run.folder.resolve() for run in runs]:
+        raise auxiliaries.RunFolderError(f"--against {args.against}: is not one of the runs that are compared")
     finished = finished_runs(runs, args.over) if args.over else []
-    tables, curves, lines = [], {}, {}
+    tables, curves, lines, differences = [], {}, {}, {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         compared = [run for run in runs if run.flags["dataset"] == dataset]
         for test_set in test_set_names(compared[0].val_rows):
-            table, more_curves = compare_setting(compared, dataset, test_set)
+            table, more_curves, more_differences = compare_setting(compared, dataset, test_set, reference)
             curves |= more_curves
+            differences |= more_differences
             of_dataset = [run for run in finished if run.flags["dataset"] == dataset]
             lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if of_dataset else {}
             shown = table.drop(columns=["data set", "test set"])
@@ -699,6 +704,8 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(ablation_table(lines, values).to_string())
     if args.plot and args.over:
         auxiliaries.draw_ablation(Path(args.plot), args.over, values, lines)
+    elif args.plot and differences:
+        auxiliaries.draw_differences(Path(args.plot), points_to_draw(differences), str(args.against))
     elif args.plot:
         auxiliaries.draw_comparison(Path(args.plot), curves)
 
@@ -710,12 +717,11 @@ def finished_runs(runs: Sequence[auxiliaries.Run], flag: str) -> list[auxiliarie
     """
     finished = []
     for run in runs:
-        done = run.val_rows[-1]["Epochs"] + 1
-        wanted = run.flags.get("n_epochs", done)
         if flag not in run.flags:
             print(f"left out of --over: {run.folder}, which has no flag {flag}")
-        elif done != wanted:
-            print(f"left out of --over: {run.folder}, {done} of {wanted} epochs")
+        elif not is_finished(run):
+            done = run.val_rows[-1]["Epochs"] + 1
+            print(f"left out of --over: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
         else:
             finished.append(run)
     if not finished:
@@ -745,40 +751,43 @@ def test_set_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def compare_setting(
-    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str
-) -> tuple[pd.DataFrame, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Return the table of one test set, and for each setting (epochs (E,), Recall @ 1 (n runs, E)) by its name.
+    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str, reference: Path | None = None
+) -> tuple[pd.DataFrame, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, dict[str, pd.DataFrame]]]:
+    """Return the table of one test set, for each setting (epochs (E,), Recall @ 1 (n runs, E)) by its name, and for
+    each setting but the reference's at "best" and "last" the differences to that, (seeds, scores).
 
     The table has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of
-    a setting, that differ in the seed only; the paper's row; and the gap to it.
+    a setting, that differ in the seed only; the differences to the setting of the run in the folder `reference`, paired
+    by seed; the paper's row; and the gap to it.
     """
     names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_SETTING)
     differing = [name for name in names if len({shown_flag(run.flags[name]) for run in runs if name in run.flags}) > 1]
-    rows, curves = [], {}
+    rows, curves, differences = [], {}, {}
     paper = PAPER.get(dataset, {}).get(test_set, {})
-    for setting, members in grouped_by_setting(runs, differing).items():
+    groups = grouped_by_setting(runs, differing)
+    base = next((group for group in groups.values() if reference in [run.folder.resolve() for run in group]), [])
+    for setting, members in groups.items():
         flags = dict(zip(differing, setting, strict=True))
-        frames = [pd.DataFrame([scores_of_set(row, test_set) for row in run.val_rows]) for run in members]
+        label = " ".join([*filter(None, (dataset, test_set)), *(f"{name} {value}" for name, value in flags.items())])
         head = {"data set": dataset, "test set": test_set, "run": "", **flags, "seed": ""}
         for at in ("best", "last"):
-            scores = []
-            for run, frame in zip(members, frames, strict=True):
-                select = run.flags.get("select", "test")
-                index = best_index(run.val_rows, test_set, select) if at == "best" else frame.index[-1]
-                epoch, done = run.val_rows[index]["Epochs"], run.val_rows[-1]["Epochs"] + 1
-                scores.append(frame.loc[index])
+            scored = [scored_at(run, test_set, at) for run in members]
+            frame = pd.DataFrame([scores for _, scores in scored], dtype=float)
+            for i, (run, (row, _)) in enumerate(zip(members, scored, strict=True)):
                 own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}
-                rows.append(head | own | {"epoch": epoch, "epochs done": done} | dict(frame.loc[index]))
-            means = pd.DataFrame(scores).mean(skipna=False)
+                done = {"epoch": row["Epochs"], "epochs done": run.val_rows[-1]["Epochs"] + 1}
+                rows.append(head | own | done | dict(frame.loc[i]))
+            means = frame.mean(skipna=False)
             if len(members) > 1:
                 rows.append(head | {"run": f"mean of {len(members)}", "at": at} | dict(means))
-                rows.append(
-                    head | {"run": "standard deviation", "at": at} | dict(pd.DataFrame(scores).std(skipna=False))
-                )
+                rows.append(head | {"run": "standard deviation", "at": at} | dict(frame.std(skipna=False)))
+            if base and members is not base:
+                of_seeds = paired_differences(members, base, test_set, at)
+                differences.setdefault(label, {})[at] = of_seeds
+                rows += [head | {"run": name, "at": at} | dict(row) for name, row in difference_rows(of_seeds).items()]
             if paper:
                 gap = {name: means[name] - value for name, value in paper.items() if name in means}
                 rows.append(head | {"run": "gap to the paper", "at": at} | gap)
-        label = " ".join([*filter(None, (dataset, test_set)), *(f"{name} {value}" for name, value in flags.items())])
         epochs = sorted(set.intersection(*({row["Epochs"] for row in run.val_rows} for run in members)))
         recalls = [
             [scores_of_set(row, test_set)["Recall @ 1"] for row in run.val_rows if row["Epochs"] in epochs]
@@ -787,7 +796,81 @@ def compare_setting(
         curves[label] = (np.array(epochs), np.array(recalls))
     if paper:
         rows.append({"data set": dataset, "test set": test_set, "run": "paper: MIC + margin"} | paper)
-    return pd.DataFrame(rows).dropna(axis=1, how="all"), curves
+    return pd.DataFrame(rows).dropna(axis=1, how="all"), curves, differences
+
+
+def scored_at(run: auxiliaries.Run, test_set: str, at: str) -> tuple[dict, dict[str, float | None]]:
+    """Return a run's row of log_val_Class.csv at its "best" epoch or its "last", and the scores of a test set in it."""
+    index = best_index(run.val_rows, test_set, run.flags.get("select", "test")) if at == "best" else -1
+    return run.val_rows[index], scores_of_set(run.val_rows[index], test_set)
+
+
+def is_finished(run: auxiliaries.Run) -> bool:
+    """Return whether a run is through with its epochs; one that does not tell how many it has is."""
+    done = run.val_rows[-1]["Epochs"] + 1
+    return done == run.flags.get("n_epochs", done)
+
+
+def paired_differences(
+    runs: Sequence[auxiliaries.Run], reference: Sequence[auxiliaries.Run], test_set: str, at: str
+) -> pd.DataFrame:
+    """Return the differences of the scores of runs to those of reference runs of the same seed, (seeds, scores).
+
+    What all runs of a seed share, order of the images and first weights, drops out of them. Runs that are not through
+    with their epochs have no part in them.
+    """
+
+    def by_seed(some: Sequence[auxiliaries.Run]) -> pd.DataFrame:
+        """Return the scores of each seed; should there be several runs of one, their mean."""
+        finished = [run for run in some if is_finished(run)]
+        scores = pd.DataFrame([scored_at(run, test_set, at)[1] for run in finished], dtype=float)
+        return scores.groupby([run.flags.get("seed") for run in finished]).mean() if finished else scores
+
+    own, others = by_seed(runs), by_seed(reference)
+    seeds = own.index.intersection(others.index)
+    return own.loc[seeds] - others.loc[seeds]
+
+
+def difference_rows(differences: pd.DataFrame) -> dict[str, pd.Series]:
+    """Return the rows that --against adds for differences (seeds, scores), by their names; none without a seed."""
+    n = len(differences)
+    if n == 0:
+        return {}
+    rows = {f"difference, mean of {n}": differences.mean(skipna=False)}
+    if n > 1:
+        low, high = confidence_interval(differences.to_numpy())
+        rows["95 % interval from"] = pd.Series(low, differences.columns)
+        rows["95 % interval to"] = pd.Series(high, differences.columns)
+    return rows
+
+
+def points_to_draw(
+    differences: Mapping[str, Mapping[str, pd.DataFrame]],
+) -> dict[str, dict[str, dict[str, tuple[np.ndarray, float, float]]]]:
+    """Return what auxiliaries.draw_differences draws: {score: {setting: {"best" or "last": (values, low, high)}}}.
+
+    The interval is empty, from the mean to the mean, where there is one seed.
+    """
+    points: dict[str, dict[str, dict[str, tuple[np.ndarray, float, float]]]] = {}
+    for setting, ats in differences.items():
+        for at, frame in ats.items():
+            for score in frame.columns.intersection(["Recall @ 1", "NMI", "mAP @ R"], sort=False):
+                values = frame[score].dropna().to_numpy()
+                if len(values):
+                    low, high = confidence_interval(values) if len(values) > 1 else (values[0], values[0])
+                    points.setdefault(score, {}).setdefault(setting, {})[at] = (values, float(low), float(high))
+    return points
+
+
+def confidence_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ends of the confidence interval of the mean of values (n, ...), by Student's t; n is at least 2.
+
+    mean -+ t * s / sqrt(n), t the quantile (1 + level) / 2 of Student's distribution with n - 1 degrees of freedom, s
+    the standard deviation.
+    """
+    n = len(values)
+    half = student_t.ppf((1 + level) / 2, n - 1) * values.std(0, ddof=1) / np.sqrt(n)
+    return values.mean(0) - half, values.mean(0) + half
 
 
 PAPER_ABLATIONS = {
@@ -921,6 +1004,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")  # fmt: skip
     add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
         "where there is one, and draw it with --plot; of a pair the Shared task's value counts")  # fmt: skip
+    add("--against", metavar="RUN", help="with --compare: also give the differences of each setting to that of this "
+        "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
+        "--plot")  # fmt: skip
     add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
     add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs (.svg, .png or .pdf)")
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
@@ -936,7 +1022,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the flags; `parser.error` on flags that do not fit together or files that exist already."""
     only = {
-        "compare": ["over", "csv", "plot"],
+        "compare": ["over", "against", "csv", "plot"],
         "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"],
     }
     for flag in only["score" if args.compare else "compare"]:

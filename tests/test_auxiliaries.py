@@ -207,6 +207,16 @@ def test_ablation_plot_shows_every_value(tmp_path):
         assert picture.width > 500
 
 
+def test_difference_plot_has_a_panel_for_each_score_and_a_row_for_each_setting(tmp_path):
+    of_setting = {"last": (np.array([0.1, 0.2]), -0.1, 0.4), "best": (np.array([0.1, 0.3]), 0.0, 0.4)}
+    points = {"Recall @ 1": {"a": of_setting, "b": of_setting}, "NMI": {"a": {"last": of_setting["last"]}}}
+    auxiliaries.draw_differences(tmp_path / "plot.svg", points, "runs/plain_seed1")
+    assert panels(tmp_path / "plot.svg") == 2
+    texts = svg_texts(tmp_path / "plot.svg")
+    assert {"a", "b", "difference in Recall @ 1", "difference in NMI", "best epoch", "last epoch"} <= set(texts)
+    assert any("plain_seed1" in text for text in texts)
+
+
 def test_recoveries_show_queries_and_neighbours(tmp_path):
     embeddings = np.array([[0.0], [0.1], [5.0], [5.1]], dtype=np.float32)
     labels = np.array([0, 1, 2, 2])

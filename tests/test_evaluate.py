@@ -494,6 +494,48 @@ def test_recall_over_a_flag_by_hand(tmp_path, capsys):
     assert plot.read_text().count("<svg") == 1
 
 
+def test_differences_are_paired_by_seed(tmp_path, capsys):
+    plain, mic = [0.30, 0.50, 0.70], [0.34, 0.52, 0.77]
+    for seed, (one, other) in enumerate(zip(plain, mic)):
+        write_run(tmp_path / "runs" / f"plain{seed}", [0.9, one], seed=seed, adv_weights=[0.0], n_epochs=2)
+        write_run(tmp_path / "runs" / f"mic{seed}", [0.9, other], seed=seed, n_epochs=2)
+    write_run(tmp_path / "runs" / "mic8", [0.1, 0.1], seed=8, n_epochs=2)  # without a partner
+    write_run(tmp_path / "runs" / "mic9", [0.9], seed=9, n_epochs=2)  # not through, nor is its partner
+    write_run(tmp_path / "runs" / "plain9", [0.1], seed=9, adv_weights=[0.0], n_epochs=2)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    command("--compare", tmp_path / "runs", "--against", tmp_path / "runs" / "plain1", "--csv", csv, "--plot", plot)
+    printed = capsys.readouterr().out
+    table = pd.read_csv(csv, dtype={"seed": str})
+    rows = table[table["run"].str.contains("difference|interval") & (table["at"] == "last")].set_index("run")
+    assert list(rows.index) == ["difference, mean of 3", "95 % interval from", "95 % interval to"]
+    assert set(rows["adv_weights"]) == {2500.0}  # none of the reference to itself
+    # 0.04, 0.02, 0.07: mean 0.13 / 3, s = 0.0251661, t(0.975, 2) = 4.302653 from a table
+    mean, half = 0.13 / 3, 4.302653 * 0.0251661 / 3**0.5
+    expected = [mean, mean - half, mean + half]
+    assert rows["Recall @ 1"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert rows["NMI"].tolist() == pytest.approx([value / 2 for value in expected], abs=1e-6)
+    best = table[table["run"].str.contains("difference|interval") & (table["at"] == "best")]
+    assert best["Recall @ 1"].tolist() == pytest.approx([0.0, 0.0, 0.0])
+    assert "difference, mean of 3" in printed
+    assert "plain1" in plot.read_text()
+    message = refused(capsys, "--compare", tmp_path / "runs" / "mic0", "--against", tmp_path / "runs" / "plain1")
+    assert "plain1: is not one of the runs that are compared" in message
+    assert "--against: goes only with --compare" in refused(capsys, "a", "--against", "b")
+    command(
+        "--compare", tmp_path / "runs" / "mic0", tmp_path / "runs" / "plain0", "--against", tmp_path / "runs/plain0"
+    )
+    printed = capsys.readouterr().out
+    assert "difference, mean of 1" in printed
+    assert "interval" not in printed  # of one difference
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_confidence_interval_holds_the_mean_in_95_of_100(n):
+    values = np.random.default_rng(n).normal(0.3, 2.0, (n, 20_000))
+    low, high = evaluate.confidence_interval(values)
+    assert np.mean((low <= 0.3) & (high >= 0.3)) == pytest.approx(0.95, abs=0.006)
+
+
 def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path, capsys):
     write_run(tmp_path / "a", [0.3], embed_sizes=[128, 128], task_p=[1.0, 0.0], adv_weights=[0.0], dataset="shapes")
     write_run(tmp_path / "b", [0.4], embed_sizes=[128, 64], task_p=[1.0, 0.8], dataset="shapes")

@@ -882,7 +882,9 @@ def test_what_cannot_be_held_out_is_one_line(eight_classes, run_main, tmp_path, 
 
 
 FAKE_PYTHON = """#!/usr/bin/env bash
-# Stands in for python: notes its arguments, makes what it is asked for, or fails as the file FAILS says
+# Stands in for python: runs code, but of a script notes the arguments, makes what it is asked for, or fails as the
+# file FAILS says
+[[ $1 != -c ]] || exec "$REAL" "$@"
 printf '%s|' "$@" >> "$LOG"; echo >> "$LOG"
 [[ -e $FAILS ]] && [[ "$*" == *"$(head -n 1 "$FAILS")"* ]] && exit "$(tail -n 1 "$FAILS")"
 while [[ $# -gt 0 ]]; do
@@ -904,7 +906,7 @@ def ablation(tmp_path):
     (folder / "bin" / "python").chmod(0o755)
     environment = {
         "PATH": "/usr/bin:/bin", "PYTHON": str(folder / "bin" / "python"), "LOG": str(folder / "log"),
-        "FAILS": str(folder / "fails"),
+        "FAILS": str(folder / "fails"), "REAL": sys.executable,
     }  # fmt: skip
 
     def run(*flags, fails=None):
@@ -940,6 +942,26 @@ def test_an_ablation_trains_each_value_and_seed_and_compares_its_own_runs(ablati
     assert not any("long" in part for part in ablation("dim", "shapes", "--values", 0)[2][-1])
 
 
+def test_the_ablation_of_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(ablation):
+    code, error, calls, runs = ablation("mining", "shapes", "--seeds", 2, "--n_epochs", 10, "--tau", 5, 8)
+    assert (code, error) == (0, "")
+    names = ["margin", "margin_steps", "mic", "no_adversarial", "no_norm"]
+    of_values = {name: [" ".join(call) for call in calls if f"ablation_mining_{name}_seed2" in call] for name in names}
+    flags = {name: text.split("--n_epochs 10 --tau 5 8")[1].split(" --seed")[0] for name, (text,) in of_values.items()}
+    assert flags == {
+        "margin": " --task_p 1 0 --adv_weights 0",
+        "margin_steps": " --task_p 1 0 --adv_weights 0 --n_epochs 18 --tau 9 14",  # 1.8 times as many
+        "mic": "",
+        "no_adversarial": " --adv_weights 0",
+        "no_norm": " --cluster_mode no_norm",
+    }
+    assert calls[-1][1] == "--compare"
+    assert calls[-1][12:14] == ["--against", str(runs / "ablation_mining_margin_seed1")]
+    code, error, *_ = ablation("mining", "shapes", "--values", "margin_steps", "--task_p", 0, 1)
+    assert code == 2
+    assert "the Class task takes no steps" in error
+
+
 def test_an_ablation_goes_on_after_a_failure_and_stops_when_told(ablation):
     code, error, calls, _ = ablation("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", "137"))
     assert (code, error, len(calls)) == (1, "Result_Runs.sh: failed: 4_seed1\n", 3)
@@ -956,6 +978,7 @@ def test_an_ablation_goes_on_after_a_failure_and_stops_when_told(ablation):
     [
         (["sizes", "shapes"], "no series 'sizes'"),
         (["clusters", "shapes", "--seeds", "0"], "--seeds '0': give how many"),
+        (["mining", "shapes", "--values", "mine"], "no value 'mine' of mining"),
         (["clusters", "shapes", "--dataset=cub200"], "--dataset=cub200 does not go with an ablation"),
         (["clusters", "shapes", "--seed=7"], "--seed=7 does not go with an ablation"),
         (["clusters", "shapes", "--savename", "mine"], "mine.csv exists already, and is of no series"),

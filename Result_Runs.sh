@@ -79,16 +79,17 @@ demo() {
 }
 
 as_many_steps() {
-    # The epochs and --tau in which the Class task alone takes as many steps as a set-up with both: of each iteration's
-    # task_p[0] + task_p[1] steps it takes task_p[0]
+    # The --n_epochs and --tau, rounded up, in which the Class task alone takes as many steps as a set-up with both: of the
+    # task_p[0] + task_p[1] steps of an iteration it takes task_p[0]
     run() {
-        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python}" -c 'import sys, main
+        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python}" -c 'import fractions, math, sys, main
 parser = main.get_args_parser()
 args = parser.parse_args(sys.argv[1:])
-if args.task_p[0] == 0:
+own, other = (fractions.Fraction(str(p)) for p in args.task_p)
+if own == 0:
     parser.error("--task_p: the Class task takes no steps")
-factor = sum(args.task_p) / args.task_p[0]
-print("--n_epochs", round(factor * args.n_epochs), "--tau", *(round(factor * epoch) for epoch in args.tau))' "$@"
+factor = (own + other) / own
+print("--n_epochs", math.ceil(factor * args.n_epochs), "--tau", *(math.ceil(factor * epoch) for epoch in args.tau))' "$@"
     }
     "$@"
 }

@@ -1067,8 +1067,13 @@ def draw_differences(
                 places = [place + shift for place, _ in shown]
                 axis.plot(means, places, marker, color=colour, markersize=6, label=f"{at} epoch", linestyle="none")
             axis.set(xlabel=f"difference in {score}", ylim=(len(settings) - 0.5, -0.5))
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.tick_params(axis="x", labelsize=9)
             axis.grid(alpha=0.3, axis="x")
-        names = ["\n".join(textwrap.wrap(shortened(setting, 120), 36)).replace("$", r"\$") for setting in settings]
+        # Wrapped between flags, not between a flag and its value
+        unbroken = [shortened(setting, 150).replace(" ", "\N{NO-BREAK SPACE}") for setting in settings]
+        wrapped = [textwrap.wrap(setting.replace(",\N{NO-BREAK SPACE}", ", "), 36) for setting in unbroken]
+        names = ["\n".join(lines).replace("$", r"\$") for lines in wrapped]
         axes[0].set_yticks(range(len(settings)), names, fontsize=8)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
         title = f"Differences to the setting of {shortened(Path(reference).name, 60)}, same seeds; bars: 95 % interval"

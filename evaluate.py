@@ -768,7 +768,7 @@ def compare_setting(
     base = next((group for group in groups.values() if reference in [run.folder.resolve() for run in group]), [])
     for setting, members in groups.items():
         flags = dict(zip(differing, setting, strict=True))
-        label = " ".join([*filter(None, (dataset, test_set)), *(f"{name} {value}" for name, value in flags.items())])
+        label = ", ".join([f"{dataset} {test_set}".rstrip(), *(f"{name} {value}" for name, value in flags.items())])
         head = {"data set": dataset, "test set": test_set, "run": "", **flags, "seed": ""}
         for at in ("best", "last"):
             scored = [scored_at(run, test_set, at) for run in members]

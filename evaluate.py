@@ -702,10 +702,15 @@ def compare_runs(args: argparse.Namespace) -> None:
         values = sorted({value for points in lines.values() for value in points}, key=by_number)
         print(f"\nRecall @ 1 over --{args.over}, mean and standard deviation over runs")
         print(ablation_table(lines, values).to_string())
+    points = points_to_draw(differences)
+    if args.against and not points:
+        print(
+            f"\n--against {args.against}: no other setting has a run of the same seed that is through with its epochs"
+        )
     if args.plot and args.over:
         auxiliaries.draw_ablation(Path(args.plot), args.over, values, lines)
-    elif args.plot and differences:
-        auxiliaries.draw_differences(Path(args.plot), points_to_draw(differences), str(args.against))
+    elif args.plot and points:
+        auxiliaries.draw_differences(Path(args.plot), points, args.against)
     elif args.plot:
         auxiliaries.draw_comparison(Path(args.plot), curves)
 

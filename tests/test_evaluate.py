@@ -527,6 +527,11 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "difference, mean of 1" in printed
     assert "interval" not in printed  # of one difference
+    (tmp_path / "p.svg").unlink()
+    runs = [tmp_path / "runs" / name for name in ("mic8", "plain0")]
+    command("--compare", *runs, "--against", runs[0], "--plot", plot)
+    assert "mic8: no other setting has a run of the same seed" in capsys.readouterr().out
+    assert "epoch" in plot.read_text()  # the curves
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])

@@ -29,7 +29,7 @@ SERIES is
   adversarial   --adv_weights: 0, and on for the weight of the set-up
   standardise   --cluster_mode: no_norm mean mstd
   mining        whether mining helps: margin, the plain margin-loss baseline; margin_steps, it with as many steps of the
-                optimiser as MIC takes, over more epochs; mic; no_adversarial, MIC with --adv_weights 0; no_norm, MIC with
+                optimiser as MIC takes, in more epochs; mic; no_adversarial, MIC with --adv_weights 0; no_norm, MIC with
                 --cluster_mode no_norm. Ends with the differences to the first of them, paired by seed
 --values runs others than these, for example a smaller series on a CPU:
   bash Result_Runs.sh ablation clusters shapes --values 4 8 16 --seeds 2 --n_epochs 4
@@ -78,18 +78,28 @@ demo() {
         --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
-as_many_steps() {
-    # The --n_epochs and --tau, rounded up, in which the Class task alone takes as many steps as a set-up with both: of the
-    # task_p[0] + task_p[1] steps of an iteration it takes task_p[0]
+plan_mining() {
+    # For a set-up with flags: the --n_epochs and --tau, rounded up, in which the Class task alone takes as many steps as
+    # both tasks; and a 0 for each adversarial direction. Refuses flags with which two of the series would be the same
     run() {
-        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-python}" -c 'import fractions, math, sys, main
+        "${PYTHON:-python}" -c '
+import fractions, math, sys
+sys.path[0] = sys.argv.pop(1)
+import main
 parser = main.get_args_parser()
-args = parser.parse_args(sys.argv[1:])
-own, other = (fractions.Fraction(str(p)) for p in args.task_p)
-if own == 0:
-    parser.error("--task_p: the Class task takes no steps")
-factor = (own + other) / own
-print("--n_epochs", math.ceil(factor * args.n_epochs), "--tau", *(math.ceil(factor * epoch) for epoch in args.tau))' "$@"
+args = main.check_args(parser.parse_args(sys.argv[1:]), parser)
+steps = sum(fractions.Fraction(str(p)) for p in args.task_p)  # of an iteration; --task_p 1 0 takes 1
+if 0 in args.task_p:
+    parser.error("--task_p: the series mining needs steps of both tasks")
+if not all(args.adv_weights):
+    parser.error("--adv_weights 0: is no_adversarial, one of the series mining; give weights above 0")
+if args.cluster_mode == "no_norm":
+    parser.error("--cluster_mode no_norm: is one of the series mining; give mean or mstd")
+if args.scheduler == "exp":
+    parser.error("--scheduler exp: would decay further in margin_steps; give step or none")
+epochs = [math.ceil(steps * epoch) for epoch in [args.n_epochs, *args.tau]]
+print("--n_epochs", epochs[0], "--tau", *epochs[1:])
+print(*[0] * len(args.adversarial))' "$here" "$@"
     }
     "$@"
 }
@@ -97,7 +107,7 @@ print("--n_epochs", math.ceil(factor * args.n_epochs), "--tau", *(math.ceil(fact
 ablation() {
     [[ $# -ge 2 ]] || fail "give the series and the data set: bash Result_Runs.sh ablation SERIES DATASET"
     local series=$1 dataset=$2 values flag seeds=1 first_seed=1 save_path=./Training_Results prefix=ablation_$1
-    local own=() flags=() failed=() runs=() value seed status table candidate longer shown
+    local own=() flags=() failed=() runs=() setup ablated value seed status table candidate shown plan zeros reference=
     case $series in
         clusters) flag=shared_num_classes values=(5 10 20 30 50 100 150 200 250 300) ;;
         interval) flag=cluster_update_freq values=(1 3 5 10 20 50) ;;
@@ -133,18 +143,22 @@ ablation() {
     for candidate in "$table.csv" "$table.svg"; do
         [[ ! -e $candidate || -n $(compgen -G "${table}_*_seed*" || true) ]] || fail "$candidate exists already, and is of no series"
     done
+    if [[ $series == mining ]]; then
+        for value in "${values[@]}"; do
+            [[ " margin margin_steps mic no_adversarial no_norm " == *" $value "* ]] ||
+                fail "no value '$value' of mining; some of margin, margin_steps, mic, no_adversarial, no_norm"
+        done
+        plan=$(plan_mining "${setup[@]}" ${flags[@]+"${flags[@]}"}) || exit $?
+        zeros=${plan#*$'\n'} plan=${plan%%$'\n'*}
+    fi
     for value in "${values[@]}"; do
         ablated=(--$flag "$value")
         case $series-$value in
-            mining-margin) ablated=(--task_p 1 0 --adv_weights 0) ;;
-            mining-margin_steps)
-                longer=$(as_many_steps "${setup[@]}" ${flags[@]+"${flags[@]}"}) || exit $?
-                read -ra ablated <<<"--task_p 1 0 --adv_weights 0 $longer"
-                ;;
+            mining-margin) read -ra ablated <<<"--task_p 1 0 --adv_weights $zeros" ;;
+            mining-margin_steps) read -ra ablated <<<"--task_p 1 0 --adv_weights $zeros $plan" ;;
             mining-mic) ablated=() ;;
-            mining-no_adversarial) ablated=(--adv_weights 0) ;;
+            mining-no_adversarial) read -ra ablated <<<"--adv_weights $zeros" ;;
             mining-no_norm) ablated=(--cluster_mode no_norm) ;;
-            mining-*) fail "no value '$value' of mining; some of margin, margin_steps, mic, no_adversarial, no_norm" ;;
             dim-0) ablated=(--task_p 1 0 --adv_weights 0) ;;
             dim-*) ablated=(--embed_sizes 128 "$value") ;;
             adversarial-on) ablated=() ;;
@@ -159,13 +173,17 @@ ablation() {
             for candidate in "${table}_${value}_seed$seed" "${table}_${value}_seed${seed}"_[0-9]*; do
                 [[ ! -e $candidate/last.pth.tar ]] || { runs+=("$candidate") && break; }
             done
+            [[ $value != "${values[0]}" || -n $reference || ! -e $candidate/log_val_Class.csv ]] || reference=$candidate
         done
     done
     status=0
     rm -f "$table.new.csv" "$table.new.svg"
     shown=(--over "$flag")
-    [[ $series != mining ]] || shown=(--against "${runs[0]:-}")
-    "${PYTHON:-python}" "$here/evaluate.py" --compare ${runs[@]+"${runs[@]}"} "${shown[@]}" \
+    if [[ $series == mining ]]; then
+        shown=()
+        if [[ -n $reference ]]; then shown=(--against "$reference"); else echo "no run of ${values[0]} to compare with"; fi
+    fi
+    "${PYTHON:-python}" "$here/evaluate.py" --compare ${runs[@]+"${runs[@]}"} ${shown[@]+"${shown[@]}"} \
         --csv "$table.new.csv" --plot "$table.new.svg" || status=$?
     if [[ $status -eq 0 ]]; then # of this series, drawn anew
         mv -f "$table.new.csv" "$table.csv" && mv -f "$table.new.svg" "$table.svg"

@@ -1071,8 +1071,9 @@ def draw_differences(
             axis.tick_params(axis="x", labelsize=9)
             axis.grid(alpha=0.3, axis="x")
         # Wrapped between flags, not between a flag and its value
-        unbroken = [shortened(setting, 150).replace(" ", "\N{NO-BREAK SPACE}") for setting in settings]
-        wrapped = [textwrap.wrap(setting.replace(",\N{NO-BREAK SPACE}", ", "), 36) for setting in unbroken]
+        unbroken = [shortened(setting, 240).replace(" ", "\N{NO-BREAK SPACE}") for setting in settings]
+        breakable = [setting.replace(",\N{NO-BREAK SPACE}", ", ") for setting in unbroken]
+        wrapped = [textwrap.wrap(setting, 40, break_on_hyphens=False) for setting in breakable]
         names = ["\n".join(lines).replace("$", r"\$") for lines in wrapped]
         axes[0].set_yticks(range(len(settings)), names, fontsize=8)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)

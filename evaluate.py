@@ -1,14 +1,15 @@
 """Feature extraction and scores of an embedding; as a command: score a stored run, or compare runs.
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
-python evaluate.py --compare RUN [RUN ...] [--over FLAG] [--against RUN] [--csv FILE] [--plot FILE]
+python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv FILE] [--plot FILE]
 """
 
 import argparse
 import contextlib
+import re
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -665,31 +666,36 @@ NO_SETTING += ("eval_shared", "tensorboard")
 def compare_runs(args: argparse.Namespace) -> None:
     """Print a table of stored runs for each data set and test set; write the CSV and the plot that are asked for.
 
-    Raises RunFolderError where no run can be read.
+    Raises RunFolderError where no run can be read, or not the one of --against.
     """
-    runs, skipped = [], []
+    runs, skipped = [], {}
     for folder in {path.resolve(): path for root in args.runs for path in run_folders(Path(root))}.values():
         try:
             runs.append(auxiliaries.read_run(folder))
         except auxiliaries.RunFolderError as error:
-            skipped.append(str(error))
-    for reason in skipped:
+            skipped[folder.resolve()] = str(error)
+    for reason in skipped.values():
         print(f"skipped {reason}")
     if not runs:
         raise auxiliaries.RunFolderError(f"--compare: no run to read among {', '.join(map(str, args.runs))}")
     reference = Path(args.against).resolve() if args.against else None
     if reference and reference not in [run.folder.resolve() for run in runs]:
-        raise auxiliaries.RunFolderError(f"--against {args.against}: is not one of the runs that are compared")
+        why = skipped.get(reference, "not the folder of one of the runs that are compared")
+        raise auxiliaries.RunFolderError(f"--against {args.against}: {why}")
     finished = finished_runs(runs, args.over) if args.over else []
     tables, curves, lines, differences = [], {}, {}, {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
-        compared = [run for run in runs if run.flags["dataset"] == dataset]
-        for test_set in test_set_names(compared[0].val_rows):
-            table, more_curves, more_differences = compare_setting(compared, dataset, test_set, reference)
+        of_dataset = [run for run in runs if run.flags["dataset"] == dataset]
+        if reference:
+            name_unpaired(of_dataset, setting_of(reference, of_dataset), f"--against {args.against}", dataset)
+        for test_set in test_set_names(row for run in of_dataset for row in run.val_rows[:1]):
+            compared = [run for run in of_dataset if test_set in test_set_names(run.val_rows[:1])]
+            base = setting_of(reference, compared)
+            table, more_curves, more_differences = compare_setting(compared, dataset, test_set, base)
             curves |= more_curves
             differences |= more_differences
-            of_dataset = [run for run in finished if run.flags["dataset"] == dataset]
-            lines |= ablation_lines(of_dataset, dataset, test_set, args.over) if of_dataset else {}
+            through = [run for run in compared if run in finished]
+            lines |= ablation_lines(through, dataset, test_set, args.over) if through else {}
             shown = table.drop(columns=["data set", "test set"])
             shown = shown.apply(lambda column: column.map(lambda value: shown_cell(value, column.name)))
             print(f"\n{dataset} {test_set}".rstrip())
@@ -703,16 +709,43 @@ def compare_runs(args: argparse.Namespace) -> None:
         print(f"\nRecall @ 1 over --{args.over}, mean and standard deviation over runs")
         print(ablation_table(lines, values).to_string())
     points = points_to_draw(differences)
-    if args.against and not points:
-        print(
-            f"\n--against {args.against}: no other setting has a run of the same seed that is through with its epochs"
-        )
     if args.plot and args.over:
         auxiliaries.draw_ablation(Path(args.plot), args.over, values, lines)
     elif args.plot and points:
         auxiliaries.draw_differences(Path(args.plot), points, args.against)
     elif args.plot:
         auxiliaries.draw_comparison(Path(args.plot), curves)
+
+
+def differing_flags(runs: Sequence[auxiliaries.Run]) -> list[str]:
+    """Return the flags that make settings of runs: those in which they differ; having one and not having it differs."""
+    names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_SETTING)
+    return [name for name in names if len({shown_flag(run.flags.get(name)) for run in runs}) > 1]
+
+
+def setting_of(folder: Path | None, runs: Sequence[auxiliaries.Run]) -> list[auxiliaries.Run]:
+    """Return those of the runs that have the setting of the run in a folder; none where it is not among them."""
+    groups = grouped_by_setting(runs, differing_flags(runs)).values()
+    return next((group for group in groups if folder in [run.folder.resolve() for run in group]), [])
+
+
+def name_unpaired(
+    runs: Sequence[auxiliaries.Run], reference: Sequence[auxiliaries.Run], flag: str, dataset: str
+) -> None:
+    """Print which runs of a data set have no part in the differences to the reference runs, and why."""
+    if not reference:
+        print(f"{flag}: no differences on {dataset}, of which it is no run")
+        return
+    seeds = {run.flags.get("seed", "") for run in reference if is_finished(run)}
+    others = [run for run in runs if run not in reference]
+    for run in runs:
+        if not is_finished(run):
+            done = run.val_rows[-1]["Epochs"] + 1
+            print(f"left out of the differences: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
+        elif run in others and run.flags.get("seed", "") not in seeds:
+            print(f"left out of the differences: {run.folder}, no run to compare with has its seed")
+    if not others:
+        print(f"{flag}: no differences on {dataset}, where all runs have its setting")
 
 
 def finished_runs(runs: Sequence[auxiliaries.Run], flag: str) -> list[auxiliaries.Run]:
@@ -750,28 +783,26 @@ def best_index(rows: Sequence[Mapping[str, float]], test_set: str, select: str) 
     return max(range(len(rows)), key=lambda index: rows[index][name])
 
 
-def test_set_names(rows: Sequence[Mapping[str, float]]) -> list[str]:
-    """Return the names of the test sets that a run was scored on."""
-    return [name.removesuffix("Recall @ 1").strip() for name in rows[0] if name.endswith("Recall @ 1")]
+def test_set_names(rows: Iterable[Mapping[str, float]]) -> list[str]:
+    """Return the names of the test sets that have scores in some rows of log_val_Class.csv."""
+    names = dict.fromkeys(name for row in rows for name in row if name.endswith("Recall @ 1"))
+    return [name.removesuffix("Recall @ 1").strip() for name in names]
 
 
 def compare_setting(
-    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str, reference: Path | None = None
+    runs: Sequence[auxiliaries.Run], dataset: str, test_set: str, base: Sequence[auxiliaries.Run] = ()
 ) -> tuple[pd.DataFrame, dict[str, tuple[np.ndarray, np.ndarray]], dict[str, dict[str, pd.DataFrame]]]:
     """Return the table of one test set, for each setting (epochs (E,), Recall @ 1 (n runs, E)) by its name, and for
-    each setting but the reference's at "best" and "last" the differences to that, (seeds, scores).
+    each other setting than that of the base runs at "best" and "last" the differences to these, (seeds, scores).
 
     The table has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of
-    a setting, that differ in the seed only; the differences to the setting of the run in the folder `reference`, paired
-    by seed; the paper's row; and the gap to it.
+    a setting, that differ in the seed only; the differences to the base runs, paired by seed; the paper's row; and the
+    gap to it.
     """
-    names = dict.fromkeys(name for run in runs for name in run.flags if name not in NO_SETTING)
-    differing = [name for name in names if len({shown_flag(run.flags[name]) for run in runs if name in run.flags}) > 1]
+    differing = differing_flags(runs)
     rows, curves, differences = [], {}, {}
     paper = PAPER.get(dataset, {}).get(test_set, {})
-    groups = grouped_by_setting(runs, differing)
-    base = next((group for group in groups.values() if reference in [run.folder.resolve() for run in group]), [])
-    for setting, members in groups.items():
+    for setting, members in grouped_by_setting(runs, differing).items():
         flags = dict(zip(differing, setting, strict=True))
         label = ", ".join([f"{dataset} {test_set}".rstrip(), *(f"{name} {value}" for name, value in flags.items())])
         head = {"data set": dataset, "test set": test_set, "run": "", **flags, "seed": ""}
@@ -786,9 +817,9 @@ def compare_setting(
             if len(members) > 1:
                 rows.append(head | {"run": f"mean of {len(members)}", "at": at} | dict(means))
                 rows.append(head | {"run": "standard deviation", "at": at} | dict(frame.std(skipna=False)))
-            if base and members is not base:
+            if base and members != base:
                 of_seeds = paired_differences(members, base, test_set, at)
-                differences.setdefault(label, {})[at] = of_seeds
+                differences.setdefault(f"{series_name(members)}{label}", {})[at] = of_seeds
                 rows += [head | {"run": name, "at": at} | dict(row) for name, row in difference_rows(of_seeds).items()]
             if paper:
                 gap = {name: means[name] - value for name, value in paper.items() if name in means}
@@ -802,6 +833,12 @@ def compare_setting(
     if paper:
         rows.append({"data set": dataset, "test set": test_set, "run": "paper: MIC + margin"} | paper)
     return pd.DataFrame(rows).dropna(axis=1, how="all"), curves, differences
+
+
+def series_name(runs: Sequence[auxiliaries.Run]) -> str:
+    """Return what the names of the runs of a setting have before "_seed1", "_seed2" ..., and a comma; "" without it."""
+    stems = {re.sub(r"_seed\d+(_\d+)?$", "", run.folder.name) for run in runs}
+    return f"{stems.pop()}, " if len(stems) == 1 and "_seed" in runs[0].folder.name else ""
 
 
 def scored_at(run: auxiliaries.Run, test_set: str, at: str) -> tuple[dict, dict[str, float | None]]:
@@ -821,15 +858,15 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Return the differences of the scores of runs to those of reference runs of the same seed, (seeds, scores).
 
-    What all runs of a seed share, order of the images and first weights, drops out of them. Runs that are not through
-    with their epochs have no part in them.
+    Runs of a seed have the first weights and the order of the images in common. Runs that are not through with their
+    epochs have no part in the differences.
     """
 
     def by_seed(some: Sequence[auxiliaries.Run]) -> pd.DataFrame:
         """Return the scores of each seed; should there be several runs of one, their mean."""
         finished = [run for run in some if is_finished(run)]
         scores = pd.DataFrame([scored_at(run, test_set, at)[1] for run in finished], dtype=float)
-        return scores.groupby([run.flags.get("seed") for run in finished]).mean() if finished else scores
+        return scores.groupby([run.flags.get("seed", "") for run in finished]).mean() if finished else scores
 
     own, others = by_seed(runs), by_seed(reference)
     seeds = own.index.intersection(others.index)
@@ -854,14 +891,14 @@ def points_to_draw(
 ) -> dict[str, dict[str, dict[str, tuple[np.ndarray, float, float]]]]:
     """Return what auxiliaries.draw_differences draws: {score: {setting: {"best" or "last": (values, low, high)}}}.
 
-    The interval is empty, from the mean to the mean, where there is one seed.
+    The interval is empty, from the mean to the mean, where there is one seed. A score that some seed lacks is left out.
     """
     points: dict[str, dict[str, dict[str, tuple[np.ndarray, float, float]]]] = {}
     for setting, ats in differences.items():
         for at, frame in ats.items():
             for score in frame.columns.intersection(["Recall @ 1", "NMI", "mAP @ R"], sort=False):
-                values = frame[score].dropna().to_numpy()
-                if len(values):
+                values = frame[score].to_numpy()
+                if len(values) and not np.isnan(values).any():
                     low, high = confidence_interval(values) if len(values) > 1 else (values[0], values[0])
                     points.setdefault(score, {}).setdefault(setting, {})[at] = (values, float(low), float(high))
     return points
@@ -1013,7 +1050,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
         "--plot")  # fmt: skip
     add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
-    add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs (.svg, .png or .pdf)")
+    add(
+        "--plot",
+        metavar="FILE",
+        help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against ask "
+        "for (.svg, .png or .pdf)",
+    )
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
     add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
@@ -1043,6 +1085,10 @@ def check_args(args: argparse.Namespace, parser: argparse.ArgumentParser) -> arg
             parser.error(f"--{flag} {value}: exists already; nothing is overwritten")
         if value is not None and not Path(value).absolute().parent.is_dir():
             parser.error(f"--{flag} {value}: there is no folder {Path(value).parent}")
+    if args.against is not None and args.over is not None:
+        parser.error("--against: does not go with --over; compare twice")
+    if args.against == "":
+        parser.error("--against '': give the folder of one of the runs")
     if args.plot and Path(args.plot).suffix not in (".svg", ".png", ".pdf"):
         parser.error(f"--plot {args.plot}: give a file name that ends in .svg, .png or .pdf")
     if args.save_embeddings and Path(args.save_embeddings).suffix != ".npz":

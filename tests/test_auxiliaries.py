@@ -217,6 +217,21 @@ def test_difference_plot_has_a_panel_for_each_score_and_a_row_for_each_setting(t
     assert any("plain_seed1" in text for text in texts)
 
 
+def test_difference_plot_puts_bars_at_the_interval_and_marks_at_the_mean(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(auxiliaries, "save_figure", lambda figure, path: figures.append(figure))
+    of_setting = {"last": (np.array([0.1, 0.3]), -0.1, 0.5), "best": (np.array([0.6, 0.8]), 0.4, 1.0)}
+    auxiliaries.draw_differences(tmp_path / "plot.svg", {"NMI": {"a": of_setting}}, "plain")
+    lines = [line.get_xydata().tolist() for line in figures[0].axes[0].lines]
+    places = {}
+    for name, low, mean, high in [("last", -0.1, 0.2, 0.5), ("best", 0.4, 0.7, 1.0)]:
+        (bar,) = [line for line in lines if [x for x, _ in line] == [low, high]]
+        (mark,) = [line for line in lines if len(line) == 1 and line[0][0] == pytest.approx(mean)]
+        assert bar[0][1] == bar[1][1] == mark[0][1]
+        places[name] = mark[0][1]
+    assert places["last"] != places["best"]
+
+
 def test_recoveries_show_queries_and_neighbours(tmp_path):
     embeddings = np.array([[0.0], [0.1], [5.0], [5.1]], dtype=np.float32)
     labels = np.array([0, 1, 2, 2])

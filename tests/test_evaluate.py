@@ -518,8 +518,10 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     assert best["Recall @ 1"].tolist() == pytest.approx([0.0, 0.0, 0.0])
     assert "difference, mean of 3" in printed
     assert "plain1" in plot.read_text()
+    left_out = {line.split("/runs/")[1] for line in printed.splitlines() if line.startswith("left out")}
+    assert left_out == {"mic8, no run to compare with has its seed", "mic9, 1 of 2 epochs", "plain9, 1 of 2 epochs"}
     message = refused(capsys, "--compare", tmp_path / "runs" / "mic0", "--against", tmp_path / "runs" / "plain1")
-    assert "plain1: is not one of the runs that are compared" in message
+    assert "plain1: not the folder of one of the runs that are compared" in message
     assert "--against: goes only with --compare" in refused(capsys, "a", "--against", "b")
     command(
         "--compare", tmp_path / "runs" / "mic0", tmp_path / "runs" / "plain0", "--against", tmp_path / "runs/plain0"
@@ -530,8 +532,53 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     (tmp_path / "p.svg").unlink()
     runs = [tmp_path / "runs" / name for name in ("mic8", "plain0")]
     command("--compare", *runs, "--against", runs[0], "--plot", plot)
-    assert "mic8: no other setting has a run of the same seed" in capsys.readouterr().out
+    assert f"{tmp_path}/runs/plain0, no run to compare with has its seed" in capsys.readouterr().out
     assert "epoch" in plot.read_text()  # the curves
+
+
+def test_differences_of_several_data_and_test_sets(tmp_path, capsys):
+    for name, weights, gain in [("plain", [0.0], 0.0), ("mic", [9.0], 0.1)]:
+        for seed in (1, 2):
+            folder = tmp_path / "runs" / f"{name}_seed{seed}"
+            folder.mkdir(parents=True)
+            flags = {"dataset": "vehicle_id", "seed": seed, "adv_weights": weights, "savename": folder.name}
+            auxiliaries.write_flags(folder, flags)
+            row = {"Epochs": 0, "Time": 1.0, "Set 1 NMI": None, "Set 1 Recall @ 1": 0.5, "Set 2 Recall @ 1": 0.6 + gain}
+            auxiliaries.append_row(folder / "log_val_Class.csv", row)
+    write_run(tmp_path / "runs" / "other", [0.3], dataset="shapes")
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    command("--compare", tmp_path / "runs", "--against", tmp_path / "runs/plain_seed2", "--csv", csv, "--plot", plot)
+    assert "no differences on shapes, of which it is no run" in capsys.readouterr().out
+    table = pd.read_csv(csv)
+    table = table[(table["run"] == "difference, mean of 2") & (table["at"] == "last")].set_index("test set")
+    assert table["Recall @ 1"].to_dict() == {"Set 1": 0.0, "Set 2": pytest.approx(0.1)}
+    assert "difference in Recall @ 1" in plot.read_text()
+    assert "difference in NMI" not in plot.read_text()  # which some run lacks
+    message = refused(capsys, "a", "--compare", "--against", "b", "--over", "seed")
+    assert "--against: does not go with --over" in message
+
+
+def test_a_reference_that_cannot_be_read_is_named(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "a", [0.3])
+    (tmp_path / "runs" / "broken").mkdir()
+    message = refused(capsys, "--compare", tmp_path / "runs", "--against", tmp_path / "runs" / "broken")
+    assert f"--against {tmp_path}/runs/broken: {tmp_path}/runs/broken: holds no hypa.pkl" in message
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, names):
+    write_run(tmp_path / "a", [0.3])
+    write_run(tmp_path / "b", [0.4], val_classes=0.25, select="val")
+    log = tmp_path / "b" / "log_val_Class.csv"
+    log.write_text("Epochs,Time,NMI,Recall @ 1,Val Recall @ 1\n0,1,0.2,0.4,0.6\n1,1,0.2,0.5,0.55\n")
+    csv = tmp_path / "t.csv"
+    command("--compare", *(tmp_path / name for name in names), "--csv", csv)
+    assert "mean of" not in capsys.readouterr().out
+    table = pd.read_csv(csv)
+    best = table[table["at"] == "best"].set_index(["run", "test set"])["Recall @ 1"]
+    assert best.loc[[("b", "Val")]].tolist() == [0.6]
+    assert ("a", "Val") not in best.index
+    assert {best[name, where] for name, where in best.index if name == "b" and where != "Val"} == {0.4}
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])

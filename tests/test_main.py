@@ -893,7 +893,8 @@ while [[ $# -gt 0 ]]; do
     esac
     shift
 done
-if [[ -n ${name:-} ]]; then mkdir -p "$save/$dataset/$name" && touch "$save/$dataset/$name/last.pth.tar"; fi
+[[ -n ${name:-} ]] || exit 0
+mkdir -p "$save/$dataset/$name" && touch "$save/$dataset/$name/"{last.pth.tar,log_val_Class.csv}
 """
 
 
@@ -957,9 +958,43 @@ def test_the_ablation_of_mining_gives_the_baseline_as_many_steps_and_pairs_by_se
     }
     assert calls[-1][1] == "--compare"
     assert calls[-1][12:14] == ["--against", str(runs / "ablation_mining_margin_seed1")]
-    code, error, *_ = ablation("mining", "shapes", "--values", "margin_steps", "--task_p", 0, 1)
-    assert code == 2
-    assert "the Class task takes no steps" in error
+
+
+def test_the_ablation_of_mining_compares_with_the_first_value_or_says_that_it_cannot(ablation):
+    directions = ("--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 5, 6)
+    more = (*directions, "--task_p", 0.5, 0.8)
+    values = ("--values", "margin_steps", "no_adversarial")
+    code, error, calls, runs = ablation("mining", "shapes", *values, "--n_epochs", 10, "--tau", 5, *more)
+    assert (code, error) == (0, "")
+    assert "--task_p 1 0 --adv_weights 0 0 --n_epochs 13 --tau 7 --seed" in " ".join(calls[0])  # 1.3 steps to 1
+    assert "--adv_weights 0 0 --seed" in " ".join(calls[1])
+    assert str(runs / "ablation_mining_margin_steps_seed1") == calls[-1][calls[-1].index("--against") + 1]
+    shutil.rmtree(runs / "ablation_mining_margin_steps_seed1")
+    failing = ("ablation_mining_margin_steps_seed1", "1")
+    code, error, calls, _ = ablation("mining", "shapes", *values, *directions, fails=failing)
+    assert (code, error) == (1, "Result_Runs.sh: failed: margin_steps_seed1\n")
+    assert "--compare" in calls[-1]
+    assert "--against" not in calls[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_p", 1, 0], "--task_p: the series mining needs steps of both tasks"),
+        (["--task_p", 1], "--task_p 1.0: takes 2 values"),
+        (["--adv_weights", 0], "--adv_weights 0: is no_adversarial"),
+        (["--cluster_mode", "no_norm"], "--cluster_mode no_norm: is one of the series mining"),
+        (["--scheduler", "exp"], "--scheduler exp: would decay further"),
+        (["--values", "margin", "mine"], "no value 'mine' of mining"),
+    ],
+)
+def test_the_ablation_of_mining_refuses_settings_that_coincide(ablation, tmp_path, monkeypatch, flags, message):
+    (tmp_path / "main.py").write_text("raise SystemExit('of another program')")
+    monkeypatch.chdir(tmp_path)
+    code, error, calls, _ = ablation("mining", "shapes", *flags)
+    assert (code, calls) == (2, [])
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_an_ablation_goes_on_after_a_failure_and_stops_when_told(ablation):
@@ -978,7 +1013,6 @@ def test_an_ablation_goes_on_after_a_failure_and_stops_when_told(ablation):
     [
         (["sizes", "shapes"], "no series 'sizes'"),
         (["clusters", "shapes", "--seeds", "0"], "--seeds '0': give how many"),
-        (["mining", "shapes", "--values", "mine"], "no value 'mine' of mining"),
         (["clusters", "shapes", "--dataset=cub200"], "--dataset=cub200 does not go with an ablation"),
         (["clusters", "shapes", "--seed=7"], "--seed=7 does not go with an ablation"),
         (["clusters", "shapes", "--savename", "mine"], "mine.csv exists already, and is of no series"),

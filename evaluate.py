@@ -896,7 +896,7 @@ def points_to_draw(
     points: dict[str, dict[str, dict[str, tuple[np.ndarray, float, float]]]] = {}
     for setting, ats in differences.items():
         for at, frame in ats.items():
-            for score in frame.columns.intersection(["Recall @ 1", "NMI", "mAP @ R"], sort=False):
+            for score in [name for name in ("Recall @ 1", "NMI", "mAP @ R") if name in frame]:
                 values = frame[score].to_numpy()
                 if len(values) and not np.isnan(values).any():
                     low, high = confidence_interval(values) if len(values) > 1 else (values[0], values[0])

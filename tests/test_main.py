@@ -822,9 +822,12 @@ def eight_classes(tmp_path):
     return tmp_path / "held"
 
 
-def test_no_class_held_out_or_tested_is_trained_on_or_mined(eight_classes, run_main, monkeypatch):
-    trained, clustered, original = set(), [], main.train_one_epoch
-    original_kmeans = auxiliaries.kmeans
+def test_no_class_held_out_or_tested_is_trained_on_or_mined(eight_classes, run_main, monkeypatch, capsys):
+    trained, mined, probed = set(), [], set()
+    original, original_mining, original_subset = main.train_one_epoch, main.mine_labels, main.Subset
+
+    def classes(dataset):
+        return {Path(name).parent.name for name in dataset.images.names}
 
     def spy(network, criteria, adversaries, optimizer, scaler, loaders, *rest):
         for loader in loaders.values():
@@ -832,19 +835,34 @@ def test_no_class_held_out_or_tested_is_trained_on_or_mined(eight_classes, run_m
             trained.update(images.names[index] for batch in loader.loader.batch_sampler for index, *_ in batch)
         return original(network, criteria, adversaries, optimizer, scaler, loaders, *rest)
 
-    def spy_kmeans(points, n_clusters, seed):
-        clustered.append((len(points), n_clusters))
-        return original_kmeans(points, n_clusters, seed)
+    def spy_mining(network, loader, *rest, **more):
+        mined.append(classes(loader.dataset))
+        return original_mining(network, loader, *rest, **more)
+
+    def spy_subset(dataset, indices):
+        probed.update(classes(dataset))
+        return original_subset(dataset, indices)
 
     monkeypatch.setattr(main, "train_one_epoch", spy)
-    monkeypatch.setattr(auxiliaries, "kmeans", spy_kmeans)
+    monkeypatch.setattr(main, "mine_labels", spy_mining)
+    monkeypatch.setattr(main, "Subset", spy_subset)
     flags = ["--dataset", "eight", "--source_path", eight_classes, "--shared_num_classes", 3]
     folder = run_main(*flags, "--val_classes", 0.5)
     assert {Path(name).parent.name for name in trained} == {"class_00", "class_01"}
-    assert {n_points for n_points, n_clusters in clustered if n_clusters == 3} == {10}
+    assert mined
+    assert all(names == {"class_00", "class_01"} for names in [*mined, probed])
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
+    capsys.readouterr()
+    parser = evaluate.get_args_parser()
+    evaluate.main(evaluate.check_args(parser.parse_args([str(folder)]), parser))
+    of_test, of_val = capsys.readouterr().out.split("Class embedding of 10 eight images, Val")  # 2 classes of 5
+    assert "Class embedding of 20 eight images" in of_test
+    best = read_logs(folder)["log_val_Class.csv"].iloc[0]
+    for printed, prefix in ((of_test, ""), (of_val, "Val ")):
+        (line,) = [line for line in printed.splitlines() if line.startswith("Recall @ 1")]
+        assert [float(value) for value in line.split()[-2:]] == [best[f"{prefix}Recall @ 1"]] * 2
     assert {path.name for path in folder.iterdir()} == RUN_FILES
 
 

@@ -740,8 +740,7 @@ def name_unpaired(
     others = [run for run in runs if run not in reference]
     for run in runs:
         if not is_finished(run):
-            done = run.val_rows[-1]["Epochs"] + 1
-            print(f"left out of the differences: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
+            print(f"left out of the differences: {run.folder}, {epochs_done(run)} of {run.flags['n_epochs']} epochs")
         elif run in others and run.flags.get("seed", "") not in seeds:
             print(f"left out of the differences: {run.folder}, no run to compare with has its seed")
     if not others:
@@ -758,8 +757,7 @@ def finished_runs(runs: Sequence[auxiliaries.Run], flag: str) -> list[auxiliarie
         if flag not in run.flags:
             print(f"left out of --over: {run.folder}, which has no flag {flag}")
         elif not is_finished(run):
-            done = run.val_rows[-1]["Epochs"] + 1
-            print(f"left out of --over: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
+            print(f"left out of --over: {run.folder}, {epochs_done(run)} of {run.flags['n_epochs']} epochs")
         else:
             finished.append(run)
     if not finished:
@@ -811,7 +809,7 @@ def compare_setting(
             frame = pd.DataFrame([scores for _, scores in scored], dtype=float)
             for i, (run, (row, _)) in enumerate(zip(members, scored, strict=True)):
                 own = {"run": run.folder.name, "seed": run.flags.get("seed", ""), "at": at}
-                done = {"epoch": row["Epochs"], "epochs done": run.val_rows[-1]["Epochs"] + 1}
+                done = {"epoch": row["Epochs"], "epochs done": epochs_done(run)}
                 rows.append(head | own | done | dict(frame.loc[i]))
             means = frame.mean(skipna=False)
             if len(members) > 1:
@@ -849,8 +847,12 @@ def scored_at(run: auxiliaries.Run, test_set: str, at: str) -> tuple[dict, dict[
 
 def is_finished(run: auxiliaries.Run) -> bool:
     """Return whether a run is through with its epochs; one that does not tell how many it has is."""
-    done = run.val_rows[-1]["Epochs"] + 1
-    return done == run.flags.get("n_epochs", done)
+    return epochs_done(run) == run.flags.get("n_epochs", epochs_done(run))
+
+
+def epochs_done(run: auxiliaries.Run) -> int:
+    """Return how many epochs of a run were through when it was scored last."""
+    return run.val_rows[-1]["Epochs"] + 1
 
 
 def paired_differences(
@@ -1050,12 +1052,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
         "--plot")  # fmt: skip
     add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
-    add(
-        "--plot",
-        metavar="FILE",
-        help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against ask "
-        "for (.svg, .png or .pdf)",
-    )
+    add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
+        "ask for (.svg, .png or .pdf)")  # fmt: skip
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
     add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")

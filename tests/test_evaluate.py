@@ -533,7 +533,7 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     runs = [tmp_path / "runs" / name for name in ("mic8", "plain0")]
     command("--compare", *runs, "--against", runs[0], "--plot", plot)
     assert f"{tmp_path}/runs/plain0, no run to compare with has its seed" in capsys.readouterr().out
-    assert "epoch" in plot.read_text()  # the curves
+    assert "band: one standard deviation" in plot.read_text()  # the curves over the epochs
 
 
 def test_differences_of_several_data_and_test_sets(tmp_path, capsys):

@@ -1,5 +1,10 @@
 """Fixtures: small image folders, and a way to run main as a user would."""
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several test processes on the same cores wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

@@ -1,6 +1,11 @@
 """Fixtures: small image folders, and a way to run main as a user would."""
 
+import multiprocessing
 import os
+import signal
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several test processes on the same cores wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +17,45 @@ from PIL import Image
 
 import datasets
 import main
+
+STARTS = multiprocessing.get_context("forkserver")
+STARTS.set_forkserver_preload(["main"])  # once for all processes, since it takes seconds
+
+
+class Ended(NamedTuple):
+    """What subprocess.run returns of a process that has ended; `group` is what its own processes have in common."""
+
+    returncode: int
+    stderr: str
+    group: int
+
+
+def start(stderr, function, args):
+    """Call a function at the start of a process, with what it writes in a file."""
+    os.setsid()
+    with open(stderr, "wb", 0) as file, open(os.devnull, "wb", 0) as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    function(*args)
+
+
+def run_in_process(function, *args, timeout=120):
+    """Call a function, that of a module, in a new process that has main imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        stderr = Path(folder) / "stderr"
+        process = STARTS.Process(target=start, args=(stderr, function, args))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"not ended after {timeout} s: {stderr.read_text()}")
+        return Ended(process.exitcode, stderr.read_text(), process.pid)
+
+
+def run_with(argv):
+    """Run main with a command line; return the run folder."""
+    parser = main.get_args_parser()
+    return main.main(main.check_args(parser.parse_args([str(flag) for flag in argv]), parser))
 
 
 def write_class_folders(root, per_class=(5, 5, 5, 5), size=40):
@@ -63,9 +107,7 @@ def run_main(tmp_path):
         for flag, values in base.items():
             if flag not in argv:
                 argv += [flag, *values.split()]
-        parser = main.get_args_parser()
-        argv += ["--not_pretrained"] if not_pretrained else []
-        return main.main(main.check_args(parser.parse_args(argv), parser))
+        return run_with([*argv, "--not_pretrained"] if not_pretrained else argv)
 
     return run
 

@@ -1,8 +1,6 @@
-"""Several processes: the same gradients, features, labels and scores as one, and an end when one of them dies.
+"""Several processes: the same gradients, features, labels and scores as one, and an end when one of them dies."""
 
-Run by torchrun as a script, this file computes in each process what the tests compare with one process.
-"""
-
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,8 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal
+from conftest import assert_equal, run_in_process
+from conftest import run_with as run
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn import functional as F
 
 import auxiliaries
@@ -152,6 +153,35 @@ def torchrun(n_processes, *command, **options):
     )  # fmt: skip
 
 
+def launch(n_processes, function, *args):
+    """Call a function in as many connected processes, by what torchrun itself calls; they need not import main anew."""
+    torch.set_num_threads(1)  # as torchrun does
+    config = LaunchConfig(
+        1, 1, n_processes, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        start_method="fork",
+    )  # fmt: skip
+    with contextlib.suppress(ChildFailedError):
+        elastic_launch(config, function)(*args)
+        return
+    sys.exit(1)
+
+
+def launched(n_processes, function, *args):
+    """Do that in a process of its own."""
+    return run_in_process(launch, n_processes, function, *args)
+
+
+def finish(process):
+    """See that a process ended well."""
+    assert process.returncode == 0, process.stderr
+
+
+def store_computed(folder):
+    """Write what one of several processes computes."""
+    with auxiliaries.process_group():
+        torch.save(computed(), folder / f"{auxiliaries.process_number()}.pt")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Let this process compute as those that torchrun starts do."""
@@ -171,9 +201,7 @@ def alone(one_thread):
 def together(request, tmp_path_factory):
     """What each of 2 and of 3 processes computes."""
     folder = tmp_path_factory.mktemp(f"processes_{request.param}")
-    process = torchrun(request.param, __file__, folder)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    finish(launched(request.param, store_computed, folder))
     return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(request.param)]
 
 
@@ -221,12 +249,6 @@ def flags_of_run(folder, *more):
     return [*base.split(), "--save_path", str(folder), *map(str, more)]
 
 
-def run(argv):
-    """Run main in this process; return the run folder."""
-    parser = main.get_args_parser()
-    return main.main(main.check_args(parser.parse_args(argv), parser))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, one_thread):
     """The folders of a run of one epoch in two processes and in one."""
@@ -260,17 +282,11 @@ def tiny_flags(source, folder, *more):
     return [*base.split(), "--source_path", str(source), "--save_path", str(folder), *map(str, more)]
 
 
-def finish(process):
-    """Wait for a run that is to end well."""
-    error = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, error
-
-
 def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders, tmp_path):
-    finish(torchrun(2, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "whole")))
+    finish(launched(2, run, tiny_flags(class_folders, tmp_path / "whole")))
     cut = tmp_path / "cut" / "tiny" / "run"
-    finish(torchrun(2, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "cut", "--n_epochs", 1)))
-    finish(torchrun(2, ROOT / "main.py", "--resume", cut, "--n_epochs", 2))
+    finish(launched(2, run, tiny_flags(class_folders, tmp_path / "cut", "--n_epochs", 1)))
+    finish(launched(2, run, ["--resume", cut, "--n_epochs", 2]))
     whole, resumed = (
         torch.load(folder / "last.pth.tar", weights_only=True) for folder in (tmp_path / "whole" / "tiny" / "run", cut)
     )
@@ -336,24 +352,23 @@ def test_no_process_outlives_torchrun(class_folders, tmp_path):
 
 def test_a_broken_image_in_the_share_of_one_process_is_told_once(class_folders, tmp_path):
     (class_folders / "tiny" / "images" / "class_01" / "4.jpg").write_bytes(b"no image")
-    process = torchrun(3, ROOT / "main.py", *tiny_flags(class_folders, tmp_path / "runs", "--bs", 6))
-    _, error = process.communicate(timeout=120)
+    process = launched(3, run, tiny_flags(class_folders, tmp_path / "runs", "--bs", 6))
     assert process.returncode != 0
-    (own,) = own_lines(error)
+    (own,) = own_lines(process.stderr)
     assert own.startswith(f"main.py: error: cannot decode the image {class_folders}/tiny/images/class_01/4.jpg")
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_all_processes_find_is_told_once(class_folders, tmp_path):
-    process = torchrun(3, ROOT / "main.py", *tiny_flags(class_folders, tmp_path, "--bs", 4))
-    (own,) = own_lines(process.communicate(timeout=120)[1])
+    process = launched(3, run, tiny_flags(class_folders, tmp_path, "--bs", 4))
+    (own,) = own_lines(process.stderr)
     assert own == "main.py: error: --bs 4 is not divisible by the 3 processes that torchrun started"
 
 
 def test_what_the_first_process_finds_is_told_once(runs):
     with auxiliaries.lock_run_folder(runs[0]):
-        process = torchrun(2, ROOT / "main.py", "--resume", runs[0], "--n_epochs", 2)
-        (own,) = own_lines(process.communicate(timeout=120)[1])
+        process = launched(2, run, ["--resume", runs[0], "--n_epochs", 2])
+    (own,) = own_lines(process.stderr)
     assert "is being trained by process" in own
 
 
@@ -387,8 +402,3 @@ def test_stored_runs_are_scored_by_one_process(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.check_args(parser.parse_args([str(tmp_path)]), parser)
     assert "not with torchrun" in capsys.readouterr().err
-
-
-if __name__ == "__main__":
-    with auxiliaries.process_group():
-        torch.save(computed(), Path(sys.argv[1]) / f"{auxiliaries.process_number()}.pt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -15,39 +16,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, write_class_folders
+from conftest import assert_equal, run_in_process, write_class_folders
+from conftest import run_with as run
 
 import auxiliaries
 import evaluate
 import main
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLER = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import auxiliaries, evaluate, main
-
-module, function, call, action = {module}, {function!r}, {call}, {action!r}
-original, calls, owner = getattr(module, function), 0, os.getpid()
-
-def spy(*args, **kwargs):
-    global calls
-    if action == "SIGKILL of a worker" and os.getpid() == owner:
-        return original(*args, **kwargs)
-    calls += 1
-    if calls == call:
-        if action == "half a file":
-            with auxiliaries.replaced_file(args[0]) as file:
-                file.write(b"half of it")
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-        os.kill(os.getpid(), getattr(signal, action.split()[0]))
-    return original(*args, **kwargs)
-
-setattr(module, function, spy)
-parser = main.get_args_parser()
-main.main(main.check_args(parser.parse_args({argv!r}), parser))
-"""
 
 
 def flags_of(source, folder, *more):
@@ -58,18 +34,32 @@ def flags_of(source, folder, *more):
     return [*base.split(), "--source_path", str(source), "--save_path", str(folder), *map(str, more)]
 
 
-def run(argv):
-    """Run main in this process; return the run folder."""
-    parser = main.get_args_parser()
-    return main.main(main.check_args(parser.parse_args([str(flag) for flag in argv]), parser))
+def be_killed(argv, owner, function, call, action):
+    """Run main, and send this process or a worker a signal at the call-th call of a function of a module or class."""
+    owner = pkgutil.resolve_name(owner)
+    original, calls, first_process = getattr(owner, function), 0, os.getpid()
+
+    def spy(*args, **kwargs):
+        nonlocal calls
+        if action == "SIGKILL of a worker" and os.getpid() == first_process:
+            return original(*args, **kwargs)
+        calls += 1
+        if calls == call:
+            if action == "half a file":
+                with auxiliaries.replaced_file(args[0]) as file:
+                    file.write(b"half of it")
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, action.split()[0]))
+        return original(*args, **kwargs)
+
+    setattr(owner, function, spy)
+    run(argv)
 
 
-def killed_run(argv, module, function, call, action="SIGKILL"):
-    """Run main in a process of its own that is sent a signal at the call-th call of a function; return the process."""
-    code = KILLER.format(
-        root=str(ROOT), module=module, function=function, call=call, action=action, argv=[str(flag) for flag in argv]
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def killed_run(argv, owner, function, call, action="SIGKILL"):
+    """Run main in a process of its own that is sent a signal at the call-th call of a function."""
+    return run_in_process(be_killed, argv, owner, function, call, action)
 
 
 def assert_same_run(one, other):
@@ -100,18 +90,18 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("module", "function", "call", "action"),
+    ("owner", "function", "call", "action"),
     [
-        ("main.losses.MarginLoss", "forward", 5, "SIGKILL"),  # in training, of epoch 1
+        ("losses:MarginLoss", "forward", 5, "SIGKILL"),  # in training, of epoch 1
         ("evaluate", "score_set", 3, "SIGKILL"),  # in the evaluation of epoch 1, after its training row was written
         ("auxiliaries", "kmeans", 6, "SIGKILL"),  # in the mining after epoch 1
         ("auxiliaries", "save_checkpoint", 5, "half a file"),  # while last.pth.tar is written
         ("auxiliaries", "draw_progress", 2, "SIGKILL"),  # after the best checkpoint of epoch 1, before last.pth.tar
     ],
 )
-def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, module, function, call, action):
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, owner, function, call, action):
     source, expected = whole
-    process = killed_run(flags_of(source, tmp_path), module, function, call, action)
+    process = killed_run(flags_of(source, tmp_path), owner, function, call, action)
     assert process.returncode == -signal.SIGKILL, process.stderr
     folder = tmp_path / "tiny" / "run"
     with open(folder / "log_train_Class.csv", "a") as file:
@@ -155,14 +145,14 @@ def test_all_that_has_state_is_resumed(whole, tmp_path, flags, monkeypatch):
 def test_signals_stop_with_one_line_and_a_command_to_go_on(whole, tmp_path, name, code):
     source, expected = whole
     argv = flags_of(source, tmp_path / "with space", "--kernels", 2)
-    process = killed_run(argv, "main.losses.MarginLoss", "forward", 5, name)
+    process = killed_run(argv, "losses:MarginLoss", "forward", 5, name)
     assert process.returncode == code
     assert process.stderr.count("\n") == 1
     assert process.stderr.startswith(f"main.py: stopped by {name}: the last complete epoch is safe; go on with: ")
     folder = tmp_path / "with space" / "tiny" / "run"
     command = process.stderr.split("go on with: ")[1].strip()
     assert command == f"python main.py --resume '{folder}'"
-    workers = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
+    workers = subprocess.run(["pgrep", "--session", str(process.group)], capture_output=True, text=True)
     assert workers.stdout == ""
 
 
@@ -186,7 +176,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(whole, tmp_path)
 def test_a_worker_that_dies_is_told_with_how_to_go_on(whole, tmp_path):
     # a worker of the training loader lives long enough to be asked for an 11th image, in epoch 1
     argv = flags_of(whole[0], tmp_path, "--kernels", 1)
-    process = killed_run(argv, "main.datasets.ImageDataset", "__getitem__", 11, "SIGKILL of a worker")
+    process = killed_run(argv, "datasets:ImageDataset", "__getitem__", 11, "SIGKILL of a worker")
     assert process.returncode == 1
     assert process.stderr.startswith("main.py: stopped: DataLoader worker (pid")
     assert "go on with: python main.py --resume" in process.stderr
@@ -389,35 +379,34 @@ def test_pickled_objects_are_not_executed(whole, tmp_path, capsys):
 
 def test_only_one_process_resumes(whole, tmp_path):
     source, _ = whole
-    process = killed_run(flags_of(source, tmp_path), "main.losses.MarginLoss", "forward", 3)
+    process = killed_run(flags_of(source, tmp_path), "losses:MarginLoss", "forward", 3)
     assert process.returncode == -signal.SIGKILL
     folder = tmp_path / "tiny" / "run"
     assert "process" in (folder / ".lock").read_text()  # of a dead process: no hindrance
-    command = [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    errors = [process.communicate(timeout=300)[1] for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2], errors
-    (refusal,) = [error for error, code in zip(errors, codes) if code == 2]
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_in_process(run, ["--resume", folder]), range(2)))
+    assert sorted(process.returncode for process in both) == [0, 2], both
+    (refusal,) = [process.stderr for process in both if process.returncode == 2]
     assert "is being trained by process" in refusal
     assert refusal.count("\n") == 1
     assert pd.read_csv(folder / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
+def run_on_full_disk(argv):
+    """Run main where no file grows over a megabyte."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    run(argv)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
     """The limit on file sizes lets the logs grow but no checkpoint be written."""
     source, expected = whole
-    process = killed_run(flags_of(source, tmp_path), "main.losses.MarginLoss", "forward", 5)
+    process = killed_run(flags_of(source, tmp_path), "losses:MarginLoss", "forward", 5)
     assert process.returncode == -signal.SIGKILL
     folder = tmp_path / "tiny" / "run"
     good = (folder / "last.pth.tar").read_bytes()
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-
-    command = [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, timeout=300)
+    process = run_in_process(run_on_full_disk, ["--resume", folder])
     assert process.returncode == 1
     assert process.stderr.startswith("main.py: stopped: cannot read or write ")
     assert "File too large" in process.stderr
@@ -482,7 +471,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys):
     torch.save(content, tmp_path / "tiny" / "run_7" / "last.pth.tar")
     stopped_early = tmp_path / "tiny" / "run"
     stopped_early.mkdir(parents=True)  # before anything was stored: it stays as it is
-    process = killed_run(named, "main.losses.MarginLoss", "forward", 5)
+    process = killed_run(named, "losses:MarginLoss", "forward", 5)
     assert process.returncode == -signal.SIGKILL
     for flags, message in [
         (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),

@@ -23,11 +23,11 @@ STARTS.set_forkserver_preload(["main"])  # once for all processes, since it take
 
 
 class Ended(NamedTuple):
-    """What subprocess.run returns of a process that has ended; `group` is what its own processes have in common."""
+    """A process that has ended: its exit code, what it wrote, and the session (see setsid) of those that it started."""
 
     returncode: int
     stderr: str
-    group: int
+    session: int
 
 
 def start(stderr, function, args):
@@ -52,7 +52,7 @@ def run_in_process(function, *args, timeout=120):
         return Ended(process.exitcode, stderr.read_text(), process.pid)
 
 
-def run_with(argv):
+def run(argv):
     """Run main with a command line; return the run folder."""
     parser = main.get_args_parser()
     return main.main(main.check_args(parser.parse_args([str(flag) for flag in argv]), parser))
@@ -99,7 +99,7 @@ def class_folders(tmp_path):
 def run_main(tmp_path):
     """Run main with flags, small, with the smaller backbone and random weights; returns the run folder."""
 
-    def run(*flags, not_pretrained=True):
+    def run_small(*flags, not_pretrained=True):
         base = {"--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2", "--n_epochs": "2",
                 "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0",
                 "--adv_weights": "50", "--savename": "run", "--save_path": str(tmp_path / "results")}  # fmt: skip
@@ -107,9 +107,9 @@ def run_main(tmp_path):
         for flag, values in base.items():
             if flag not in argv:
                 argv += [flag, *values.split()]
-        return run_with([*argv, "--not_pretrained"] if not_pretrained else argv)
+        return run([*argv, "--not_pretrained"] if not_pretrained else argv)
 
-    return run
+    return run_small
 
 
 @pytest.fixture(scope="session")

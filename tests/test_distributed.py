@@ -1,6 +1,5 @@
 """Several processes: the same gradients, features, labels and scores as one, and an end when one of them dies."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, run_in_process
-from conftest import run_with as run
+from conftest import assert_equal, run, run_in_process
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -160,10 +158,10 @@ def launch(n_processes, function, *args):
         1, 1, n_processes, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
         start_method="fork",
     )  # fmt: skip
-    with contextlib.suppress(ChildFailedError):
+    try:
         elastic_launch(config, function)(*args)
-        return
-    sys.exit(1)
+    except ChildFailedError:
+        sys.exit(1)
 
 
 def launched(n_processes, function, *args):

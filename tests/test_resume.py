@@ -16,8 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, run_in_process, write_class_folders
-from conftest import run_with as run
+from conftest import assert_equal, run, run_in_process, write_class_folders
 
 import auxiliaries
 import evaluate
@@ -152,7 +151,7 @@ def test_signals_stop_with_one_line_and_a_command_to_go_on(whole, tmp_path, name
     folder = tmp_path / "with space" / "tiny" / "run"
     command = process.stderr.split("go on with: ")[1].strip()
     assert command == f"python main.py --resume '{folder}'"
-    workers = subprocess.run(["pgrep", "--session", str(process.group)], capture_output=True, text=True)
+    workers = subprocess.run(["pgrep", "--session", str(process.session)], capture_output=True, text=True)
     assert workers.stdout == ""
 
 

@@ -18,37 +18,60 @@ from PIL import Image
 import datasets
 import main
 
-STARTS = multiprocessing.get_context("forkserver")
-STARTS.set_forkserver_preload(["main"])  # once for all processes, since it takes seconds
+# Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
+# from the top folder, and otherwise each imports it anew
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["main"])
 
 
 class Ended(NamedTuple):
-    """A process that has ended: its exit code, what it wrote, and the session (see setsid) of those that it started."""
+    """How a process ended. Those that it started are of the session of this number."""
 
     returncode: int
     stderr: str
     session: int
 
 
-def start(stderr, function, args):
-    """Call a function at the start of a process, with what it writes in a file."""
+@pytest.fixture(scope="session", autouse=True)
+def temporary_files_of_processes():
+    """Collect what torchrun leaves, and processes that are killed."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        yield
+
+
+def call_like_new(function, *args):
+    """Call a function with NumPy's random state as new as in a process that is no copy."""
+    np.random.seed()
+    function(*args)
+
+
+def call_in_session(stderr, function, args):
+    """Call a function in a session of its own, its errors written to a file."""
     os.setsid()
     with open(stderr, "wb", 0) as file, open(os.devnull, "wb", 0) as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    function(*args)
+    call_like_new(function, *args)
 
 
-def run_in_process(function, *args, timeout=120):
-    """Call a function, that of a module, in a new process that has main imported."""
+def run_in_process(function, *args, timeout=300):
+    """Call a function of a module in a new process that has main imported.
+
+    Not for what happens when Python itself shuts down: such a process ends without.
+    """
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
-        process = STARTS.Process(target=start, args=(stderr, function, args))
+        process = FORKSERVER.Process(target=call_in_session, args=(stderr, function, args))
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"not ended after {timeout} s: {stderr.read_text()}")
+        try:
+            process.join(timeout)
+            if process.exitcode is None:
+                pytest.fail(f"not ended after {timeout} s: {stderr.read_text()}")
+        finally:  # after Ctrl-C too, which does not reach another session
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
         return Ended(process.exitcode, stderr.read_text(), process.pid)
 
 

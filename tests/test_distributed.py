@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, run, run_in_process
+from conftest import assert_equal, call_like_new, run, run_in_process
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -151,26 +151,26 @@ def torchrun(n_processes, *command, **options):
     )  # fmt: skip
 
 
-def launch(n_processes, function, *args):
-    """Call a function in as many connected processes, by what torchrun itself calls; they need not import main anew."""
-    torch.set_num_threads(1)  # as torchrun does
+def elastic_run(n_processes, function, *args):
+    """Call a function in several connected processes, by what torchrun itself calls."""
+    torch.set_num_threads(1)  # torchrun sets OMP_NUM_THREADS
     config = LaunchConfig(
         1, 1, n_processes, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
         start_method="fork",
     )  # fmt: skip
     try:
-        elastic_launch(config, function)(*args)
+        elastic_launch(config, call_like_new)(function, *args)
     except ChildFailedError:
         sys.exit(1)
 
 
-def launched(n_processes, function, *args):
-    """Do that in a process of its own."""
-    return run_in_process(launch, n_processes, function, *args)
+def run_in_processes(n_processes, function, *args):
+    """Call a function in several connected processes that have main imported; return how torchrun would have ended."""
+    return run_in_process(elastic_run, n_processes, function, *args)
 
 
-def finish(process):
-    """See that a process ended well."""
+def assert_ended_well(process):
+    """See that a process did what it was to do."""
     assert process.returncode == 0, process.stderr
 
 
@@ -199,7 +199,7 @@ def alone(one_thread):
 def together(request, tmp_path_factory):
     """What each of 2 and of 3 processes computes."""
     folder = tmp_path_factory.mktemp(f"processes_{request.param}")
-    finish(launched(request.param, store_computed, folder))
+    assert_ended_well(run_in_processes(request.param, store_computed, folder))
     return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(request.param)]
 
 
@@ -281,10 +281,10 @@ def tiny_flags(source, folder, *more):
 
 
 def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders, tmp_path):
-    finish(launched(2, run, tiny_flags(class_folders, tmp_path / "whole")))
+    assert_ended_well(run_in_processes(2, run, tiny_flags(class_folders, tmp_path / "whole")))
     cut = tmp_path / "cut" / "tiny" / "run"
-    finish(launched(2, run, tiny_flags(class_folders, tmp_path / "cut", "--n_epochs", 1)))
-    finish(launched(2, run, ["--resume", cut, "--n_epochs", 2]))
+    assert_ended_well(run_in_processes(2, run, tiny_flags(class_folders, tmp_path / "cut", "--n_epochs", 1)))
+    assert_ended_well(run_in_processes(2, run, ["--resume", cut, "--n_epochs", 2]))
     whole, resumed = (
         torch.load(folder / "last.pth.tar", weights_only=True) for folder in (tmp_path / "whole" / "tiny" / "run", cut)
     )
@@ -298,7 +298,9 @@ def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders,
 
 def processes_of(command_line):
     """Return the ids of the processes that have a text in their command line."""
-    return subprocess.run(["pgrep", "-f", command_line], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(["pgrep", "-f", command_line], capture_output=True, text=True)
+    assert found.returncode in (0, 1), found.stderr  # some, none
+    return found.stdout.split()
 
 
 def rank_of(pid):
@@ -350,7 +352,7 @@ def test_no_process_outlives_torchrun(class_folders, tmp_path):
 
 def test_a_broken_image_in_the_share_of_one_process_is_told_once(class_folders, tmp_path):
     (class_folders / "tiny" / "images" / "class_01" / "4.jpg").write_bytes(b"no image")
-    process = launched(3, run, tiny_flags(class_folders, tmp_path / "runs", "--bs", 6))
+    process = run_in_processes(3, run, tiny_flags(class_folders, tmp_path / "runs", "--bs", 6))
     assert process.returncode != 0
     (own,) = own_lines(process.stderr)
     assert own.startswith(f"main.py: error: cannot decode the image {class_folders}/tiny/images/class_01/4.jpg")
@@ -358,14 +360,14 @@ def test_a_broken_image_in_the_share_of_one_process_is_told_once(class_folders, 
 
 
 def test_what_all_processes_find_is_told_once(class_folders, tmp_path):
-    process = launched(3, run, tiny_flags(class_folders, tmp_path, "--bs", 4))
+    process = run_in_processes(3, run, tiny_flags(class_folders, tmp_path, "--bs", 4))
     (own,) = own_lines(process.stderr)
     assert own == "main.py: error: --bs 4 is not divisible by the 3 processes that torchrun started"
 
 
 def test_what_the_first_process_finds_is_told_once(runs):
     with auxiliaries.lock_run_folder(runs[0]):
-        process = launched(2, run, ["--resume", runs[0], "--n_epochs", 2])
+        process = run_in_processes(2, run, ["--resume", runs[0], "--n_epochs", 2])
     (own,) = own_lines(process.stderr)
     assert "is being trained by process" in own
 

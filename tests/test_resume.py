@@ -152,7 +152,7 @@ def test_signals_stop_with_one_line_and_a_command_to_go_on(whole, tmp_path, name
     command = process.stderr.split("go on with: ")[1].strip()
     assert command == f"python main.py --resume '{folder}'"
     workers = subprocess.run(["pgrep", "--session", str(process.session)], capture_output=True, text=True)
-    assert workers.stdout == ""
+    assert (workers.returncode, workers.stdout) == (1, "")  # none
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(whole, tmp_path):

@@ -1,4 +1,4 @@
-"""Fixtures: small image folders, and a way to run main as a user would."""
+"""Fixtures and helpers: small image folders, programs run as a user would, and processes of their own."""
 
 import multiprocessing
 import os
@@ -18,6 +18,7 @@ from PIL import Image
 import datasets
 import main
 
+ROOT = Path(__file__).resolve().parent.parent
 # Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
 # from the top folder, and otherwise each imports it anew
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -75,10 +76,15 @@ def run_in_process(function, *args, timeout=300):
         return Ended(process.exitcode, stderr.read_text(), process.pid)
 
 
-def run(argv):
-    """Run main with a command line; return the run folder."""
-    parser = main.get_args_parser()
-    return main.main(main.check_args(parser.parse_args([str(flag) for flag in argv]), parser))
+def parse(*flags, program=main):
+    """Return the checked arguments of a command line of main or evaluate."""
+    parser = program.get_args_parser()
+    return program.check_args(parser.parse_args([str(flag) for flag in flags]), parser)
+
+
+def run(argv, program=main):
+    """Run main or evaluate with a command line; main returns the run folder."""
+    return program.main(parse(*argv, program=program))
 
 
 def write_class_folders(root, per_class=(5, 5, 5, 5), size=40):

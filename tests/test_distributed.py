@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, call_like_new, run, run_in_process
+from conftest import ROOT, assert_equal, call_like_new, parse, run, run_in_process
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -24,7 +24,6 @@ import losses
 import main
 import netlib
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH_SIZE = 12
 CASES = {
     f"{loss}-{sampling}-{'+'.join(directions)}-{batchnorm}": (loss, sampling, directions, batchnorm)
@@ -398,7 +397,6 @@ with evaluate.one_line_errors("main.py"), auxiliaries.signals_stop(), auxiliarie
 def test_stored_runs_are_scored_by_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(auxiliaries, "launched_processes", lambda: 3)
     monkeypatch.setattr(auxiliaries, "may_tell", lambda: True)
-    parser = evaluate.get_args_parser()
     with pytest.raises(SystemExit):
-        evaluate.check_args(parser.parse_args([str(tmp_path)]), parser)
+        parse(tmp_path, program=evaluate)
     assert "not with torchrun" in capsys.readouterr().err

@@ -8,13 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import write_class_folders
+from conftest import run, write_class_folders
 from PIL import Image
 
 import auxiliaries
 import datasets
 import evaluate
-import main
 import netlib
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -305,8 +304,7 @@ def test_queries_are_searched_in_the_gallery_only():
 
 def command(*flags):
     """Run evaluate.py as a user would."""
-    parser = evaluate.get_args_parser()
-    evaluate.main(evaluate.check_args(parser.parse_args([str(flag) for flag in flags]), parser))
+    run(flags, evaluate)
 
 
 def refused(capsys, *flags):
@@ -335,8 +333,7 @@ def small_run(folder, name, *flags):
     base += (
         f"--shared_num_classes 3 --not_pretrained --source_path {folder}/source --save_path {folder} --savename {name}"
     )
-    parser = main.get_args_parser()
-    return main.main(main.check_args(parser.parse_args([*base.split(), *map(str, flags)]), parser))
+    return run([*base.split(), *flags])
 
 
 def read_table(printed):

@@ -1,11 +1,7 @@
-"""Flags, mining, the training epoch, and whole runs as a user starts them."""
+"""Mining, the training epoch, and whole runs as a user starts them."""
 
 import functools
-import importlib.util
 import pickle
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import write_class_folders
+from conftest import parse, run, write_class_folders
 from PIL import Image
 
 import auxiliaries
@@ -46,167 +42,6 @@ RUN_FILES = {
 MINING_FILES = {
     "log_mining.csv", "mined_clusters.png", "sample_recoveries_Shared.png", "log_probe.csv", "InfoPlot_Probe.svg"
 }  # fmt: skip
-METHOD_DEFAULTS = {
-    "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
-    "kernels": 8, "seed": 1, "scheduler": "step", "gamma": 0.3, "tau": [80], "decay": 4e-4, "lr": 1e-5,
-    "task_p": [1, 0.8], "bs": 112, "cs_per_bs": [4, 4], "embed_sizes": [128, 128],
-    "losses": ["marginloss", "marginloss"], "sampling": ["distance", "distance"], "proxy_lr": [1e-5, 1e-5],
-    "beta": [1.2, 1.2], "beta_lr": [5e-4, 5e-4], "nu": [0, 0], "margin": [0.2, 0.2], "adversarial": ["Class-Shared"],
-    "adv_weights": [2500], "adv_dim": 512, "shared_num_classes": 30, "cluster_update_freq": 3, "cluster_mode": "mean",
-    "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
-    "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
-    "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
-    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "val_classes": 0.0, "select": "test",
-}  # fmt: skip
-
-
-def parse(*flags):
-    parser = main.get_args_parser()
-    return main.check_args(parser.parse_args([str(flag) for flag in flags]), parser)
-
-
-def test_defaults_are_those_that_scripts_rely_on():
-    assert vars(parse()) == METHOD_DEFAULTS
-
-
-def test_a_task_that_never_steps_may_have_any_batches():
-    assert parse("--task_p", 1, 0, "--cs_per_bs", 4, 1).cs_per_bs == [4, 1]
-
-
-def test_defaults_that_depend_on_other_flags():
-    assert parse("--not_pretrained").bn == "train"
-    assert parse("--not_pretrained", "--bn", "frozen").bn == "frozen"
-    assert parse("--dataset", "vehicle_id").k_vals == [1, 5]
-    assert parse("--k_vals", 10, 5).k_vals == [1, 5, 10]
-    assert parse("--losses", "proxynca", "marginloss").cs_per_bs == [1, 4]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--task_p", "1"], "--task_p 1.0: takes 2 values"),
-        (["--embed_sizes", "1", "2", "3"], "--embed_sizes: '1' is not a whole number of at least 2"),
-        (["--embed_sizes", "8", "8", "8"], "--embed_sizes 8 8 8: takes 2 values"),
-        (["--bs", "110"], "--bs 110 is not a multiple of --cs_per_bs 4"),
-        (["--bs", "4"], "--bs 4 holds one class"),
-        (["--cs_per_bs", "1", "4"], "marginloss needs at least 2 images per class"),
-        (["--adv_weights", "1", "2"], "takes one weight per direction"),
-        (["--adversarial", "Class-Shared", "Class-Shared", "--adv_weights", "1", "2"], "name each direction once"),
-        (["--adversarial", "Shared"], "invalid choice: 'Shared'"),
-        (["--task_p", "1", "1.5"], "'1.5' is not a probability"),
-        (["--task_p", "0", "0"], "nothing would be trained"),
-        (["--lr", "nan"], "'nan' is not a number above 0"),
-        (["--n_epochs", "0"], "'0' is not a whole number of at least 1"),
-        (["--losses", "contrastive", "triplet"], "invalid choice: 'contrastive'"),
-        (["--amp", "fp8"], "invalid choice: 'fp8'"),
-        (["--arch", "vgg16"], "invalid choice: 'vgg16'"),
-        (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
-        (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
-        (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
-        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3"),
-        (["--seed", "9" * 30], "is not a whole number from 0 to 2^63 - 1"),
-        (["--n_epochs", "9" * 400], "is not a whole number"),
-        (["--savename", "a\nb"], "give a plain folder name"),
-        (["--dataset", "x" * 300], "give a plain folder name"),
-        (["--losses", "proxynca", "proxynca", "--bs", "1"], "--bs 1: a batch needs at least 2 images"),
-    ],
-)
-def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(*flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert error.startswith("main.py: error: ")
-
-
-def test_a_graph_without_graphviz_is_refused_at_once(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        parse("--make_graph")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "main.py: error: --make_graph: install the Python package graphviz (pip install graphviz) and the program dot "
-        "of Graphviz (https://graphviz.org/download), or leave it out\n"
-    )
-
-
-def test_a_board_without_tensorboard_is_refused_at_once(class_folders, run_main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", "tiny", "--source_path", class_folders, "--tensorboard")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "main.py: error: --tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it "
-        "out\n"
-    )
-    assert not (tmp_path / "results").exists()
-
-
-def spoil_first_image(root):
-    (root / "tiny" / "images" / "class_01" / "2.jpg").write_bytes(b"spoilt")
-
-
-@pytest.mark.parametrize(
-    ("flags", "spoil", "message"),
-    [
-        (["--dataset", "absent"], None, "no images of --dataset absent in --source_path"),
-        (["--dataset", "few"], lambda root: write_class_folders(root / "few", (3, 3, 3)), "at least 4 are needed"),
-        (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
-        (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
-        (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
-        (["--dataset", "tiny", "--task_p", "1", "0"], spoil_first_image, "class_01/2.jpg"),
-        (["--dataset", "tiny", "--save_path", "/dev/null/x"], None, "--save_path: /dev/null is a file"),
-    ],
-)
-def test_bad_data_is_one_line_and_leaves_no_run_folder(
-    flags, spoil, message, class_folders, run_main, tmp_path, capsys
-):
-    if spoil:
-        spoil(class_folders)
-    with pytest.raises(SystemExit) as stop:
-        run_main(*flags, "--source_path", class_folders)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
-
-
-def test_weights_that_cannot_be_downloaded(class_folders, run_main, tmp_path, capsys, monkeypatch):
-    def refuse(self, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", "tiny", "--source_path", class_folders, not_pretrained=False)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert "--weights FILE" in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "results").exists()
-
-
-def test_no_data_as_a_user_sees_it(tmp_path):
-    script = Path(main.__file__)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "no images of --dataset cub200 in --source_path Datasets; looked for images/<class>/<image>" in done.stderr
-    assert "; found no folder Datasets; to do " in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_help_fits_100_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "not a number")
-    assert main.get_args_parser().format_help()
-    monkeypatch.setenv("COLUMNS", "100")
-    text = main.get_args_parser().format_help()
-    assert max(map(len, text.splitlines())) <= 100
-    for flag in METHOD_DEFAULTS:
-        assert f"--{flag}" in text
 
 
 @pytest.mark.parametrize("mode", main.CLUSTER_MODES)
@@ -762,59 +597,6 @@ def test_compile_changes_no_key_of_the_checkpoint(tiny_run, monkeypatch, capsys)
         pd.testing.assert_frame_equal(table, read_logs(compiled)[name], rtol=1e-3)
 
 
-DATA_FAULTS = ("folder missing", "list missing", "list malformed", "image missing", "image broken", "one level off")
-DATA_LISTS = {  # file, bad line; class folders have no list
-    "cars196": ("cars_annos.mat", None),
-    "online_products": ("Info_Files/Ebay_test.txt", 3),
-    "in-shop": ("Eval/list_eval_partition.txt", 5),
-    "vehicle_id": ("train_test_split/test_list_800.txt", 2),
-}
-
-
-def spoil_data_set(source, name, fault):
-    """Put a fault into a miniature; returns what the message about it must hold."""
-    root = source / name
-    images = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".jpg")
-    file, line = DATA_LISTS.get(name, (None, None))
-    if fault == "folder missing":
-        shutil.rmtree(root)
-        return f"no images of --dataset {name} in --source_path {source}"
-    if fault == "list missing":
-        (root / file).unlink()
-        return f"list file missing: looked for {root / file}"
-    if fault == "list malformed":
-        lines = (root / file).read_bytes().splitlines()
-        (root / file).write_bytes(b"\n".join([*lines[: (line or 1) - 1], b"one"]))
-        return f"{root / file}, line {line}: expected" if line else f"{root / file}: cannot be read as the annotations"
-    if fault == "image missing":
-        images[-1].unlink()
-        return f"1 of {16 if name == 'cars196' else 12 if name == 'vehicle_id' else 8 if file[0] == 'I' else 6} listed"
-    if fault == "image broken":
-        images[-1].write_bytes(b"spoilt")
-        return f"cannot decode the image {images[-1]}"
-    root.rename(source / "deeper")
-    root.mkdir()
-    (source / "deeper").rename(root / "deeper")
-    return f"rename or move {root / 'deeper'} to {root}"
-
-
-@pytest.mark.parametrize("fault", DATA_FAULTS)
-@pytest.mark.parametrize("name", datasets.PUBLISHED)
-def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, run_main, capsys, name, fault):
-    layouts.LAYOUTS[name, "official" if name == "cars196" else "readme"](tmp_path / "source")
-    if name == "cub200" and fault in ("list missing", "list malformed", "image missing"):
-        pytest.skip("class folders have no list that could be missing or name an image that is")
-    message = spoil_data_set(tmp_path / "source", name, fault)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", name, "--source_path", tmp_path / "source", "--bs", 4, "--shared_num_classes", 2)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert error.count("\n") == 1
-    assert ("get it at http" in error) == (fault != "image broken")
-    assert not (tmp_path / "results").exists()
-
-
 @pytest.fixture
 def eight_classes(tmp_path):
     """A data set "eight" of 8 classes of 5 images, 4 of which train; returns the source path."""
@@ -855,8 +637,7 @@ def test_no_class_held_out_or_tested_is_trained_on_or_mined(eight_classes, run_m
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
     capsys.readouterr()
-    parser = evaluate.get_args_parser()
-    evaluate.main(evaluate.check_args(parser.parse_args([str(folder)]), parser))
+    run([folder], evaluate)
     of_test, of_val = capsys.readouterr().out.split("Class embedding of 10 eight images, Val")  # 2 classes of 5
     assert "Class embedding of 20 eight images" in of_test
     best = read_logs(folder)["log_val_Class.csv"].iloc[0]

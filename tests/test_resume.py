@@ -11,18 +11,15 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_equal, run, run_in_process, write_class_folders
+from conftest import ROOT, assert_equal, run, run_in_process, write_class_folders
 
 import auxiliaries
 import evaluate
 import main
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def flags_of(source, folder, *more):
@@ -304,8 +301,7 @@ def outcome(command, capsys, path):
         if command[0] == "main.py":
             run(command[1:])
         else:
-            parser = evaluate.get_args_parser()
-            evaluate.main(evaluate.check_args(parser.parse_args([str(part) for part in command[1:]]), parser))
+            run(command[1:], evaluate)
     except SystemExit as stop:
         code = stop.code
     else:

@@ -4,6 +4,9 @@ Shapes: a batch holds B embeddings of D dimensions with B integer labels; T trip
 indices (anchor, positive, negative). Everything runs on the tensors' own device without a copy to the host.
 """
 
+from argparse import Namespace
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -308,6 +311,39 @@ class AdversarialLoss(nn.Module):
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
 
+class Objective(nn.Module):
+    """What a training step minimises: its task's loss plus the weighted adversarial terms (MIC paper, section 3.3).
+
+    task_losses: the loss of each task. adversaries: direction "target-source" to (term, weight).
+    """
+
+    def __init__(self, task_losses: Mapping[str, nn.Module], adversaries: Mapping[str, tuple[AdversarialLoss, float]]):
+        super().__init__()
+        self.task_losses = nn.ModuleDict(task_losses)
+        self.adversaries = nn.ModuleDict({direction: term for direction, (term, _) in adversaries.items()})
+        self.weights = {direction: weight for direction, (_, weight) in adversaries.items()}
+
+    def heads(self, task: str) -> list[str]:
+        """Return the heads that a step of a task needs: its own, and with an adversarial term all."""
+        return list(self.task_losses) if self.weights else [task]
+
+    def forward(self, task: str, embeddings: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the terms of a step by name, whose sum is its loss.
+
+        embeddings: {head: (B, D)} of the task's batch. labels: (B,) int64, of the task.
+        """
+        terms = {task: self.task_losses[task](embeddings[task], labels)}
+        for direction, adversary in self.adversaries.items():
+            target, source = direction.split("-")
+            terms[direction] = self.weights[direction] * adversary(embeddings[target], embeddings[source])
+        return terms
+
+    def param_groups(self) -> list[dict]:
+        """Return the optimiser groups of all losses and terms."""
+        terms = [*self.task_losses.values(), *self.adversaries.values()]
+        return [group for term in terms for group in term.param_groups()]
+
+
 SAMPLERS = {"distance": DistanceWeightedSampler, "semihard": SemihardSampler, "random": RandomSampler}
 LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCALoss}
 
@@ -341,3 +377,37 @@ def build_loss(
     if needs_triplets(name):
         values["sampler"] = SAMPLERS[sampling](margin) if sampling == "semihard" else SAMPLERS[sampling]()
     return LOSSES[name](**values)
+
+
+def build_objective(
+    tasks: Mapping[str, Namespace],
+    n_classes: Mapping[str, int],
+    directions: Mapping[str, float],
+    adv_dim: int,
+    lr: float,
+) -> Objective:
+    """Build the loss of each task and the adversarial term of each direction that has a weight.
+
+    tasks: the flags of each task, see flags.PAIRS. n_classes: of each task. directions: "target-source" to weight.
+    adv_dim: hidden width of the projection networks. lr: their learning rate.
+    """
+    task_losses = {
+        name: build_loss(
+            task.losses,
+            task.sampling,
+            n_classes=n_classes[name],
+            embed_size=task.embed_sizes,
+            margin=task.margin,
+            beta=task.beta,
+            beta_lr=task.beta_lr,
+            nu=task.nu,
+            proxy_lr=task.proxy_lr,
+        )
+        for name, task in tasks.items()
+    }
+    adversaries = {}
+    for direction, weight in directions.items():
+        if weight > 0:
+            target, source = (tasks[name].embed_sizes for name in direction.split("-"))
+            adversaries[direction] = AdversarialLoss(target, source, adv_dim, lr), weight
+    return Objective(task_losses, adversaries)

@@ -1,11 +1,11 @@
 """Kill a run at random times, resume it each time, and compare its end with that of an uninterrupted run.
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [flags of main.py]
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--dataset shapes] [--n_epochs 12] [flags of main.py]
 
-The run is one of 12 epochs on the rendered data set with mining after every second epoch, small enough for a CPU. It is
-sent SIGKILL after a random time, uniform up to the time that the uninterrupted run took for its start and one epoch and
-a half (sooner where it would end before it was killed often enough), and resumed; after the last kill it may end. Logs
-(but for times), weights, optimiser and random states are compared bit for bit.
+The run mines after every second epoch and is small enough for a CPU. It is sent SIGKILL after a random time, uniform up
+to what the uninterrupted run took for its start and one and a half epochs (sooner where it would end before it was
+killed often enough), and resumed; after the last kill it may end. Logs (but for times), weights, optimiser and random
+states are compared bit for bit.
 """
 
 import argparse
@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pandas as pd  # noqa: E402
-import test_resume  # noqa: E402
+from conftest import assert_same_run, epochs_logged  # noqa: E402
 
-FLAGS = "--dataset shapes --arch googlenet --not_pretrained --img_size 32 --bs 56 --n_epochs 12 --lr 1e-3 --amp bf16 "
-FLAGS += "--shared_num_classes 8 --cluster_update_freq 1 --adv_weights 100 --kernels 1"
+FLAGS = "--arch googlenet --not_pretrained --img_size 32 --bs 56 --lr 1e-3 --amp bf16 --kernels 1 "
+FLAGS += "--shared_num_classes 8 --cluster_update_freq 1 --adv_weights 100"
 
 
 def start(*flags: str) -> subprocess.Popen:
@@ -33,64 +33,73 @@ def start(*flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def epochs_logged(folder: Path) -> int:
-    """Return how many epochs stand in the log of a run."""
-    log = folder / "log_train_Class.csv"
-    return log.read_text().count("\n") - 1 if log.exists() else 0
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a run's end; exit with what it wrote on stderr where it failed."""
+    _, error = process.communicate()
+    if process.returncode:
+        sys.exit(f"main.py ended with exit code {process.returncode}: {error}")
 
 
-def killed(process: subprocess.Popen, folder: Path, rng: random.Random, longest: float, n_epochs: int) -> bool:
-    """Kill the process after a random time, at the latest when it has logged n_epochs; tell whether it was alive."""
-    end = time.perf_counter() + rng.uniform(0, longest)
-    is_last = False
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random, longest: float, n_epochs: int) -> bool:
+    """Kill the process after a random time, soon once it has logged more than n_epochs; tell whether it was alive."""
+    end, is_last = time.perf_counter() + rng.uniform(0, longest), False
     while process.poll() is None and time.perf_counter() < end:
         time.sleep(0.02)
         if not is_last and epochs_logged(folder) > n_epochs:
-            is_last, end = True, min(end, time.perf_counter() + rng.uniform(0, 3))
-    process.send_signal(signal.SIGKILL)
+            is_last, end = True, min(end, time.perf_counter() + rng.uniform(0, longest / 4))
+    process.kill()
     return process.wait() == -signal.SIGKILL
+
+
+def run_whole(flags: list[str], folder: Path, n_epochs: int) -> float:
+    """Make the uninterrupted run; return the longest time to wait before a kill, in seconds."""
+    began = time.perf_counter()
+    finish(start(*flags, folder.name))
+    seconds = time.perf_counter() - began
+    in_epochs = sum(pd.read_csv(path)["Time"].sum() for path in folder.glob("*.csv"))
+    longest = seconds - in_epochs + 1.5 * in_epochs / n_epochs
+    print(f"uninterrupted: {seconds:.0f} s; kills after up to {longest:.1f} s", flush=True)
+    return longest
+
+
+def run_killed(flags: list[str], folder: Path, rng: random.Random, longest: float, n_epochs: int, n_kills: int) -> None:
+    """Make the run that is killed and resumed; one that was killed before it had stored anything starts anew."""
+    done, early = [], 0
+    while True:
+        can_resume = (folder / "last.pth.tar").exists()
+        if folder.exists() and not can_resume:
+            folder.rename(folder.with_name(f"killed_early_{early}"))
+            early += 1
+        process = start("--resume", str(folder)) if can_resume else start(*flags, folder.name)
+        wanted = n_epochs * (len(done) + 1) // max(n_kills, 1)
+        if len(done) == n_kills or not kill(process, folder, rng, longest, wanted):
+            break
+        done.append(epochs_logged(folder))
+    finish(process)
+    if len(done) < n_kills:
+        print(f"the run ended after {len(done)} kills; give a larger --n_epochs for {n_kills}")
+    print(f"{len(done)} kills, epochs logged at each: {done}; {early} of them before anything was stored")
 
 
 def main() -> None:
     """Run the trial and print what it found; the exit code is 1 where the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how often the run is killed")
+    parser.add_argument("--dataset", default="shapes", help="as for main.py")
+    parser.add_argument("--n_epochs", type=int, default=12, help="epochs of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     args, more = parser.parse_known_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
-        flags = [*FLAGS.split(), *more, "--save_path", name, "--savename"]
-        began = time.perf_counter()
-        whole = start(*flags, "whole")
-        assert whole.wait() == 0, whole.stderr.read()
-        seconds = time.perf_counter() - began
-        folders = [Path(name) / "shapes" / run for run in ("whole", "killed")]
-        epoch = sum(pd.read_csv(folders[0] / name)["Time"].sum() for name in test_resume.main.LOGS) / 12
-        longest = seconds - 12 * epoch + 1.5 * epoch
-        print(f"uninterrupted: {seconds:.0f} s; kills after up to {longest:.1f} s", flush=True)
-        kills, early, done = 0, 0, []
-        while True:
-            can_resume = (folders[1] / "last.pth.tar").exists()
-            if not can_resume and folders[1].exists():
-                folders[1].rename(folders[1].with_name(f"killed_early_{early}"))
-                early += 1
-            process = start("--resume", str(folders[1])) if can_resume else start(*flags, "killed")
-            if kills < args.kills and killed(process, folders[1], rng, longest, 12 * (kills + 1) // args.kills):
-                kills += 1
-                done.append(epochs_logged(folders[1]))
-                continue
-            process.wait()
-            assert process.returncode == 0, process.stderr.read()
-            if kills >= args.kills:
-                break
-            print(f"the run ended after {kills} kills; give a larger --n_epochs for {args.kills}")
-            break
-        print(f"{kills} kills, epochs logged at each: {done}")
+        flags = ["--dataset", args.dataset, "--n_epochs", str(args.n_epochs), *FLAGS.split(), *more]
+        flags += ["--save_path", name, "--savename"]
+        whole, killed = (Path(name) / args.dataset / run for run in ("whole", "killed"))
+        longest = run_whole(flags, whole, args.n_epochs)
+        run_killed(flags, killed, random.Random(args.seed), longest, args.n_epochs, args.kills)
         try:
-            test_resume.assert_same_run(*folders)
+            assert_same_run(killed, whole)
         except AssertionError as error:
             sys.exit(f"the ends differ: {error}")
-        print("logs, weights, optimiser and random states are bit-identical")
+    print("logs, weights, optimiser and random states are bit-identical")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Fixtures and helpers: small image folders, programs run as a user would, and processes of their own."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +13,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several test processes on 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
-import datasets
 import main
+from data.shapes import render_shapes
+from run import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 # Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
@@ -56,16 +60,18 @@ def call_in_session(stderr, function, args):
     call_like_new(function, *args)
 
 
-def run_in_process(function, *args, timeout=300):
-    """Call a function of a module in a new process that has main imported.
+def run_in_process(function, *args, meanwhile=lambda process: None, timeout=300):
+    """Call a function of a module in a new process that has main imported; return how it ended.
 
-    Not for what happens when Python itself shuts down: such a process ends without.
+    meanwhile: is given the process while it runs. Not for what happens when Python itself shuts down: such a process
+    ends without.
     """
     with tempfile.TemporaryDirectory() as folder:
         stderr = Path(folder) / "stderr"
         process = FORKSERVER.Process(target=call_in_session, args=(stderr, function, args))
         process.start()
         try:
+            meanwhile(process)
             process.join(timeout)
             if process.exitcode is None:
                 pytest.fail(f"not ended after {timeout} s: {stderr.read_text()}")
@@ -76,28 +82,88 @@ def run_in_process(function, *args, timeout=300):
         return Ended(process.exitcode, stderr.read_text(), process.pid)
 
 
-def parse(*flags, program=main):
-    """Return the checked arguments of a command line of main or evaluate."""
-    parser = program.get_args_parser()
-    return program.check_args(parser.parse_args([str(flag) for flag in flags]), parser)
+def epochs_logged(folder, log="log_train_Class.csv"):
+    """Return how many rows a log of a run has, 0 where there is none yet."""
+    path = folder / log
+    return path.read_text().count("\n") - 1 if path.exists() else 0
+
+
+def when(condition, act):
+    """Return a `meanwhile` that waits until a condition holds, then acts on the process."""
+
+    def wait_and_act(process):
+        while process.is_alive() and not condition():
+            time.sleep(0.005)
+        assert process.is_alive(), "the run ended too early"
+        act(process)
+
+    return wait_and_act
+
+
+def when_logged(folder, n_rows, act, log="log_train_Class.csv"):
+    """Return a `meanwhile` that waits until a log of a run has so many rows, then acts on the process."""
+    return when(lambda: epochs_logged(folder, log) >= n_rows, act)
+
+
+def killed_run(argv, folder, n_rows=1, log="log_train_Class.csv", signum=signal.SIGKILL):
+    """Run main in a process of its own that is sent a signal as soon as a log of its run folder has so many rows."""
+    act = when_logged(folder, n_rows, lambda process: os.kill(process.pid, signum), log)
+    return run_in_process(run, argv, meanwhile=act)
+
+
+def parse(*argv):
+    """Return the checked arguments of a command line of main."""
+    parser = main.get_args_parser()
+    return flags.check(parser.parse_args([str(flag) for flag in argv]), parser)
 
 
 def run(argv, program=main):
     """Run main or evaluate with a command line; main returns the run folder."""
-    return program.main(parse(*argv, program=program))
+    return program.main([str(flag) for flag in argv])
 
 
-def write_class_folders(root, per_class=(5, 5, 5, 5), size=40):
-    """Write root/images/class_i/j.jpg: noise around a colour of the class."""
+def refused(capsys, argv, program=main, code=2):
+    """Run a program that is to stop with an exit code and one line; return the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(argv, program)
+    error = capsys.readouterr().err
+    assert stop.value.code == code, error
+    name = Path(program.__file__).name
+    assert error.startswith(f"{name}: error: " if code == 2 else f"{name}: stopped"), error
+    assert error.count("\n") == 1, error
+    return error
+
+
+def write_class_folders(root, per_class=(5, 5, 5, 5), size=40, contrast=1.0):
+    """Write root/images/class_i/j.jpg: noise around a colour of the class; without contrast all classes are alike."""
     rng = np.random.default_rng(0)
     for label, n_images in enumerate(per_class):
         folder = root / "images" / f"class_{label:02d}"
         folder.mkdir(parents=True)
-        colour = rng.uniform(60, 190, 3)
+        colour = 125 + contrast * (rng.uniform(60, 190, 3) - 125)
         for i in range(n_images):
             pixels = np.clip(colour + rng.normal(0, 25, (size, size + 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
     return root
+
+
+def small_flags(source, folder, *more):
+    """Return the command line of a small run on "tiny" that mines after every epoch; flags in `more` win."""
+    base = {"--dataset": "tiny", "--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2",
+            "--n_epochs": "3", "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3",
+            "--cluster_update_freq": "0", "--adv_weights": "50", "--savename": "run"}  # fmt: skip
+    argv = [str(flag) for flag in more]
+    for flag, values in base.items():
+        if flag not in argv:
+            argv += [flag, *values.split()]
+    pretrained = [] if "--weights" in argv else ["--not_pretrained"]
+    return [*argv, *pretrained, "--source_path", str(source), "--save_path", str(folder)]
+
+
+def read_logs(folder):
+    """Return all CSV files of a run without their Time columns."""
+    return {path.name: pd.read_csv(path).drop(columns="Time") for path in sorted(folder.glob("*.csv"))}
 
 
 def assert_equal(one, other, where):
@@ -117,6 +183,33 @@ def assert_equal(one, other, where):
         assert one == other, where
 
 
+def assert_same_run(one, other):
+    """Compare logs but for times, and the weights and all else that training depends on, bit for bit."""
+    assert {path.name for path in one.glob("*.csv")} == {path.name for path in other.glob("*.csv")}
+    for path in one.glob("*.csv"):
+        tables = [pd.read_csv(folder / path.name, dtype=str).drop(columns="Time") for folder in (one, other)]
+        pd.testing.assert_frame_equal(*tables)
+    for name in ("last.pth.tar", "checkpoint.pth.tar"):
+        stored = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
+        for content in stored:
+            for part in ("seconds", "spent"):
+                content.get("training", {}).pop(part, None)
+            for row in [row for rows in content["progress"]["rows"].values() for row in rows]:
+                row.pop("Time")
+            for flag in ("savename", "save_path", *flags.RESUMABLE):
+                content["flags"].pop(flag, None)
+        assert_equal(*stored, name)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Let this process compute as those that torchrun starts do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def class_folders(tmp_path):
     """A data set "tiny" of 4 classes of 5 images; returns the source path."""
@@ -125,24 +218,13 @@ def class_folders(tmp_path):
 
 
 @pytest.fixture
-def run_main(tmp_path):
-    """Run main with flags, small, with the smaller backbone and random weights; returns the run folder."""
-
-    def run_small(*flags, not_pretrained=True):
-        base = {"--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2", "--n_epochs": "2",
-                "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3", "--cluster_update_freq": "0",
-                "--adv_weights": "50", "--savename": "run", "--save_path": str(tmp_path / "results")}  # fmt: skip
-        argv = [str(flag) for flag in flags]
-        for flag, values in base.items():
-            if flag not in argv:
-                argv += [flag, *values.split()]
-        return run([*argv, "--not_pretrained"] if not_pretrained else argv)
-
-    return run_small
+def tiny_run(class_folders, tmp_path):
+    """Run main with flags, small, on "tiny"; returns the run folder."""
+    return lambda *more: run(small_flags(class_folders, tmp_path / "results", *more))
 
 
 @pytest.fixture(scope="session")
 def shapes():
     """The built-in data set, (train, test)."""
-    train, tests = datasets.render_shapes()
+    train, tests = render_shapes()
     return train, tests[""]

@@ -1,17 +1,15 @@
 """Flags, and what a user is told about bad ones and bad data: one line, exit code 2, no run folder."""
 
-import importlib.util
 import shutil
 import subprocess
 import sys
 
 import layouts
 import pytest
-import torchvision
-from conftest import ROOT, parse, write_class_folders
+from conftest import ROOT, parse, refused, small_flags, write_class_folders
 
-import datasets
 import main
+from data.readers import PUBLISHED
 
 METHOD_DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
@@ -78,6 +76,9 @@ def test_defaults_that_depend_on_other_flags():
         (["--savename", "a\nb"], "give a plain folder name"),
         (["--dataset", "x" * 300], "give a plain folder name"),
         (["--losses", "proxynca", "proxynca", "--bs", "1"], "--bs 1: a batch needs at least 2 images"),
+        (["--k_vals", "9" * 20], "is not a whole number of at least 1"),
+        (["--beta", "1e300", "1"], "'1e300' is not a number above 0, at most 1e9"),
+        (["--embed_sizes", "100000000", "2"], "'100000000' is not a whole number of at least 2, at most 65,536"),
     ],
 )
 def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
@@ -90,28 +91,35 @@ def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
     assert error.startswith("main.py: error: ")
 
 
-def test_a_graph_without_graphviz_is_refused_at_once(monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        parse("--make_graph")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "main.py: error: --make_graph: install the Python package graphviz (pip install graphviz) and the program dot "
-        "of Graphviz (https://graphviz.org/download), or leave it out\n"
+@pytest.mark.parametrize(
+    ("flag", "package"), [("--make_graph", "torchview"), ("--make_graph", "graphviz"), ("--tensorboard", "tensorboard")]
+)
+def test_a_missing_package_is_named_at_once(tmp_path, flag, package):
+    """The package is hidden from a program of its own by a finder that refuses it."""
+    code = (
+        "import sys, importlib.machinery as m\n"
+        "find = m.PathFinder.find_spec\n"
+        f"m.PathFinder.find_spec = lambda name, *more: None if name == {package!r} else find(name, *more)\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import main; main.main([{flag!r}])\n"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert f"main.py: error: {flag}: install " in done.stderr
+    assert f"pip install {package}" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_board_without_tensorboard_is_refused_at_once(class_folders, run_main, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", "tiny", "--source_path", class_folders, "--tensorboard")
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "main.py: error: --tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it "
-        "out\n"
-    )
-    assert not (tmp_path / "results").exists()
+def test_batchnorm_that_trains_in_several_processes_on_cpus_is_refused(monkeypatch, capsys):
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert parse("--bn", "frozen", "--not_pretrained").bn == "frozen"
+    with pytest.raises(SystemExit):
+        parse("--not_pretrained")
+    error = capsys.readouterr().err
+    assert "--bn train (the default with --not_pretrained): on CPUs it runs in one process only" in error
+    assert "give --bn frozen" in error
 
 
 def spoil_first_image(root):
@@ -130,31 +138,23 @@ def spoil_first_image(root):
         (["--dataset", "tiny", "--save_path", "/dev/null/x"], None, "--save_path: /dev/null is a file"),
     ],
 )
-def test_bad_data_is_one_line_and_leaves_no_run_folder(
-    flags, spoil, message, class_folders, run_main, tmp_path, capsys
-):
+def test_bad_data_is_one_line_and_leaves_no_run_folder(flags, spoil, message, class_folders, tmp_path, capsys):
     if spoil:
         spoil(class_folders)
-    with pytest.raises(SystemExit) as stop:
-        run_main(*flags, "--source_path", class_folders)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error
-    assert error.count("\n") == 1
+    save_path = flags.pop() if "--save_path" in flags else tmp_path / "results"
+    flags = [flag for flag in flags if flag != "--save_path"]
+    assert message in refused(capsys, small_flags(class_folders, save_path, *flags))
     assert not (tmp_path / "results").exists()
 
 
-def test_weights_that_cannot_be_downloaded(class_folders, run_main, tmp_path, capsys, monkeypatch):
-    def refuse(self, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", "tiny", "--source_path", class_folders, not_pretrained=False)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
+def test_weights_that_cannot_be_downloaded(class_folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    argv = [flag for flag in small_flags(class_folders, tmp_path / "results") if flag != "--not_pretrained"]
+    error = refused(capsys, argv)
+    assert "cannot download the pretrained googlenet weights" in error
     assert "--weights FILE" in error
-    assert error.count("\n") == 1
     assert not (tmp_path / "results").exists()
 
 
@@ -176,6 +176,7 @@ def test_help_fits_100_columns(monkeypatch):
     assert max(map(len, text.splitlines())) <= 100
     for flag in METHOD_DEFAULTS:
         assert f"--{flag}" in text
+    assert "keeps the adversarial term: --adv_weights 0 too" in " ".join(text.split())
 
 
 def spoil_data_set(source, name, fault):
@@ -206,17 +207,14 @@ def spoil_data_set(source, name, fault):
 
 
 @pytest.mark.parametrize("fault", DATA_FAULTS)
-@pytest.mark.parametrize("name", datasets.PUBLISHED)
-def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, run_main, capsys, name, fault):
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, capsys, name, fault):
     layouts.LAYOUTS[name, "official" if name == "cars196" else "readme"](tmp_path / "source")
     if name == "cub200" and fault in ("list missing", "list malformed", "image missing"):
         pytest.skip("class folders have no list that could be missing or name an image that is")
     message = spoil_data_set(tmp_path / "source", name, fault)
-    with pytest.raises(SystemExit) as stop:
-        run_main("--dataset", name, "--source_path", tmp_path / "source", "--bs", 4, "--shared_num_classes", 2)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
+    more = ("--dataset", name, "--bs", 4, "--shared_num_classes", 2)
+    error = refused(capsys, small_flags(tmp_path / "source", tmp_path / "results", *more))
     assert message in error
-    assert error.count("\n") == 1
     assert ("get it at http" in error) == (fault != "image broken")
     assert not (tmp_path / "results").exists()

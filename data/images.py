@@ -1,0 +1,191 @@
+"""An image set, how an image file is decoded, and what tells two versions of a set apart."""
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from run.errors import InputError
+
+try:
+    from torchvision.io import ImageReadMode, decode_image
+except ImportError:  # deprecated there since 0.29; Pillow gives the same pixels, more slowly
+    decode_image = None
+
+VALIDATION = "Val"
+"""Name of the held-out training classes among the test sets."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images of one split.
+
+    names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
+    pixels: decoded images, (N, H, W, 3) uint8 or a cache.PixelStore; None where `names` are files to decode.
+    factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
+    is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
+    image is searched in all others. warnings: what its reader found odd, a line each.
+    """
+
+    names: list[str]
+    labels: np.ndarray
+    class_names: list[str]
+    pixels: Sequence[np.ndarray] | None = None
+    factors: dict[str, np.ndarray] = field(default_factory=dict)
+    is_query: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> torch.Tensor:
+        """Return image `index` as a (3, H, W) uint8 RGB tensor. Raises InputError when it cannot be decoded."""
+        if self.pixels is not None:
+            return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
+        return read_image(self.names[index])
+
+    def describe(self) -> str:
+        """Return the numbers of images and classes in words, and how many classes have a single image."""
+        n_single = int((np.bincount(self.labels) == 1).sum())
+        note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
+        return f"{len(self)} images of {len(self.class_names)} classes{note}"
+
+    def classes(self, first: int, stop: int) -> "ImageSet":
+        """Return the images of the classes from `first` up to `stop`; their labels count from 0."""
+        chosen = np.flatnonzero((self.labels >= first) & (self.labels < stop))
+        return replace(
+            self,
+            names=[self.names[i] for i in chosen],
+            labels=self.labels[chosen] - first,
+            class_names=self.class_names[first:stop],
+            pixels=None if self.pixels is None else self.pixels[chosen],
+            factors={name: levels[chosen] for name, levels in self.factors.items()},
+            is_query=None if self.is_query is None else self.is_query[chosen],
+        )
+
+
+Splits = tuple[ImageSet, dict[str, ImageSet]]
+"""Training images, and the test sets by name: one that is called "", or several that are scored separately."""
+
+
+def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+    """Return the training images without the last classes, and those: fraction of the classes, rounded.
+
+    Raises InputError where that leaves fewer than two classes on either side.
+    """
+    n_classes = len(images.class_names)
+    n_kept = n_classes - round(fraction * n_classes)
+    if not 2 <= n_kept <= n_classes - 2:
+        raise InputError(
+            f"--val_classes {fraction}: holds out {n_classes - n_kept} of {n_classes} training classes; at least 2 are "
+            "needed to train and 2 to score on"
+        )
+    return images.classes(0, n_kept), images.classes(n_kept, n_classes)
+
+
+def read_image(path: str) -> torch.Tensor:
+    """Decode an image file to a (3, H, W) uint8 RGB tensor. Raises InputError that names the file.
+
+    JPEG goes through torchvision's decoder (the pixels of Pillow in less time), everything else through Pillow.
+    """
+    if decode_image is not None and path.lower().endswith((".jpg", ".jpeg")):
+        # Pillow reads more kinds of JPEG, other formats under that name, and says better what is wrong with a file.
+        # A UnicodeEncodeError comes from names that are not UTF-8.
+        with contextlib.suppress(RuntimeError, UnicodeEncodeError):
+            image = decode_image(path, mode=ImageReadMode.RGB)
+            if image.dtype == torch.uint8 and image.shape[:-2] == (3,):
+                return image
+    with opened_image(path) as image:
+        return torch.from_numpy(np.array(with_8_bits(image, path).convert("RGB"))).permute(2, 0, 1)
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """Return (height, width) from an image file's header. Raises InputError that names the file."""
+    with opened_image(path) as image:
+        return image.height, image.width
+
+
+@contextlib.contextmanager
+def opened_image(path: str) -> Iterator[Image.Image]:
+    """Open an image file with Pillow. Raises InputError that names the file for whatever goes wrong with it."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot decode the image {path} ({reason}); repair or remove it") from error
+
+
+def with_8_bits(image: Image.Image, path: str) -> Image.Image:
+    """Return grey of 16 bits or of floats in 0..1 as 8 bits, which convert() would clip; other images as they are.
+
+    Raises InputError for floats beyond 0..1 and integers of 32 bits, whose black and white are not known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "I" or not (values.min() >= 0 and values.max() <= 1):
+        kind = "signed or 32-bit integers" if image.mode == "I" else "floats that are not all in 0..1"
+        raise InputError(f"cannot decode the image {path} ({kind}); save it with 8 or 16 bits per channel")
+    return Image.fromarray((255 * values).round().astype(np.uint8))
+
+
+def file_status(path: str) -> os.stat_result:
+    """Return the size, time of change, ... of an image file. Raises InputError where it has gone."""
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise InputError(f"cannot read the image {path} ({error.strerror}); repair or remove it") from error
+
+
+def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
+    """Return {set: {class name: digest}}: 12 hex digits for the class's files, 8 for their places in the set.
+
+    A file counts with its name, without folder, its size and whether it is a query; rendered images with their names.
+    Sets are called "train" and as the test sets. Raises InputError for a file that has gone.
+    """
+    digests = {}
+    for split, images in image_sets.items():
+        files, places = [hashlib.sha256() for _ in images.class_names], [0] * len(images.class_names)
+        is_rendered = isinstance(images.pixels, np.ndarray)
+        for i, (name, label) in enumerate(zip(images.names, images.labels)):
+            size = "" if is_rendered else file_status(name).st_size
+            is_query = "" if images.is_query is None else bool(images.is_query[i])
+            files[label].update(f"{os.path.basename(name)}\0{size}\0{is_query}\0".encode(errors="surrogateescape"))
+            places[label] = zlib.crc32(i.to_bytes(8, "little"), places[label])
+        digests[split] = {
+            name: f"{file.hexdigest()[:12]}{place:08x}" for name, file, place in zip(images.class_names, files, places)
+        }
+    return digests
+
+
+def describe_change(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> str | None:
+    """Return None where two `contents` are equal, else a clause that names the first difference."""
+    for split in dict.fromkeys([*before, *now]):
+        old, new = before.get(split, {}), now.get(split, {})
+        changes = [f"class {name!r} is missing" for name in old if name not in new]
+        changes += [f"class {name!r} is new" for name in new if name not in old]
+        changes += [f"class {name!r} has other files" for name in old if old[name][:12] != new.get(name, "")[:12]]
+        if list(old.items()) != list(new.items()):
+            of_what = "classes" if list(old) != list(new) else "images"
+            changes.append(f"the {of_what} are in another order")
+        if changes:
+            where = {"train": "training images", "": "test images"}.get(split, f"test images of {split}")
+            return f"{where}: {changes[0]}"
+    return None
+
+
+def digest(contents: Mapping[str, Mapping[str, str]]) -> str:
+    """Return 12 hex digits that stand for all of the contents."""
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]

@@ -1,0 +1,50 @@
+"""What a run shows: plots, contact sheets, comparisons, series of runs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.images import VALIDATION, ImageSet
+from report import plots, sheets
+from run.folder import file_suffix
+
+
+def draw_evaluation(
+    folder: Path,
+    rows: Mapping[str, Sequence[Mapping]],
+    bests: Mapping[str, int],
+    tests: Mapping[str, ImageSet],
+    embeddings: Mapping[str, Mapping[str, np.ndarray]],
+    rate_steps: Sequence[int],
+) -> list[Path]:
+    """Redraw the plots of a run, and the contact sheets of each test set whose best epoch is the last; return these.
+
+    rows: of each log, see folder.LOGS. bests: test set to the index of its best row of "val". embeddings: {test set:
+    {task: (N, D)}}; the Shared embedding is shown where labels were mined for it. rate_steps: see plots.draw_progress.
+    """
+    pictures, history = [], rows["val"]
+    mined_before = [row["Before Epoch"] for row in rows["mining"]]
+    for name, best in bests.items():
+        suffix, title = file_suffix(name), f"{plots.shortened(folder.name, 50)} {name}".strip()
+        for task in ("Class", "Shared") if mined_before else ("Class",):
+            if best == len(history) - 1:
+                path = folder / f"sample_recoveries{'' if task == 'Class' else '_Shared'}{suffix}.png"
+                what = f"{title}, epoch {history[-1]['Epochs']}: nearest by the {task} embedding"
+                sheets.draw_recoveries(path, tests[name], embeddings[name][task], what)
+                pictures.append(path)
+        path = folder / f"InfoPlot_Class{suffix}.svg"
+        shown = [plotted_scores(row, name) for row in history]
+        plots.draw_progress(
+            path, rows["train"], shown, title, best=best, mined_before=mined_before, rate_steps=rate_steps
+        )
+    if rows["probe"]:
+        plots.draw_probe(folder / "InfoPlot_Probe.svg", rows["probe"], folder.name)
+    return pictures
+
+
+def plotted_scores(row: Mapping, test_set: str) -> dict[str, object]:
+    """Return the scores of a test set in a row of "val", with Recall@1 on the classes held out, if there are any."""
+    held_out = row["scores"].get(VALIDATION)
+    first = {f"{VALIDATION} Recall @ 1": held_out["Recall @ 1"]} if held_out else {}
+    return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **row["scores"][test_set]}

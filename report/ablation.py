@@ -1,0 +1,241 @@
+"""A series of runs, one for each value of a flag and each seed, and their comparison at the end.
+
+bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more flags of main.py]
+"""
+
+import argparse
+import glob
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from report.compare import compare_runs
+from run.errors import InputError, Interrupted, OneLineParser, guard_output, one_line_errors, signals_stop
+
+PROG = "Result_Runs.sh"
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ("cub200", "cars196", "online_products", "in-shop", "vehicle_id")
+STOPPING = (2, 129, 130, 143)
+"""Exit codes of a run that end the series: bad flags, or told to stop."""
+
+SERIES = {
+    "clusters": ("shared_num_classes", "5 10 20 30 50 100 150 200 250 300", "the number of mined clusters"),
+    "interval": ("cluster_update_freq", "1 3 5 10 20 50", "the epochs between two minings"),
+    "dim": ("embed_sizes", "0 64 128 256 512 1024", "of the Shared embedding; 0 is the plain margin-loss baseline"),
+    "adversarial": ("adv_weights", "0 on", "on is the weight of the set-up"),
+    "standardise": ("cluster_mode", "no_norm mean mstd", "what of each class is taken out before the first clustering"),
+    "mining": (None, "margin margin_steps mic no_adversarial no_norm", "whether mining helps: margin is the plain "
+               "margin-loss baseline, margin_steps the same with as many steps of the optimiser as MIC takes, in more "
+               "epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm; ends with "
+               "the differences to the first of them, paired by seed"),
+}  # fmt: skip
+"""A series' flag, its values, and what they are; mining sets several flags."""
+
+HELP = """\
+Trains one run for each value of a flag and each of N seeds, with the set-up of the data set (shapes: the demo's; your
+own: the defaults and your flags), and then compares them: a table, and ablation_SERIES.csv and ablation_SERIES.svg
+beside the runs. Rerunning a series skips finished runs and resumes interrupted ones.
+
+SERIES is
+{}
+
+--values runs others than these, for example a smaller series on a CPU:
+  bash Result_Runs.sh ablation clusters shapes --values 4 8 16 --seeds 2 --n_epochs 4"""
+
+
+def get_args_parser() -> OneLineParser:
+    """Return the parser of the series' own flags; all others are main.py's."""
+    series = []
+    for name, (flag, values, about) in SERIES.items():
+        line = f"  {name:<13} {f'--{flag}: ' if flag else ''}{values}: {about}"
+        series.append(textwrap.fill(line, 118, subsequent_indent=16 * " "))
+    parser = OneLineParser(
+        prog=PROG,
+        usage="bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more flags of main.py]",
+        description=HELP.format("\n".join(series)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("series", metavar="SERIES")
+    add("dataset", metavar="DATASET")
+    add("--seeds", default="1", metavar="N", help="seeds for each value, from 0 for the published set-ups, else from 1 "
+        "(default: 1)")  # fmt: skip
+    add("--values", nargs="+", metavar="V", help="values other than those of the series")
+    add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
+    add("--savename", metavar="NAME", help="first word of the runs' names (default: ablation_SERIES)")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the series' own flags and those of main.py; refuses what does not fit in one line, with exit code 2."""
+    parser = get_args_parser()
+    args, flags = parser.parse_known_args(argv)
+    if args.series not in SERIES:
+        parser.error(f"no series '{args.series}'; one of {', '.join(SERIES)}")
+    for flag in flags:
+        if flag.split("=")[0] in ("--seed", "--dataset", "--resume"):
+            parser.error(f"{flag} does not go with an ablation: give --seeds N, --values V ..., --save_path FOLDER, "
+                         "--savename NAME")  # fmt: skip
+    if not args.seeds.isdecimal() or int(args.seeds) < 1:
+        parser.error(f"--seeds '{args.seeds}': give how many runs to train for each value")
+    if args.save_path == "" or args.savename == "":
+        parser.error("--save_path and --savename take a value")
+    known = SERIES[args.series][1].split()
+    args.values, args.savename = args.values or known, args.savename or f"ablation_{args.series}"
+    for value in args.values:
+        if args.series == "mining" and value not in known:
+            parser.error(f"no value '{value}' of mining; some of {', '.join(known)}")
+    return args, flags
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the runs; PYTHON is the interpreter that Result_Runs.sh starts."""
+    return {"PYTHON": sys.executable} | os.environ
+
+
+def command(dataset: str, flags: Sequence[str]) -> list[str]:
+    """Return the command that trains a run on a data set: with its set-up, or with main.py's defaults."""
+    if dataset in (*PUBLISHED, "shapes"):
+        return ["bash", str(ROOT / PROG), "demo" if dataset == "shapes" else dataset, *flags]
+    return [environment()["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
+
+
+def value_flags(series: str, value: str) -> list[str]:
+    """Return the flags of a value of a series other than mining; "on" leaves the set-up as it is."""
+    if series == "dim":
+        return ["--task_p", "1", "0", "--adv_weights", "0"] if value == "0" else ["--embed_sizes", "128", value]
+    return [] if (series, value) == ("adversarial", "on") else [f"--{SERIES[series][0]}", value]
+
+
+def get_setup_parser() -> OneLineParser:
+    """Return a parser of the flags of main.py, with its defaults, that the series mining depends on."""
+    parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
+    add = parser.add_argument
+    add("--n_epochs", type=int, default=130)
+    add("--tau", type=int, nargs="+", default=[80])
+    add("--task_p", type=Fraction, nargs=2, default=[Fraction(1), Fraction("0.8")])
+    add("--adversarial", nargs="+", default=["Class-Shared"])
+    add("--adv_weights", type=float, nargs="+", default=[2500.0])
+    add("--cluster_mode", default="mean")
+    add("--scheduler", default="step")
+    return parser
+
+
+def mining_flags(flags: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags of each value of the series mining, for a set-up with these flags.
+
+    margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks. Refuses set-ups with
+    which two of the values would be the same.
+    """
+    parser = get_setup_parser()
+    setup, _ = parser.parse_known_args(flags)
+    n_weights = len(setup.adv_weights)
+    refusals = {
+        "--task_p: the series mining needs steps of both tasks": 0 in setup.task_p,
+        "--adv_weights: takes one weight per direction of --adversarial": n_weights != len(setup.adversarial),
+        "--adv_weights 0: is no_adversarial, one of the series mining; give weights above 0": 0 in setup.adv_weights,
+        "--cluster_mode no_norm: is one of the series mining; give mean or mstd": setup.cluster_mode == "no_norm",
+        "--scheduler exp: would decay further in margin_steps; give step or none": setup.scheduler == "exp",
+    }
+    for message in (message for message, applies in refusals.items() if applies):
+        parser.error(message)
+    no_adversarial = ["--adv_weights", *["0"] * n_weights]
+    margin = ["--task_p", "1", "0", *no_adversarial]
+    n_epochs, *tau = (str(math.ceil(sum(setup.task_p) * epoch)) for epoch in (setup.n_epochs, *setup.tau))
+    return {
+        "margin": margin,
+        "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],
+        "mic": [],
+        "no_adversarial": no_adversarial,
+        "no_norm": ["--cluster_mode", "no_norm"],
+    }
+
+
+def setup_flags(dataset: str, flags: Sequence[str]) -> list[str]:
+    """Return all flags of a data set's set-up, the given ones last."""
+    words = command(dataset, flags)
+    if words[0] != "bash":
+        return words[2:]
+    printed = subprocess.run(words, env=environment() | {"MIC_PRINT_SETUP": "1"}, stdout=subprocess.PIPE, check=True)
+    return os.fsdecode(printed.stdout).split("\0")[:-1]
+
+
+def train(words: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code, as a shell does."""
+    process = subprocess.Popen(words, env=environment())
+    try:
+        code = process.wait()
+    except Interrupted as stop:
+        if stop.signum == signal.SIGTERM:  # Ctrl-C reaches the run by itself
+            process.terminate()
+        process.wait()
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def trained_folder(folder: Path) -> Path | None:
+    """Return the folder of a run of this name that stored something; it may have a counter behind its name."""
+    counted = sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*"))
+    return next((path for path in (folder, *counted) if (path / "last.pth.tar").exists()), None)
+
+
+def compare_series(series: str, values: Sequence[str], folders: Mapping[tuple[str, str], Path], table: str) -> None:
+    """Compare the runs of a series and replace its table and plot. folders: of the runs, by value and seed."""
+    if not folders:
+        raise InputError("no run has stored anything to compare")
+    shown = {"over": SERIES[series][0]}
+    if series == "mining":
+        first = [folder for (value, _), folder in folders.items() if value == values[0]]
+        shown = {"against": next((path for path in first if (path / "log_val_Class.csv").exists()), None)}
+        if shown["against"] is None:
+            print(f"no run of {values[0]} to compare with")
+    compare_runs(list(folders.values()), **shown, csv=f"{table}.csv", plot=f"{table}.svg")
+    print(f"table: {table}.csv, plot: {table}.svg")
+
+
+@one_line_errors(PROG)
+@signals_stop("the same command goes on with the series")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train a series and compare its runs, as a command line asks."""
+    args, flags = parse_args(argv)
+    table = os.path.join(args.save_path, args.dataset, args.savename)
+    for path in (f"{table}.csv", f"{table}.svg"):
+        if os.path.exists(path) and not glob.glob(f"{glob.escape(table)}_*_seed*"):
+            raise InputError(f"{path} exists already, and is of no series")
+    mining = mining_flags(setup_flags(args.dataset, flags)) if args.series == "mining" else None
+    first_seed = 0 if args.dataset in PUBLISHED else 1
+    failed, folders = [], {}
+    for value in args.values:
+        ablated = mining[value] if mining else value_flags(args.series, value)
+        for seed in map(str, range(first_seed, first_seed + int(args.seeds))):
+            print(f"== {args.series} {value}, seed {seed}")
+            name = f"{args.savename}_{value}_seed{seed}"
+            own = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
+            code = train(command(args.dataset, [*flags, *ablated, *own]))
+            if code in STOPPING:
+                sys.exit(code)
+            if code:
+                failed.append(f"{value}_seed{seed}")
+            folder = trained_folder(Path(args.save_path, args.dataset, name))
+            if folder:
+                folders[value, seed] = folder
+    try:
+        compare_series(args.series, args.values, folders, table)
+    except InputError as error:
+        if not failed:
+            raise
+        print(f"{PROG}: error: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{PROG}: failed: {' '.join(failed)}")
+
+
+if __name__ == "__main__":
+    guard_output(PROG)
+    main()

@@ -1,0 +1,297 @@
+"""Plots of one run, and of runs against each other. The same figure gives the same bytes."""
+
+import contextlib
+import importlib.util
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from run.errors import InputError, first_line
+from run.folder import replaced_file
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
+"""Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
+
+MARKERS = "osD^vP*X"
+
+STYLE = {
+    "svg.hashsalt": "mic",
+    "svg.fonttype": "none",  # text that can be edited, in a quarter less time
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+COMPARISON_STYLE = {"svg.hashsalt": "mic", "font.size": 11}
+
+BEST_MARK = {"marker": "*", "markersize": 17, "color": "#e69f00", "markeredgecolor": "black", "linestyle": "none"}
+
+Row = Mapping[str, float | None]
+"""A row of a log: "Epochs", "Time" and values by name, None or NaN where one was left out."""
+
+
+@contextlib.contextmanager
+def saved_figure(path: Path, style: Mapping = STYLE, **options) -> Iterator[Figure]:
+    """Yield a new figure to draw on; write it in the format of the path's ending, .svg, .png or .pdf, and undated."""
+    with matplotlib.rc_context(style):
+        figure = Figure(**options)
+        yield figure
+        metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
+        with replaced_file(path) as file:
+            figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+
+
+def draw_progress(
+    path: Path,
+    train_rows: Sequence[Row],
+    val_rows: Sequence[Row],
+    title: str,
+    *,
+    best: int,
+    mined_before: Sequence[int] = (),
+    rate_steps: Sequence[int] = (),
+) -> None:
+    """Draw the history of a run: each part of the loss in a panel of its own left, the scores of a test set right.
+
+    best: index of the best epoch in val_rows. mined_before, rate_steps: the epochs that begin with new mined labels,
+    and with another learning rate. All are marked.
+    """
+    names = [name for name in train_rows[0] if name.endswith("Loss") and name != "Train Loss"]
+    parts = [name for name in names if known_points(train_rows, name)]
+    best_epoch, best_recall = val_rows[best]["Epochs"], val_rows[best]["Recall @ 1"]
+    last = max(train_rows[-1]["Epochs"], val_rows[-1]["Epochs"])
+    with saved_figure(path, figsize=(12.8, 6.4)) as figure:
+        grid = figure.add_gridspec(max(len(parts), 1), 1, left=0.075, right=0.41, bottom=0.16, top=0.86, hspace=0.4)
+        loss_axes = [figure.add_subplot(place) for place in grid]
+        for i, (axis, name) in enumerate(zip(loss_axes, parts)):
+            draw_curves(axis, train_rows, [name], first_look=i)
+            axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
+            if i < len(parts) - 1:
+                axis.set_xticks([])
+        score_axis = figure.add_subplot(figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)[0])
+        draw_curves(score_axis, val_rows, [name for name in val_rows[0] if name not in ("Epochs", "Time")])
+        lines = sorted(score_axis.lines, key=lambda line: -line.get_ydata()[-1])
+        score_axis.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
+        score_axis.set(ylim=(0, 1))
+        score_axis.set_title("Scores on the test classes", loc="left", fontsize=11)
+        for axis in (*loss_axes, score_axis):
+            marks = mark_epochs(axis, last, mined_before, rate_steps, best_epoch)
+        score_axis.plot(best_epoch, best_recall, **BEST_MARK)
+        for axis in (loss_axes[-1], score_axis):
+            axis.set_xlabel("epoch")
+        figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False)
+        best_text = f"Recall @ 1 {best_recall:.4f} in the best epoch, {best_epoch}"
+        figure.suptitle(f"{plain(title)}\n{best_text}", fontsize=12, y=0.98)
+
+
+def mark_epochs(axis: Axes, last: int, mined_before: Sequence[int], rate_steps: Sequence[int], best: int) -> list:
+    """Mark epochs up to the last one, see draw_progress; return the marks that are there, for a legend."""
+    axis.set_xlim(-0.7, last + 0.7)
+    marks = []
+    for epochs, label, look, side in [
+        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}, -0.004),
+        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}, 0.004),
+    ]:
+        # Beside each other where both happen
+        places = [epoch - 0.5 + side * (last + 1) for epoch in epochs if epoch <= last + 1]
+        width, low = (1.2 if len(places) < 20 else 0.6), (0 if len(places) <= 40 else 0.96)  # many: short, at the top
+        axis.vlines(places, low, 1, **look, linewidth=width, zorder=0, transform=axis.get_xaxis_transform())
+        marks += [Line2D([], [], **look, linewidth=1.2, label=label)] if places else []
+    axis.axvline(best, color="#e69f00", linewidth=5, alpha=0.3, zorder=0)
+    return [*marks, Line2D([], [], **BEST_MARK, label="best epoch")]
+
+
+def draw_curves(axis: Axes, rows: Sequence[Row], names: Sequence[str], first_look: int = 0) -> None:
+    """Draw columns of the rows over their epochs, told apart by colour and marker."""
+    for i, name in enumerate(names, start=first_look):
+        points = known_points(rows, name)
+        if points:
+            look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
+            axis.plot(*zip(*points), **look, markevery=max(1, len(points) // 25), label=name)
+    format_axis(axis, 4)  # ticks take most of the time of a plot
+
+
+def known_points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
+    """Return (epoch, value) of the rows in which a value is known."""
+    known = [row for row in rows if row[name] is not None and not math.isnan(row[name])]
+    return [(row["Epochs"], row[name]) for row in known]
+
+
+def format_axis(axis: Axes, n_values: int) -> None:
+    """Set whole epochs below an axis, about n_values values beside it, and lines across."""
+    axis.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    axis.yaxis.set_major_locator(MaxNLocator(n_values))
+    axis.grid(axis="y", alpha=0.25)
+
+
+def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draw the rows of log_probe.csv: what can be read from which embedding."""
+    panels = {
+        "Class, read from an embedding": ("Class from Shared", "Class from Class", "Class by chance"),
+        "Mined label, read from an embedding": ("Mined from Class", "Mined from Shared", "Mined by chance"),
+    }
+    labels = ("from the other embedding: should be low", "from its own", "by chance")
+    looks = [("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("0.3", ":", "")]
+    epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
+    with saved_figure(path, figsize=(8.4, 4.1)) as figure:
+        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.24, top=0.83, wspace=0.18)
+        figure.suptitle(plain(title), fontsize=12)
+        for axis, (panel, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+            for name, label, (colour, line, marker) in zip(names, labels, looks, strict=True):
+                look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
+                axis.plot(epochs, [row[name] for row in rows], line, **look, label=label)
+            axis.set_title(panel, loc="left", fontsize=11)
+            axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
+            format_axis(axis, 5)
+        figure.axes[0].set_ylabel("accuracy")
+        figure.legend(handles=figure.axes[0].lines, loc="lower center", ncols=3, frameon=False)
+
+
+def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Draw Recall@1 over the epochs: of each setting the mean, in a band of one standard deviation.
+
+    curves: setting to (epochs (E,), recall (runs, E)).
+    """
+    with saved_figure(path, COMPARISON_STYLE, figsize=(9, 5.5), layout="constrained") as figure:
+        axis = figure.subplots()
+        for i, (setting, (epochs, recalls)) in enumerate(curves.items()):
+            mean, deviation, colour = recalls.mean(0), spread(recalls), COLOURS[i % 8]
+            label = f"{plain(setting, 70)} ({len(recalls)} run{'s' if len(recalls) > 1 else ''})"
+            line = ("-", "--", ":", "-.")[i // 8 % 4]
+            axis.plot(epochs, mean, line, color=colour, marker=MARKERS[i % 8], markersize=4, label=label)
+            axis.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="epoch", ylabel="Recall @ 1 on the test classes")
+        axis.set_title("mean over runs, band: one standard deviation", fontsize=10)
+        axis.legend(fontsize=9)
+
+
+def draw_ablation(
+    path: Path, flag: str, values: Sequence[str], lines: Mapping[str, Mapping[str, Sequence[float]]]
+) -> None:
+    """Draw Recall@1 over a flag: the mean of the runs in a band of one standard deviation, runs as dots.
+
+    values: of the flag as they are typed, in the order in which they are drawn at equal distances. lines: name to
+    {value: Recall@1 of each run}; a name that starts with "paper" is drawn as published numbers.
+    """
+    below, height = 0.6 + 0.25 * len(lines), 4.6 + 0.25 * len(lines)  # inches: room for the legend
+    with saved_figure(path, figsize=(8.4, height)) as figure:
+        axis = figure.subplots()
+        figure.subplots_adjust(left=0.09, right=0.97, top=1 - 0.35 / height, bottom=below / height)
+        for i, (name, recalls) in enumerate(lines.items()):
+            places = [place for place, value in enumerate(values) if value in recalls]
+            look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": "-:"[i % 2]}
+            look["markersize"] = (9, 5)[i % 2]  # where two lines coincide both are seen
+            look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
+            draw_means(axis, places, [np.asarray(recalls[values[place]]) for place in places], look, plain(name, 90))
+        axis.set_xticks(range(len(values)), values)
+        axis.set(xlabel=f"--{flag}", ylabel="Recall @ 1 on the test classes")
+        axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)
+        axis.grid(axis="y", alpha=0.25)
+        figure.legend(loc="lower center", frameon=False)
+
+
+def draw_means(axis: Axes, places: Sequence[int], runs: Sequence[np.ndarray], look: Mapping, label: str) -> None:
+    """Draw one line of draw_ablation: the runs at each place, their means, and where there are several their spread."""
+    means = np.array([recalls.mean() for recalls in runs])
+    axis.plot(places, means, **look, label=label)
+    if max(map(len, runs)) > 1:
+        spreads = np.array([spread(recalls) for recalls in runs])
+        axis.fill_between(places, means - spreads, means + spreads, color=look["color"], alpha=0.15, linewidth=0)
+        dots = [(place, recall) for place, recalls in zip(places, runs) for recall in recalls]
+        axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3)
+
+
+def draw_differences(
+    path: Path, points: Mapping[tuple[str, str, str], tuple[np.ndarray, float, float]], reference: str
+) -> None:
+    """Draw the differences of settings to a reference: a panel for each score, a row for each setting.
+
+    points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), low, high)}, low to high being
+    the confidence interval of their mean. reference: the folder of a run that has the reference's setting.
+    """
+    scores, settings = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
+    size = (3.4 + 2.9 * len(scores), 1.6 + 0.75 * len(settings))
+    with saved_figure(path, figsize=size, layout="constrained") as figure:
+        axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+        for axis, score in zip(axes, scores):
+            axis.axvline(0, color="0.4", linewidth=1)
+            for at, colour, marker, shift in [("last", "#0072b2", "o", -0.13), ("best", "#d55e00", "D", 0.13)]:
+                keys = [(score, setting, at) for setting in settings]
+                rows = [(i + shift, *points[key]) for i, key in enumerate(keys) if key in points]
+                draw_intervals(axis, rows, color=colour, marker=marker, label=f"{at} epoch")
+            axis.set(xlabel=f"difference in {score}", ylim=(len(settings) - 0.5, -0.5))
+            axis.xaxis.set_major_locator(MaxNLocator(5))
+            axis.tick_params(axis="x", labelsize=9)
+            axis.grid(alpha=0.3, axis="x")
+        axes[0].set_yticks(range(len(settings)), [wrapped_setting(setting) for setting in settings], fontsize=8)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
+        title = f"Differences to the setting of {plain(Path(reference).name, 60)}, same seeds; bars: 95 % interval"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+
+
+def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float, float]], **look: str) -> None:
+    """Draw rows of a panel of draw_differences, (place, values, low, high): bars, dots, and marks at the means."""
+    for place, values, low, high in rows:
+        axis.plot([low, high], [place] * 2, color=look["color"], linewidth=2)
+        axis.scatter(values, [place] * len(values), s=9, color=look["color"], alpha=0.45)
+    axis.plot(
+        [values.mean() for _, values, *_ in rows], [row[0] for row in rows], markersize=6, linestyle="none", **look
+    )
+
+
+def wrapped_setting(setting: str) -> str:
+    """Return a setting in lines of 40 characters, broken between flags, not between a flag and its value."""
+    unbroken = shortened(setting, 240).replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
+    return "\n".join(plain(line) for line in textwrap.wrap(unbroken, 40, break_on_hyphens=False))
+
+
+def spread(runs: np.ndarray) -> np.ndarray:
+    """Return the standard deviation over runs (n, ...), 0 of one run."""
+    return runs.std(0, ddof=min(1, len(runs) - 1))
+
+
+def shortened(name: str, length: int) -> str:
+    """Return a name cut to `length` characters."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def plain(name: str, length: int = 80) -> str:
+    """Return a name cut to `length` characters that Matplotlib does not take for a formula."""
+    return shortened(name, length).replace("$", r"\$")
+
+
+def missing_for_graphs() -> list[str]:
+    """Return what has to be installed before network_graph works, in words."""
+    packages = [name for name in ("torchview", "graphviz") if importlib.util.find_spec(name) is None]
+    missing = [f"the Python package {name} (pip install {name})" for name in packages]
+    return missing if shutil.which("dot") else [*missing, "the program dot of Graphviz (https://graphviz.org/download)"]
+
+
+def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
+    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs.
+
+    Raises InputError where the program dot fails.
+    """
+    import graphviz  # both are optional
+    import torchview
+
+    device = next(network.parameters()).device
+    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
+    graph = torchview.draw_graph(network, image, device=device, depth=2)
+    try:
+        return graph.visual_graph.pipe(format="svg", quiet=True)
+    except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
+        message = "--make_graph: Graphviz's program dot fails; mend it, or leave the flag out"
+        raise InputError(f"{message} ({first_line(error)})") from error

@@ -1,0 +1,1 @@
+"""What a run needs beside the method: errors, flags, its folder, processes, weights."""

@@ -1,0 +1,197 @@
+"""What a user is told when something ends a program, and with which exit code.
+
+2: bad input, before anything is made. 1: a run that cannot go on. 128 + N: stopped by signal N.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+import torch
+from torch import distributed
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from run import processes
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what is wrong, where, and what to do. Exit code 2."""
+
+    def __init__(self, message: str):
+        # The error of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message".
+        # Names of files need not be in the system's encoding.
+        message = message.strip().rsplit("InputError: ", 1)[-1]
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
+
+class StoppedError(RuntimeError):
+    """A run cannot go on; the message is one line. Exit code 1."""
+
+
+class DivergedError(StoppedError):
+    """A value of the training is NaN or infinite."""
+
+
+class Interrupted(BaseException):
+    """A signal asks the program to stop. Exit code 128 + signum."""
+
+    def __init__(self, signum: int, hint: str):
+        super().__init__(hint)
+        self.signum = signum
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2.
+
+    given: the names of the flags on the command line parsed last.
+    """
+
+    given: frozenset[str] = frozenset()
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Parse, and remember in `given` which flags were there; see argparse."""
+        parsed = super().parse_args(args, namespace)
+        absent = object()
+        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), absent)))
+        self.given = frozenset(name for name, value in vars(marked).items() if value is not absent)
+        return parsed
+
+    def error(self, message: str) -> None:
+        """Exit with the message; of several processes the first one prints it."""
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if processes.is_first() else None)
+
+
+def one_line(text: str) -> str:
+    """Return a text with its lines joined by semicolons."""
+    return "; ".join(" ".join(line.split()) for line in text.strip().splitlines())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Return the first three names as text."""
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+
+
+def stop_reason(error: BaseException) -> str | None:
+    """Return why a run cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
+    if isinstance(error, (InputError, StoppedError)):
+        return one_line(str(error))
+    if isinstance(error, OSError):
+        path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or "a file"))  # not the temporary name
+        return f"cannot read or write {path} ({error.strerror or first_line(error)})"
+    if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return f"lost another process of the run ({first_line(error)[:100]})"
+    if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
+        return first_line(error)
+    return None
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Turn what ends a program into one line on stderr and its exit code; of several processes the first one prints."""
+    try:
+        yield
+    except Interrupted as error:
+        end(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", 128 + error.signum)
+    except Exception as error:
+        if processes.launched() > 1:
+            get_error_handler().record_exception(error)  # for the report of torchrun, whichever process it is of
+        reason = stop_reason(error)
+        if reason is None:
+            raise
+        is_input = isinstance(error, InputError)
+        end(f"{prog}: {'error' if is_input else 'stopped'}: {reason}", 2 if is_input else 1)
+
+
+def end(line: str, code: int) -> None:
+    """Print a line and exit."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
+    if processes.is_first():
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def signals_stop(hint: str) -> Iterator[None]:
+    """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _: object) -> None:
+        """Raise Interrupted. Workers that were told too may end now, which PyTorch would raise an error for."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, lambda *_: None)
+        raise Interrupted(signum, hint)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if signal.getsignal(signum) is stop:  # after a signal, the next one is not to tell another end
+                signal.signal(signum, handler)
+
+
+class Output:
+    """stdout of a program that trains on, or ends with one line, where nothing can be printed any more.
+
+    A pipe whose reader has gone, a full disk. is_needed: what is printed is all that the program is for, so it ends.
+    """
+
+    def __init__(self, stream: TextIO, prog: str, is_needed: bool):
+        self.stream, self.prog, self.is_needed = stream, prog, is_needed
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text; see above."""
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written; see above."""
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Send all further output nowhere, which Python's own flush at exit needs too."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        reason = f"stdout cannot be written to ({error.strerror})"
+        if self.is_needed:
+            end(f"{self.prog}: stopped: {reason}", 1)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{self.prog}: {reason}; the run goes on without\n")
+
+
+def guard_output(prog: str, is_needed: bool = False) -> None:
+    """Let stdout take every name and any end, and be written line by line: a killed run's output is whole in a file."""
+    is_closed = sys.stdout is None
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: no other file is to get its number
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if is_closed and is_needed:
+        end(f"{prog}: stopped: stdout is closed", 1)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stdout = Output(sys.stdout, prog, is_needed)

@@ -1,0 +1,231 @@
+"""Flags of main.py: what they take, which do not fit together, and which a resumed run keeps."""
+
+import argparse
+import importlib.util
+import math
+import re
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+import losses
+from report import plots
+from run import processes, weights
+from run.errors import InputError, OneLineParser
+from run.folder import LAST
+
+TASKS = ("Class", "Shared")
+PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
+"""Flags with a value for the Class and one for the Shared task."""
+
+K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
+NOT_KEPT = ("resume", "go_on")
+RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
+"""Flags that may be given anew when a run is resumed, as they change no result."""
+
+
+class FlagHelpFormatter(argparse.HelpFormatter):
+    """Help at up to 100 columns that shows list defaults and pairs as they are typed."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(100, shutil.get_terminal_size((100, 24)).columns))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: {shown(action.default) or 'empty'})"
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if isinstance(action.metavar, tuple):
+            return " ".join(action.metavar)
+        return super()._format_args(action, default_metavar)
+
+
+def shown(value: object) -> str:
+    """Return a flag's value as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """Return an argparse type: a finite number of `kind` for which `holds`; `wanted` says so in words."""
+
+    def convert(text: str) -> float:
+        """Return the number; see argparse."""
+        try:
+            value = kind(text)
+            is_wanted = math.isfinite(value) and holds(value)
+        except (ValueError, OverflowError):
+            is_wanted = False
+        if not is_wanted:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
+    """Return an argparse type: a whole number from `least` to `most`."""
+    limit = "" if most == 10**9 else f", at most {most:,}"
+    return number(int, lambda value: least <= value <= most, f"a whole number of at least {least}{limit}")
+
+
+POSITIVE = number(float, lambda value: 0 < value <= 1e9, "a number above 0, at most 1e9")
+NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at least 0, at most 1e9")
+SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+PROBABILITY = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
+
+
+def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
+    """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit.
+
+    With --resume they are those of the stored run, but for what may be given anew.
+    """
+    if args.resume is not None:
+        return resumed(args, parser)
+    args = argparse.Namespace(**vars(args))
+    check_names(args, parser)
+    check_objective(args, parser)
+    if args.not_pretrained and args.weights is not None:
+        parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
+    if args.select == "val" and not args.val_classes:
+        parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
+    missing = plots.missing_for_graphs() if args.make_graph else []
+    if missing:
+        parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it out")
+    args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
+    args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
+    args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
+    check_batches(args, parser)
+    return args
+
+
+def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Refuse names of data set and run that are no folder names."""
+    for flag in ("dataset", "savename"):
+        value = getattr(args, flag)
+        if value in (".", "..") or Path(value).name != value or not value.isprintable() or len(value.encode()) > 200:
+            parser.error(
+                f"--{flag} {value!r}: give a plain folder name of up to 200 bytes; --source_path and --save_path "
+                "take folders"
+            )
+    if not args.dataset:
+        parser.error("--dataset '': give the name of a data set")
+    if args.go_on and not args.savename:
+        parser.error("--go_on: give the name of the run to go on with, --savename NAME")
+
+
+def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Refuse pairs that are none, tasks that train nothing, and weights that fit no direction."""
+    for flag in PAIRS:
+        values = getattr(args, flag)
+        if len(values) != len(TASKS):
+            parser.error(
+                f"--{flag} {shown(values)}: takes 2 values, for the Class and the Shared task; got {len(values)}"
+            )
+    if not any(args.task_p):
+        parser.error("--task_p 0 0: nothing would be trained; give at least one task a probability above 0")
+    if len(set(args.adversarial)) != len(args.adversarial):
+        parser.error(f"--adversarial {shown(args.adversarial)}: name each direction once")
+    if len(args.adv_weights) != len(args.adversarial):
+        parser.error(
+            f"--adv_weights {shown(args.adv_weights)}: takes one weight per direction of --adversarial "
+            f"({shown(args.adversarial)}); got {len(args.adv_weights)} for {len(args.adversarial)}"
+        )
+
+
+def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Refuse batch sizes that the tasks' classes or the processes do not divide."""
+    if args.bs < 2:
+        parser.error(f"--bs {args.bs}: a batch needs at least 2 images")
+    for task, name, images_per_class, p in zip(TASKS, args.losses, args.cs_per_bs, args.task_p):
+        if p == 0:
+            continue
+        if losses.needs_triplets(name) and images_per_class < 2:
+            parser.error(f"--cs_per_bs {images_per_class} for {task}: {name} needs at least 2 images per class")
+        if args.bs % images_per_class:
+            parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
+        if losses.needs_triplets(name) and args.bs < 2 * images_per_class:
+            parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
+    n_processes = processes.launched()
+    if args.bs % n_processes:
+        parser.error(f"--bs {args.bs} is not divisible by the {n_processes} processes that torchrun started")
+    if n_processes > 1 and args.bn == "train" and not torch.cuda.is_available():
+        parser.error(
+            "--bn train (the default with --not_pretrained): on CPUs it runs in one process only, as PyTorch "
+            "synchronises BatchNorm on GPUs alone; give --bn frozen, or start without torchrun"
+        )
+
+
+def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """Return what belongs to each task: its values of the flags in PAIRS, under their names."""
+    return {
+        task: argparse.Namespace(**{flag: getattr(args, flag)[i] for flag in PAIRS}) for i, task in enumerate(TASKS)
+    }
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Return the folder that a new run is to have."""
+    name = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    return Path(args.save_path) / args.dataset / name
+
+
+def kept(args: argparse.Namespace) -> dict[str, object]:
+    """Return the flags that are kept with a run."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NOT_KEPT}
+
+
+def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
+    """Return the flags of the run in a folder; `parser.error` where it cannot be resumed."""
+    try:
+        return weights.read_checkpoint(folder / LAST)["flags"]
+    except InputError as error:
+        hint = "" if (folder / LAST).exists() else "; it was stopped before it had anything to resume, or is no run"
+        parser.error(f"--resume {folder}: {error}{hint}")
+
+
+def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
+    """Return the flags of the run that --resume names, with those that are given anew."""
+    given = [flag for flag in vars(args) if flag in parser.given]
+    for flag in given:
+        if flag not in RESUMABLE:
+            parser.error(
+                f"--{flag}: a resumed run keeps its flags; only --kernels, --gpu, --source_path, --cache and a larger "
+                "--n_epochs may be given anew"
+            )
+    path = Path(args.resume)
+    folder = path.parent if path.name == LAST else path
+    stored = read_stored(folder, parser)
+    if "n_epochs" in given and args.n_epochs < stored["n_epochs"]:
+        parser.error(
+            f"--n_epochs {args.n_epochs}: the run has {stored['n_epochs']}; give at least as many to resume it"
+        )
+    anew = {flag: getattr(args, flag) for flag in given} | {"resume": str(folder), "go_on": False}
+    args = argparse.Namespace(**{flag: stored.get(flag, value) for flag, value in vars(args).items()} | anew)
+    check_batches(args, parser)  # the number of processes may have changed
+    return args
+
+
+def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
+    """Return the flags that resume the run of this name, for --go_on, or these flags where there is none.
+
+    Where a run was stopped before it had stored anything, the one that took its place has a counter behind its name.
+    `parser.error` where the run has other flags.
+    """
+    parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
+    folders = sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name))
+    stored = {folder: read_stored(folder, parser) for folder in folders}
+    folder = next((folder for folder in folders if stored[folder]["savename"] == args.savename), None)
+    if folder is None:
+        return args
+    was, wanted = stored[folder], kept(args)
+    other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was.get(flag) != wanted[flag]]
+    if other or args.n_epochs < was["n_epochs"]:
+        differing = " ".join(f"--{flag} {shown(was.get(flag))}" for flag in other or ["n_epochs"])
+        parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")
+    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})

@@ -1,0 +1,144 @@
+"""Files of weights and checkpoints: read without executing anything in them, and fitted to a network strictly."""
+
+import http.client
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from run.errors import InputError, first_few, first_line
+
+CHECKPOINT_FORMAT = 2
+"""Number of the layout of checkpoints; those of another one are refused."""
+
+
+def read_file(path: str | Path, source: str) -> object:
+    """Read a file of torch.save, or a .safetensors; no code in the file is executed.
+
+    source: what the message calls the file. Raises InputError where the file is missing, damaged, or holds objects
+    other than tensors and plain values.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
+    if not os.path.isfile(path):
+        raise InputError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        with warnings.catch_warnings(record=True):  # torch warns of files that are refused here anyhow
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise InputError(f"{source}: reading it needs a package: pip install safetensors") from error
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror or first_line(error)})") from error
+    except Exception as error:  # untrusted bytes make the unpickler raise almost anything
+        pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if pickled:
+            raise InputError(
+                f"{source}: holds a pickled object ({pickled[1][:80]}), which could run code when loaded; "
+                "store tensors and plain values only"
+            ) from error
+        raise InputError(
+            f"{source}: cannot be read ({type(error).__name__}); it is damaged or truncated, or was not written by "
+            "torch.save"
+        ) from error
+
+
+def is_state_dict(value: object) -> bool:
+    """Tell whether a value is a dict of tensors by name."""
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
+    )
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict in a file of --weights, be it there by itself or in a checkpoint. Raises InputError."""
+    content = read_file(path, f"--weights {path}")
+    state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
+    if not is_state_dict(state):
+        raise InputError(
+            f"--weights {path}: holds no state dict of tensors; give a torchvision state dict (.pth) or a checkpoint"
+        )
+    return state
+
+
+def checkpoint_path(path: str | Path, checkpoint: str) -> Path:
+    """Return `checkpoint` in the run folder `path`, or `path` itself where it is a file. Raises InputError."""
+    path = Path(path)
+    if os.path.isfile(path):
+        return path
+    if not os.path.isdir(path):
+        raise InputError(f"{path}: no such run folder or checkpoint file")
+    if not os.path.isfile(path / checkpoint):
+        others = ", ".join(sorted(file.name for file in path.glob("*.pth.tar")))
+        hint = f"name one of its checkpoints: {others}" if others else "it holds no checkpoint (*.pth.tar) at all"
+        raise InputError(f"{path}: no {checkpoint} in this folder; {hint}")
+    return path / checkpoint
+
+
+def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") -> dict[str, dict]:
+    """Read a checkpoint file, or one of a run folder: {"state_dict", "flags", "progress"} and, to resume, "training".
+
+    No code in the file is executed. Raises InputError with one line for whatever is wrong with it.
+    """
+    path = checkpoint_path(path, checkpoint)
+    stored = read_file(path, str(path))
+    parts = stored if isinstance(stored, dict) else {}
+    is_ours = isinstance(parts.get("format"), int) and parts["format"] == CHECKPOINT_FORMAT
+    is_ours = is_ours and all(isinstance(parts.get(part), dict) for part in ("state_dict", "flags", "progress"))
+    if not is_ours or not is_state_dict(stored["state_dict"]):
+        raise InputError(f"{path}: no checkpoint of this version of the program")
+    return stored
+
+
+def download(weights: torchvision.models.WeightsEnum, arch: str) -> dict[str, Tensor]:
+    """Return pretrained weights from torchvision's cache or the network. Raises InputError."""
+    elsewhere = (
+        "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"
+    )
+    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, http.client.HTTPException) as error:
+        reason = first_line(error)
+        raise InputError(f"cannot download the pretrained {arch} weights ({reason}): {elsewhere}") from error
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        to_do = f"delete the damaged file {cache}" if cache.exists() else "the download was damaged: try again"
+        reason = first_line(error)
+        raise InputError(f"the pretrained {arch} weights cannot be read ({reason}): {to_do}, or {elsewhere}") from error
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, arch: str) -> None:
+    """Copy a state dict into a module; each name must be on both sides, in the same shape.
+
+    Counters of batches may be missing: old state dicts do not have them. Raises InputError that names the first keys
+    that do not fit.
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
+    }
+    shown = "; ".join(f"{len(keys)} {kind}: {first_few(keys)}" for kind, keys in problems.items() if keys)
+    if shown:
+        raise InputError(f"{source}: not the weights of {arch} ({shown})")
+    try:
+        module.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:  # sparse tensors, or those without values
+        raise InputError(f"{source}: not the weights of {arch} ({' '.join(str(error).split())[:200]})") from error

@@ -1,0 +1,344 @@
+"""Series of runs: which runs a series starts, what it compares, and what it refuses; Result_Runs.sh."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+import main
+from report import ablation
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for python: instead of main.py it runs the program below
+[[ $1 != */main.py ]] || exec "$REAL" "$FAKE_MAIN" "${@:2}"
+exec "$REAL" "$@"
+"""
+
+FAKE_MAIN = """
+# Notes its arguments and leaves what a run leaves, or fails as the file FAILS says
+import os, pickle, signal, sys, time
+from pathlib import Path
+
+with open(os.environ["LOG"], "a") as log:
+    log.write("|".join(sys.argv[1:]) + "\\n")
+flags = {"seed": [1], "n_epochs": [1], "embed_sizes": [128, 128], "task_p": [1.0, 0.8], "adv_weights": [500.0]}
+for word in sys.argv[1:]:
+    if word.startswith("--"):
+        flags[word[2:]] = values = []
+    else:
+        values.append(float(word) if word.replace(".", "").isdigit() else word)
+flags |= {name: flags[name][0] for name in ("dataset", "seed", "n_epochs", "savename", "save_path")}
+fails = Path(os.environ["FAILS"])
+if fails.exists():
+    name, code = fails.read_text().split()
+    if code == "waits":
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, lambda signum, _: sys.exit(128 + signum))
+        fails.unlink()
+        time.sleep(60)
+    if name in flags["savename"]:
+        sys.exit(int(code))
+folder = Path(flags["save_path"], flags["dataset"], flags["savename"])
+folder.mkdir(parents=True, exist_ok=True)
+recall = 0.5 + 0.001 * sum(map(ord, folder.name[-8:]))
+(folder / "last.pth.tar").touch()
+(folder / "log_val_Class.csv").write_text(f"Epochs,Time,Recall @ 1\\n{flags['n_epochs'] - 1},1,{recall}\\n")
+with open(folder / "hypa.pkl", "wb") as file:
+    pickle.dump(flags, file)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a stand-in for python that leaves what runs leave; the environment starts it."""
+    folder = tmp_path / "with space"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").write_text(FAKE_PYTHON)
+    (folder / "bin" / "python").chmod(0o755)
+    (folder / "main.py").write_text(FAKE_MAIN)
+    for name, path in {"PYTHON": "bin/python", "FAKE_MAIN": "main.py", "LOG": "log", "FAILS": "fails"}.items():
+        monkeypatch.setenv(name, str(folder / path))
+    monkeypatch.setenv("REAL", sys.executable)
+    return folder
+
+
+@pytest.fixture
+def series(folder, capfd):
+    """Run a series: (exit code, stderr, calls of main.py, folder of the runs)."""
+
+    def run(*flags, fails=None):
+        (folder / "log").write_text("")
+        if fails:
+            (folder / "fails").write_text(" ".join(fails))
+        capfd.readouterr()
+        handler, code = signal.getsignal(signal.SIGTERM), 0
+        try:
+            ablation.main([*map(str, flags), "--save_path", str(folder / "runs")])
+        except SystemExit as stop:
+            code = stop.code
+        signal.signal(signal.SIGTERM, handler)
+        error = capfd.readouterr().err
+        if isinstance(code, str):  # which Python prints where it ends
+            error, code = f"{error}{code}\n", 1
+        (folder / "fails").unlink(missing_ok=True)
+        calls = [line.split("|") for line in (folder / "log").read_text().splitlines()]
+        return code, error, calls, folder / "runs" / "shapes"
+
+    return run
+
+
+def test_a_series_trains_each_value_and_seed_and_compares_its_own_runs(series):
+    code, error, calls, runs = series("dim", "shapes", "--values", 0, 64, "--seeds", 2, "--lr", "1e-4")
+    assert (code, error) == (0, "")
+    assert len(calls) == 4
+    for call, (value, seed) in zip(calls, [(0, 1), (0, 2), (64, 1), (64, 2)], strict=True):
+        text = " ".join(call)
+        assert text.startswith("--dataset shapes --not_pretrained")
+        ablated = "--task_p 1 0 --adv_weights 0" if value == 0 else "--embed_sizes 128 64"
+        own = f"--seed {seed} --save_path {runs.parent} --savename ablation_dim_{value}_seed{seed} --go_on"
+        assert text.endswith(f"--lr 1e-4 {ablated} {own}")  # the ablated flag wins
+    names = [f"ablation_dim_{value}_seed{seed}" for value in (0, 64) for seed in (1, 2)]
+    assert {path.name for path in runs.iterdir()} == {*names, "ablation_dim.csv", "ablation_dim.svg"}
+    assert set(names) <= set(pd.read_csv(runs / "ablation_dim.csv")["run"])
+    assert "--embed_sizes" in (runs / "ablation_dim.svg").read_text()
+    shutil.copytree(runs / "ablation_dim_64_seed1", runs / "ablation_dim_long_64_seed1")  # of another series
+    assert series("dim", "shapes", "--values", 0)[0] == 0
+    assert not [run for run in pd.read_csv(runs / "ablation_dim.csv")["run"] if "64" in str(run)]
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "values", "flags", "first"),
+    [
+        ("clusters", "cub200", [], "--shared_num_classes 5", "5_seed0"),
+        ("interval", "own", ["7"], "--cluster_update_freq 7", "7_seed1"),
+        ("dim", "own", ["64"], "--embed_sizes 128 64", "64_seed1"),
+        ("adversarial", "shapes", ["on"], "", "on_seed1"),
+        ("adversarial", "shapes", ["0"], "--adv_weights 0", "0_seed1"),
+        ("standardise", "vehicle_id", [], "--cluster_mode no_norm", "no_norm_seed0"),
+    ],
+)
+def test_the_flags_of_a_value(series, folder, name, dataset, values, flags, first):
+    fails = ("ablation", "2")
+    code, _, calls, _ = series(name, dataset, *(["--values", *values] if values else []), fails=fails)
+    assert code == 2
+    (call,) = calls  # bad flags are the same in all runs
+    own = f"--seed {first[-1]} --save_path {folder}/runs --savename ablation_{name}_{first} --go_on"
+    assert " ".join(call).endswith(f"{flags} {own}")
+    assert call[:2] == ["--dataset", dataset]
+    assert (len(call) < 14) == (dataset == "own")  # without a set-up
+
+
+def test_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(series):
+    code, error, calls, runs = series("mining", "shapes", "--seeds", 2, "--n_epochs", 10, "--tau", 5, 8)
+    assert (code, error) == (0, "")
+    names = ["margin", "margin_steps", "mic", "no_adversarial", "no_norm"]
+    of_values = {name: [" ".join(call) for call in calls if f"ablation_mining_{name}_seed2" in call] for name in names}
+    flags = {name: text.split("--n_epochs 10 --tau 5 8")[1].split(" --seed")[0] for name, (text,) in of_values.items()}
+    assert flags == {
+        "margin": " --task_p 1 0 --adv_weights 0",
+        "margin_steps": " --task_p 1 0 --adv_weights 0 --n_epochs 18 --tau 9 15",  # 1.8 times as many
+        "mic": "",
+        "no_adversarial": " --adv_weights 0",
+        "no_norm": " --cluster_mode no_norm",
+    }
+    table = pd.read_csv(runs / "ablation_mining.csv")
+    assert (table["run"] == "difference, mean of 2").sum() == 2 * 4  # best and last, none of margin to itself
+    assert "setting of ablation_mining_margin_seed1" in (runs / "ablation_mining.svg").read_text()
+
+
+def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, capfd):
+    directions = ("--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 5, 6)
+    more = (*directions, "--task_p", 0.5, 0.8)
+    values = ("--values", "margin_steps", "no_adversarial")
+    code, error, calls, runs = series("mining", "shapes", *values, "--n_epochs", 10, "--tau", 5, *more)
+    assert (code, error) == (0, "")
+    assert "--task_p 1 0 --adv_weights 0 0 --n_epochs 13 --tau 7 --seed" in " ".join(calls[0])  # 1.3 steps to 1
+    assert "--adv_weights 0 0 --seed" in " ".join(calls[1])
+    assert "setting of ablation_mining_margin_steps_seed1" in (runs / "ablation_mining.svg").read_text()
+    shutil.rmtree(runs / "ablation_mining_margin_steps_seed1")
+    failing = ("ablation_mining_margin_steps_seed1", "1")
+    code, error, *_ = series("mining", "shapes", *values, *directions, fails=failing)
+    assert (code, error) == (1, "Result_Runs.sh: failed: margin_steps_seed1\n")
+    assert "setting of" not in (runs / "ablation_mining.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_p", 1, 0], "--task_p: the series mining needs steps of both tasks"),
+        (["--task_p", 1], "--task_p: expected 2 arguments"),
+        (["--adv_weights", 0], "--adv_weights 0: is no_adversarial"),
+        (["--adv_weights", 1, 2], "--adv_weights: takes one weight per direction"),
+        (["--cluster_mode", "no_norm"], "--cluster_mode no_norm: is one of the series mining"),
+        (["--scheduler", "exp"], "--scheduler exp: would decay further"),
+        (["--values", "margin", "mine"], "no value 'mine' of mining"),
+    ],
+)
+def test_mining_refuses_settings_that_coincide(series, flags, message):
+    code, error, calls, _ = series("mining", "shapes", *flags)
+    assert (code, calls) == (2, [])
+    assert error.startswith("Result_Runs.sh: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_mining_knows_the_defaults_of_main():
+    of_main, of_series = main.get_args_parser(), ablation.get_setup_parser()
+    defaults = vars(of_series.parse_args([]))
+    assert defaults.keys() >= {"n_epochs", "tau", "task_p"}
+    defaults["task_p"] = [float(p) for p in defaults["task_p"]]
+    assert defaults == {flag: of_main.get_default(flag) for flag in defaults}
+    assert " ".join(ablation.mining_flags(["--n_epochs", "25"])["margin_steps"][-4:]) == "--n_epochs 45 --tau 144"
+
+
+def test_a_series_goes_on_after_a_failure_and_stops_when_told(series):
+    code, error, calls, runs = series("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", "137"))
+    assert (code, error, len(calls)) == (1, "Result_Runs.sh: failed: 4_seed1\n", 2)
+    table = (runs / "ablation_clusters.csv").read_text()
+    for told in ("2", "129", "130", "143"):
+        code, _, calls, _ = series("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", told))
+        assert (code, len(calls)) == (int(told), 1)
+    assert (runs / "ablation_clusters.csv").read_text() == table
+    code, error, *_ = series("standardise", "shapes", "--values", "mean", "mstd", fails=("standardise", "1"))
+    assert (code, error) == (
+        1,
+        "Result_Runs.sh: error: no run has stored anything to compare\nResult_Runs.sh: failed: mean_seed1 mstd_seed1\n",
+    )
+
+
+def test_a_series_that_cannot_be_compared_keeps_its_table(series, folder):
+    code, _, _, runs = series("clusters", "shapes", "--values", 4)
+    assert code == 0
+    kept = {name: (runs / name).read_bytes() for name in ("ablation_clusters.csv", "ablation_clusters.svg")}
+    (folder / "main.py").write_text("")  # runs end well and leave nothing new
+    (runs / "ablation_clusters_4_seed1" / "hypa.pkl").write_text("broken")
+    code, error, *_ = series("clusters", "shapes", "--values", 4)
+    assert code == 2
+    assert error == f"Result_Runs.sh: error: --compare: no run to read among {runs}/ablation_clusters_4_seed1\n"
+    assert {name: (runs / name).read_bytes() for name in kept} == kept
+
+
+def test_a_run_that_got_a_counter_behind_its_name_is_compared(series):
+    code, _, _, runs = series("clusters", "shapes", "--values", 4)
+    os.rename(runs / "ablation_clusters_4_seed1", runs / "ablation_clusters_4_seed1_1")
+    code, _, _, runs = series("clusters", "shapes", "--values", 4, fails=("clusters_4", "1"))
+    assert code == 1
+    assert "ablation_clusters_4_seed1_1" in set(pd.read_csv(runs / "ablation_clusters.csv")["run"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["sizes", "shapes"], "no series 'sizes'"),
+        (["clusters"], "the following arguments are required: DATASET"),
+        (["clusters", "shapes", "--seeds", "0"], "--seeds '0': give how many"),
+        (["clusters", "shapes", "--dataset=cub200"], "--dataset=cub200 does not go with an ablation"),
+        (["clusters", "shapes", "--seed=7"], "--seed=7 does not go with an ablation"),
+        (["clusters", "shapes", "--resume", "x"], "--resume does not go with an ablation"),
+        (["clusters", "shapes", "--savename", ""], "--save_path and --savename take a value"),
+        (["clusters", "shapes", "--savename", "mine"], "mine.csv exists already, and is of no series"),
+    ],
+)
+def test_a_series_refuses_what_does_not_fit(series, folder, flags, message):
+    (folder / "runs" / "shapes").mkdir(parents=True)
+    (folder / "runs" / "shapes" / "mine.csv").write_text("of the user")
+    code, error, calls, runs = series(*flags)
+    assert (code, calls) == (2, [])
+    assert message in error
+    assert error.count("\n") == 1
+    assert (runs / "mine.csv").read_text() == "of the user"
+
+
+def test_a_series_is_started_from_any_folder(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("main.py", "run.py", "report.py", "data.py"):
+        (elsewhere / name).write_text("raise SystemExit('of another program')")
+    script = ["bash", os.path.relpath(ROOT / "Result_Runs.sh", elsewhere), "ablation"]
+    flags = ["clusters", "own", "--values", "4", "--save_path", "runs"]
+    ended = subprocess.run([*script, *flags], cwd=elsewhere, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith("== clusters 4, seed 1\n")
+    assert ended.stdout.endswith("table: runs/own/ablation_clusters.csv, plot: runs/own/ablation_clusters.svg\n")
+    assert (elsewhere / "runs" / "own" / "ablation_clusters.svg").exists()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_series_that_is_told_to_stop_ends_its_run_first(folder, signum, code):
+    (folder / "fails").write_text("any waits")
+    words = ["ablation", "clusters", "shapes", "--save_path", str(folder / "runs")]
+    command = ["bash", str(ROOT / "Result_Runs.sh"), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while (folder / "fails").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        # kill tells the series only, Ctrl-C its whole group
+        (os.kill if signum == signal.SIGTERM else os.killpg)(process.pid, signum)
+        _, error = process.communicate(timeout=30)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == code
+    assert error == f"Result_Runs.sh: stopped by {signum.name}: the same command goes on with the series\n"
+
+
+def setup(name, *flags):
+    """Return the flags of main.py that a set-up gives it."""
+    printed = subprocess.run(
+        ["bash", str(ROOT / "Result_Runs.sh"), name, *flags], env=os.environ | {"MIC_PRINT_SETUP": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return main.get_args_parser().parse_args(printed.stdout.split("\0")[:-1])
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("cub200", (30, [2500], [1, 0.8], [50], 100)),
+        ("cars196", (150, [500], [1, 0.8], [60], 110)),
+        ("online_products", (50, [250], [1, 0.5], [20, 35], 45)),
+        ("in-shop", (150, [250], [1, 0.8], [50], 70)),
+        ("vehicle_id", (50, [250], [1, 0.5], [20, 35], 45)),
+    ],
+)
+def test_the_published_setups(dataset, expected):
+    args = setup(dataset)
+    assert (args.shared_num_classes, args.adv_weights, args.task_p, args.tau, args.n_epochs) == expected
+    assert (args.dataset, args.seed, args.random_cluster_pick_p, args.cluster_update_freq) == (dataset, 0, 0.2, 3)
+    assert setup(dataset, "--seed", "5", "--source_path", "a b").source_path == "a b"
+
+
+def test_result_runs_starts_what_it_is_asked_for(folder):
+    def result_runs(*words):
+        ended = subprocess.run(["bash", str(ROOT / "Result_Runs.sh"), *words], capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
+
+    code, usage, _ = result_runs("--help")
+    assert code == 0
+    assert "bash Result_Runs.sh ablation SERIES DATASET" in usage
+    code, usage, _ = result_runs("ablation", "--help")
+    assert code == 0
+    for name, (_, values, _) in ablation.SERIES.items():
+        assert re.search(rf"^  {name} +.*{values}", usage, re.MULTILINE)
+    code, _, error = result_runs("cub20")
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith("Result_Runs.sh: error: no set-up 'cub20'; one of demo, cub200,")
+    (folder / "fails").write_text("failing 3")
+    flags = ["--save_path", str(folder / "runs"), "--savename", "failing"]
+    assert result_runs("all", *flags)[::2] == (
+        1, "Result_Runs.sh: failed: cub200 cars196 online_products in-shop vehicle_id\n"
+    )  # fmt: skip
+    assert result_runs("demo", *flags)[0] == 3
+    started = [line.split("|")[1] for line in (folder / "log").read_text().splitlines()]
+    assert started == [*ablation.PUBLISHED, "shapes"]

@@ -1,0 +1,321 @@
+"""Comparison of stored runs against tables made by hand."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from report import compare
+from run import folder
+from run.errors import InputError
+
+
+def write_run(path, recalls, **flags):
+    """Write what a comparison reads of a run; recalls are those of epochs 0, 1, ..."""
+    rows = [{"NMI": recall / 2, "Recall @ 1": recall} for recall in recalls]
+    write_scores(path, rows, **flags)
+
+
+def write_scores(path, rows, **flags):
+    """Write a run with these columns of log_val_Class.csv in epochs 0, 1, ..."""
+    path.mkdir(parents=True)
+    defaults = {"dataset": "cub200", "seed": 1, "adv_weights": [2500.0], "savename": path.name}
+    folder.write_flags(path, defaults | flags)
+    table = pd.DataFrame([{"Epochs": epoch, "Time": 1.5} | row for epoch, row in enumerate(rows)])
+    table.to_csv(path / "log_val_Class.csv", index=False)
+
+
+def left_out(printed):
+    """Return {run: why} of the lines that say what is left out; each run is named once."""
+    lines = [line.split("/runs/", 1)[1] for line in printed.splitlines() if line.startswith("left out")]
+    reasons = dict(line.split(", ", 1) for line in lines)
+    assert len(reasons) == len(lines)
+    return reasons
+
+
+def test_comparison_by_hand(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "a1", [0.2, 0.6, 0.4])
+    write_run(tmp_path / "runs" / "a2", [0.2, 0.3, 0.5], seed=2, kernels=0)
+    write_run(tmp_path / "runs" / "b1", [0.1, 0.2], adv_weights=[0.0])
+    (tmp_path / "runs" / "c").mkdir()
+    write_run(tmp_path / "runs" / "d", [0.5])
+    with open(tmp_path / "runs" / "d" / "hypa.pkl", "wb") as file:
+        pickle.dump({"dataset": Path("x")}, file)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.png"
+    compare.compare_runs([str(tmp_path / "runs"), str(tmp_path / "nowhere")], csv=csv, plot=plot)
+    printed = capsys.readouterr().out
+    for path, reason in [
+        ("runs/c", "holds no hypa.pkl"),
+        ("runs/d", "hypa.pkl cannot be read"),
+        ("nowhere", "no such"),
+    ]:
+        assert any(line.startswith(f"skipped {tmp_path}/{path}: {reason}") for line in printed.splitlines())
+    table = pd.read_csv(csv).set_index(["run", "adv_weights", "at"])
+
+    def cell(run, weight, at, column="Recall @ 1"):
+        (value,) = table.sort_index().loc[[(run, weight, at)], column]
+        return value
+
+    assert cell("a1", 2500, "best") == 0.6
+    assert cell("a1", 2500, "best", "epoch") == 1
+    assert cell("a1", 2500, "last") == 0.4
+    assert cell("a1", 2500, "last", "epochs done") == 3
+    assert cell("mean of 2", 2500, "best") == pytest.approx(0.55)
+    assert cell("mean of 2", 2500, "best", "NMI") == pytest.approx(0.275)
+    assert cell("standard deviation", 2500, "best") == pytest.approx(0.1 / 2**0.5)
+    assert cell("mean of 2", 2500, "last") == pytest.approx(0.45)
+    assert cell("gap to the paper", 2500, "best") == pytest.approx(0.55 - 0.661)
+    assert cell("gap to the paper", 0, "last") == pytest.approx(0.2 - 0.661)
+    assert "mean of 1" not in printed
+    assert table.sort_index().loc["paper: MIC + margin", "Recall @ 1"].item() == 0.661
+    with Image.open(plot) as picture:
+        assert picture.width > 500
+
+
+def test_the_printed_table(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.5, 0.25], dataset="shapes", seed=0)
+    write_scores(tmp_path / "b", [{"NMI": None, "Recall @ 1": 0.75}], dataset="shapes", seed=1)
+    compare.compare_runs([tmp_path / "a", tmp_path / "b"])
+    assert capsys.readouterr().out == "\n".join([
+        "", "shapes",
+        "               run seed   at epoch epochs done    NMI Recall @ 1",
+        "                 a    0 best     0           2 0.2500     0.5000",
+        "                 b    1 best     0           1            0.7500",
+        "         mean of 2      best                              0.6250",
+        "standard deviation      best                              0.1768",
+        "                 a    0 last     1           2 0.1250     0.2500",
+        "                 b    1 last     0           1            0.7500",
+        "         mean of 2      last                              0.5000",
+        "standard deviation      last                              0.3536", "",
+    ])  # fmt: skip
+
+
+def test_means_are_over_finished_runs_that_differ_in_the_seed_only(tmp_path, capsys):
+    """Repeats of a seed, unfinished runs and runs on other images once counted as seeds of one setting."""
+    runs = tmp_path / "runs"
+    for name, recalls, flags in [
+        ("a_seed1", [0.1, 0.4], {"seed": 1}),
+        ("a_seed1_1", [0.1, 0.9], {"seed": 1, "kernels": 0}),
+        ("a_seed2", [0.1, 0.6], {"seed": 2}),
+        ("a_seed3", [0.8], {"seed": 3}),
+        ("b_seed1", [0.1, 0.3], {"seed": 1, "adv_weights": [0.0]}),
+        ("b_seed1_1", [0.1, 0.8], {"seed": 1, "adv_weights": [0.0]}),
+        ("other_images", [0.1, 0.7], {"seed": 4, "images": "fedcba987654"}),
+    ]:
+        write_run(runs / name, recalls, **{"n_epochs": 2, "images": "0123456789ab", "dataset": "shapes"} | flags)
+    names = sorted(os.listdir(runs), reverse=True)  # the first by name counts, not the first that is given
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    reasons = {
+        "a_seed1_1": f"repeats seed 1 of {runs}/a_seed1",
+        "a_seed3": "1 of 2 epochs",
+        "b_seed1_1": f"repeats seed 1 of {runs}/b_seed1",
+    }
+    compare.compare_runs([str(runs / name) for name in names], against=str(runs / "b_seed1"), csv=csv)
+    printed = capsys.readouterr().out
+    unpaired = dict.fromkeys(("a_seed2", "other_images"), "no run to compare with has its seed")
+    assert left_out(printed) == reasons | unpaired
+    table = pd.read_csv(csv, dtype={"images": str})
+    rows = table[table["at"] == "last"].set_index("run")["Recall @ 1"]
+    assert {name: rows[name] for name in names} == {
+        "a_seed1": 0.4, "a_seed1_1": 0.9, "a_seed2": 0.6, "a_seed3": 0.8, "b_seed1": 0.3, "b_seed1_1": 0.8,
+        "other_images": 0.7,
+    }  # fmt: skip
+    summary = rows.drop(names)
+    assert summary.to_dict() == {
+        "mean of 2": pytest.approx(0.5),
+        "standard deviation": pytest.approx(0.2 / 2**0.5),
+        "difference, mean of 1": pytest.approx(0.1),
+    }
+    assert set(table["images"]) == {"0123456789ab", "fedcba987654"}
+    compare.compare_runs([runs], over="adv_weights", plot=plot)
+    printed = capsys.readouterr().out
+    assert left_out(printed) == reasons
+    lines = printed.split("Recall @ 1 over --adv_weights")[1].splitlines()[2:]
+    assert " ".join(lines[0].split()) == "0 0.3000 0.3000"
+    assert " ".join(lines[1].split()) == "2500 0.5000 +- 0.1414 (2 runs) 0.5000 +- 0.1414 (2 runs) 0.7000 0.7000"
+    compare.compare_runs([runs], plot=plot)
+    assert left_out(capsys.readouterr().out) == reasons
+    assert "<!-- shapes, adv_weights 2500.0, images 0123456789ab (2 runs) -->" in plot.read_text()
+    assert "<!-- shapes, adv_weights 0.0, images 0123456789ab (1 run) -->" in plot.read_text()
+
+
+def test_a_setting_without_a_finished_run_has_no_means_and_no_curve(tmp_path, capsys):
+    for seed in (1, 2):
+        write_run(tmp_path / "runs" / f"a{seed}", [0.5], seed=seed, n_epochs=2)
+    compare.compare_runs([tmp_path / "runs"])
+    printed = capsys.readouterr().out
+    assert left_out(printed) == {"a1": "1 of 2 epochs", "a2": "1 of 2 epochs"}
+    assert printed.count("0.5000") == 4
+    assert "mean of" not in printed
+    assert "gap" not in printed
+    with pytest.raises(InputError, match="p.svg: no run is through with its epochs"):
+        compare.compare_runs([tmp_path / "runs"], plot=tmp_path / "p.svg")
+    write_run(tmp_path / "runs" / "b1", [0.5, 0.6], n_epochs=2, adv_weights=[0.0])
+    compare.compare_runs([tmp_path / "runs"], plot=tmp_path / "p.svg")
+    assert "adv_weights 0.0 (1 run)" in (tmp_path / "p.svg").read_text()
+    assert "adv_weights 2500.0" not in (tmp_path / "p.svg").read_text()
+
+
+def test_recall_over_a_flag_by_hand(tmp_path, capsys):
+    for seed, recalls in [(1, [0.5, 0.6, 0.4]), (2, [0.5, 0.8])]:
+        write_run(tmp_path / "runs" / f"c30_{seed}", recalls, shared_num_classes=30, seed=seed)
+    write_run(tmp_path / "runs" / "c4_1", [0.3], shared_num_classes=4)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    compare.compare_runs([tmp_path / "runs"], over="shared_num_classes", csv=csv, plot=plot)
+    printed = capsys.readouterr().out.split("Recall @ 1 over --shared_num_classes")[1].splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in printed[2:]}
+    assert list(rows) == ["4", "5", "10", "20", "30", "50", "100", "150", "200", "250", "300"]
+    assert rows["4"] == ["0.3000", "0.3000"]
+    assert rows["5"] == ["0.6040"]  # the paper's
+    assert " ".join(rows["30"]) == "0.7000 +- 0.1414 (2 runs) 0.6000 +- 0.2828 (2 runs) 0.6470"
+    assert len(pd.read_csv(csv)) == 2 * (3 + 2 + 2) + 1  # runs, mean and deviation, gaps; the paper's row
+    assert plot.read_text().count("<svg") == 1
+
+
+def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path, capsys):
+    write_run(tmp_path / "a", [0.3], embed_sizes=[128, 128], task_p=[1.0, 0.0], adv_weights=[0.0], dataset="shapes")
+    write_run(tmp_path / "b", [0.4], embed_sizes=[128, 64], task_p=[1.0, 0.8], dataset="shapes")
+    compare.compare_runs([tmp_path / "a", tmp_path / "b"], over="embed_sizes")
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "   shapes best epoch shapes last epoch", "0             0.3000            0.3000",
+        "64            0.4000            0.4000",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="no run has this flag"):
+        compare.compare_runs([tmp_path / "a"], over="unheard_of")
+    write_run(tmp_path / "c", [0.5], embed_sizes=[512, 64], task_p=[1.0, 0.8], dataset="shapes")
+    write_run(tmp_path / "d", [0.6], embed_sizes=[128, 64], task_p=[1.0, 0.8], adv_weights=[1.0], dataset="shapes")
+    runs = [folder.read_run(tmp_path / name) for name in "abcd"]
+    lines = compare.ablation_lines(runs, "shapes", "", "embed_sizes")
+    assert {name: points for name, points in lines.items() if name.endswith("best epoch")} == {
+        "shapes adv_weights 2500.0 embed_sizes of Class 128 best epoch": {"64": [0.4], "0": [0.3]},
+        "shapes adv_weights 2500.0 embed_sizes of Class 512 best epoch": {"64": [0.5]},
+        "shapes adv_weights 1.0 embed_sizes of Class 128 best epoch": {"64": [0.6], "0": [0.3]},
+    }
+
+
+def test_runs_that_have_no_part_in_recall_over_a_flag_are_named(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "done", [0.5, 0.6], tau=[20, 35], n_epochs=2)
+    write_run(tmp_path / "runs" / "failed", [0.1], tau=[20, 35], seed=2, n_epochs=2)
+    write_run(tmp_path / "runs" / "older", [0.1, 0.2], seed=3, n_epochs=2)
+    compare.compare_runs([tmp_path / "runs"], over="tau")
+    printed = capsys.readouterr().out
+    assert left_out(printed) == {"failed": "1 of 2 epochs", "older": "which has no flag tau"}
+    assert printed.splitlines()[-1].split() == ["20", "35", "0.6000", "0.6000"]
+
+
+def test_values_of_a_flag_are_sorted_by_size():
+    assert sorted(["100", "mean", "8", "0.5", "0"], key=compare.by_number) == ["0", "0.5", "8", "100", "mean"]
+
+
+def test_differences_are_paired_by_seed(tmp_path, capsys):
+    plain, mic = [0.30, 0.50, 0.70], [0.34, 0.52, 0.77]
+    runs = tmp_path / "runs"
+    for seed, (one, other) in enumerate(zip(plain, mic)):
+        write_run(runs / f"plain{seed}", [0.9, one], seed=seed, adv_weights=[0.0], n_epochs=2)
+        write_run(runs / f"mic{seed}", [0.9, other], seed=seed, n_epochs=2)
+    write_run(runs / "mic8", [0.1, 0.1], seed=8, n_epochs=2)  # without a partner
+    write_run(runs / "mic9", [0.9], seed=9, n_epochs=2)  # unfinished, as is its partner
+    write_run(runs / "plain9", [0.1], seed=9, adv_weights=[0.0], n_epochs=2)
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    compare.compare_runs([runs], against=runs / "plain1", csv=csv, plot=plot)
+    printed = capsys.readouterr().out
+    table = pd.read_csv(csv, dtype={"seed": str})
+    rows = table[table["run"].str.contains("difference|interval") & (table["at"] == "last")].set_index("run")
+    assert list(rows.index) == ["difference, mean of 3", "95 % interval from", "95 % interval to"]
+    assert set(rows["adv_weights"]) == {2500.0}  # none of the reference to itself
+    # 0.04, 0.02, 0.07: mean 0.13 / 3, s = 0.0251661, t(0.975, 2) = 4.302653 from a table
+    mean, half = 0.13 / 3, 4.302653 * 0.0251661 / 3**0.5
+    expected = [mean, mean - half, mean + half]
+    assert rows["Recall @ 1"].tolist() == pytest.approx(expected, abs=1e-6)
+    assert rows["NMI"].tolist() == pytest.approx([value / 2 for value in expected], abs=1e-6)
+    best = table[table["run"].str.contains("difference|interval") & (table["at"] == "best")]
+    assert best["Recall @ 1"].tolist() == pytest.approx([0.0, 0.0, 0.0])
+    assert "difference, mean of 3" in printed
+    assert "plain1" in plot.read_text()
+    unpaired = {"mic8": "no run to compare with has its seed"}
+    assert left_out(printed) == {"mic9": "1 of 2 epochs", "plain9": "1 of 2 epochs"} | unpaired
+
+
+def test_one_difference_has_no_interval_and_none_is_no_plot(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "mic_seed0", [0.3], seed=0)
+    write_run(tmp_path / "runs" / "plain_seed0", [0.2], seed=0, adv_weights=[0.0])
+    plot = tmp_path / "p.svg"
+    compare.compare_runs([tmp_path / "runs"], against=tmp_path / "runs" / "plain_seed0", plot=plot)
+    printed = capsys.readouterr().out
+    assert "difference, mean of 1" in printed
+    assert "interval" not in printed
+    assert "mic,\N{NO-BREAK SPACE}" in plot.read_text().replace(", ", ",\N{NO-BREAK SPACE}")  # the series' name
+    write_run(tmp_path / "runs" / "mic_seed8", [0.3], seed=8)
+    runs = [tmp_path / "runs" / name for name in ("mic_seed8", "plain_seed0")]
+    compare.compare_runs(runs, against=runs[0], plot=plot)
+    assert left_out(capsys.readouterr().out) == {"plain_seed0": "no run to compare with has its seed"}
+    assert "band: one standard deviation" in plot.read_text()  # the curves over the epochs
+    compare.compare_runs(runs[:1], against=runs[0])
+    assert f"--against {runs[0]}: no differences on cub200, where all runs have its setting" in capsys.readouterr().out
+
+
+def test_differences_of_several_data_and_test_sets(tmp_path, capsys):
+    for name, weights, gain in [("plain", [0.0], 0.0), ("mic", [9.0], 0.1)]:
+        for seed in (1, 2):
+            row = {"Set 1 NMI": None, "Set 1 Recall @ 1": 0.5, "Set 2 Recall @ 1": 0.6 + gain}
+            flags = {"dataset": "vehicle_id", "seed": seed, "adv_weights": weights}
+            write_scores(tmp_path / "runs" / f"{name}_seed{seed}", [row], **flags)
+    write_run(tmp_path / "runs" / "other", [0.3], dataset="shapes")
+    csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
+    compare.compare_runs([tmp_path / "runs"], against=tmp_path / "runs/plain_seed2", csv=csv, plot=plot)
+    assert "no differences on shapes, of which it is no run" in capsys.readouterr().out
+    table = pd.read_csv(csv)
+    gaps = table[(table["run"] == "gap to the paper") & (table["at"] == "last")]
+    assert set(gaps["test set"]) == {"Set 1"}  # the paper has none of the medium set
+    table = table[(table["run"] == "difference, mean of 2") & (table["at"] == "last")].set_index("test set")
+    assert table["Recall @ 1"].to_dict() == {"Set 1": 0.0, "Set 2": pytest.approx(0.1)}
+    assert "difference in Recall @ 1" in plot.read_text()
+    assert "difference in NMI" not in plot.read_text()  # which some run lacks
+
+
+def test_what_cannot_be_compared_is_named(tmp_path):
+    write_run(tmp_path / "runs" / "a", [0.3])
+    write_run(tmp_path / "b", [0.3])
+    (tmp_path / "runs" / "broken").mkdir()
+    reason = f"--against {tmp_path}/runs/broken: {tmp_path}/runs/broken: holds no hypa.pkl"
+    with pytest.raises(InputError, match=reason):
+        compare.compare_runs([tmp_path / "runs"], against=tmp_path / "runs" / "broken")
+    with pytest.raises(InputError, match="b: not the folder of one of the runs that are compared"):
+        compare.compare_runs([tmp_path / "runs"], against=tmp_path / "b")
+    with pytest.raises(InputError, match="no run to read among"):
+        compare.compare_runs([tmp_path / "runs" / "broken"])
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, names):
+    write_run(tmp_path / "a", [0.3])
+    rows = [{"NMI": 0.2, "Recall @ 1": test, "Val Recall @ 1": val} for test, val in ((0.4, 0.6), (0.5, 0.55))]
+    write_scores(tmp_path / "b", rows, val_classes=0.25, select="val")
+    compare.compare_runs([tmp_path / name for name in names], csv=tmp_path / "t.csv")
+    assert "mean of" not in capsys.readouterr().out
+    table = pd.read_csv(tmp_path / "t.csv")
+    best = table[table["at"] == "best"].set_index(["run", "test set"])["Recall @ 1"]
+    assert best.loc[[("b", "Val")]].tolist() == [0.6]
+    assert ("a", "Val") not in best.index
+    assert {best[name, where] for name, where in best.index if name == "b" and where != "Val"} == {0.4}
+
+
+@pytest.mark.parametrize("n", [2, 5, 30])
+def test_confidence_interval_holds_the_mean_in_95_of_100(n):
+    values = np.random.default_rng(n).normal(0.3, 2.0, (n, 20_000))
+    low, high = compare.confidence_interval(values)
+    assert np.mean((low <= 0.3) & (high >= 0.3)) == pytest.approx(0.95, abs=0.006)
+
+
+def test_runs_on_other_data_have_no_paper(tmp_path, capsys):
+    assert compare.paper_scores("cub200")[""]["Recall @ 1"] == 0.661
+    assert compare.paper_scores("shapes") == {}
+    write_run(tmp_path / "a", [0.25], dataset="shapes", shared_num_classes=5)
+    compare.compare_runs([tmp_path / "a"], over="shared_num_classes")
+    printed = capsys.readouterr().out
+    assert "paper" not in printed
+    assert "0.2500" in printed

@@ -1,0 +1,458 @@
+"""A run on disk: killed and resumed, its images and flags, lock, logs, checkpoints and summary."""
+
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import runpy
+import shutil
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_same_run,
+    epochs_logged,
+    killed_run,
+    refused,
+    run,
+    run_in_process,
+    small_flags,
+    when,
+    when_logged,
+    write_class_folders,
+)
+
+import auxiliaries
+import evaluate
+from run import folder
+from run.errors import InputError
+
+BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run on classes that are hard to tell apart: (source path, run folder)."""
+    top = tmp_path_factory.mktemp("whole")
+    write_class_folders(top / "source" / "tiny", contrast=0.1)
+    return top / "source", run(small_flags(top / "source", top, *BASE))
+
+
+@pytest.fixture
+def content(whole):
+    """What last.pth.tar of the uninterrupted run holds, as if one epoch were left to train."""
+    content = torch.load(whole[1] / "last.pth.tar", weights_only=True)
+    content["training"]["epoch"] = 2
+    return content
+
+
+def stored_run(path, content):
+    """Make a run folder that holds nothing but last.pth.tar."""
+    path.mkdir(parents=True)
+    torch.save(content, path / "last.pth.tar")
+    return path
+
+
+def linked_run(whole, path):
+    """Make a run folder that holds nothing but the last.pth.tar of the uninterrupted run."""
+    path.mkdir(parents=True)
+    os.link(whole[1] / "last.pth.tar", path / "last.pth.tar")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("log", "n_rows"),
+    [
+        ("log_train_Class.csv", 2),  # in the evaluation of epoch 1, or when its best checkpoint is written
+        ("log_val_Class.csv", 2),  # probes, draws, or writes the best checkpoint
+        ("log_mining.csv", 3),  # mined after epoch 1: draws, or writes last.pth.tar
+        (None, None),  # while last.pth.tar is written
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, log, n_rows):
+    source, expected = whole
+    path, argv = tmp_path / "tiny" / "run", small_flags(source, tmp_path, *BASE)
+    if log:
+        process = killed_run(argv, path, n_rows, log)
+    else:
+
+        def is_writing():
+            return epochs_logged(path, "log_mining.csv") > 1 and any(path.glob(".last.pth.tar.*.tmp"))
+
+        process = run_in_process(run, argv, meanwhile=when(is_writing, lambda process: process.kill()))
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    with open(path / "log_train_Class.csv", "a") as file:
+        file.write("7,torn li")
+    assert run(["--resume", path]) == path
+    assert_same_run(path, expected)
+    assert not list(path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard"],
+        ["--losses", "triplet", "proxynca", "--adversarial", "Shared-Class", "Class-Shared", "--adv_weights", 5, 9],
+        ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 0.7, 0.6, "--amp", "fp16"],
+        ["--task_p", 1, 0, "--adv_weights", 0, "--scheduler", "step", "--tau", 1, "--eval_every", 2],
+        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 2, "--cache", "ram", "--eval_shared"],
+    ],
+)
+def test_all_that_has_state_is_resumed(whole, tmp_path, flags):
+    argv = [*flags, "--n_epochs", 2, *(BASE if "--scheduler" not in flags else [])]
+    expected = run(small_flags(whole[0], tmp_path / "whole", *argv))
+    path = tmp_path / "cut" / "tiny" / "run"
+    process = killed_run(small_flags(whole[0], tmp_path / "cut", *argv), path, 2)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 1
+    torch.rand(3), random.random(), np.random.rand()  # another process would have other states
+    assert_same_run(run(["--resume", path]), expected)
+
+
+def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_path, capsys):
+    source, expected = whole
+    path = run(small_flags(source, tmp_path, *BASE, "--n_epochs", 2))
+    before = (path / "last.pth.tar").stat().st_mtime_ns
+    capsys.readouterr()
+    run(["--resume", path])
+    assert f"{path} is finished: 2 epochs are done; a larger --n_epochs goes on" in capsys.readouterr().out
+    assert (path / "last.pth.tar").stat().st_mtime_ns == before
+    shutil.copytree(source, tmp_path / "moved")
+    anew = ["--n_epochs", 3, "--kernels", 1, "--gpu", 0, "--source_path", tmp_path / "moved", "--cache", "ram"]
+    run(["--resume", path / "last.pth.tar", *anew])
+    assert_same_run(path, expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "1e-3"], "--lr: a resumed run keeps its flags"),
+        (["--not_pretrained"], "--not_pretrained: a resumed run keeps its flags"),
+        (["--n_epochs", "2"], "--n_epochs 2: the run has 3; give at least as many"),
+        (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
+    ],
+)
+def test_flags_that_change_the_result_are_refused(whole, flags, message, capsys):
+    assert message in refused(capsys, ["--resume", whole[1], *flags])
+
+
+def rename_class(images):
+    (images / "class_00").rename(images / "class_0")
+
+
+def swap_classes(images):
+    (images / "class_00").rename(images / "aside")
+    (images / "class_01").rename(images / "class_00")
+    (images / "aside").rename(images / "class_01")
+
+
+def replace_image(images):
+    shutil.copy(images / "class_00" / "0.jpg", images / "class_01" / "3.jpg")
+
+
+def remove_test_image(images):
+    (images / "class_03" / "4.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_class, "training images: class 'class_00' is missing"),
+        (swap_classes, "training images: class 'class_00' has other files"),
+        (replace_image, "training images: class 'class_01' has other files"),
+        (remove_test_image, "test images: class 'class_03' has other files"),
+    ],
+)
+def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, capsys, change, message):
+    shutil.copytree(whole[0], tmp_path / "source")
+    change(tmp_path / "source" / "tiny" / "images")
+    resumed, named = (linked_run(whole, tmp_path / top / "run") for top in ("resumed", "tiny"))
+    for path, argv in (
+        (resumed, ["--resume", resumed, "--source_path", tmp_path / "source"]),
+        (named, small_flags(tmp_path / "source", tmp_path, *BASE, "--go_on")),
+    ):
+        error = refused(capsys, [*argv, "--n_epochs", 4])
+        assert f"--resume {path}: not the images that it was trained with: {message}; give it those" in error
+        assert {path.name for path in path.iterdir()} <= {"last.pth.tar", ".lock"}
+
+
+def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
+    assert "no such run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
+    (tmp_path / "run").mkdir()
+    assert "stopped before it had anything to resume" in refused(capsys, ["--resume", tmp_path / "run"])
+    shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
+    assert "holds a network without the state of its training" in refused(capsys, ["--resume", tmp_path / "run"])
+    other_format = stored_run(tmp_path / "format", content | {"format": 1})
+    assert "no checkpoint of this version of the program" in refused(capsys, ["--resume", other_format])
+    content["flags"]["arch"] = "resnet50"
+    other_network = stored_run(tmp_path / "arch", content)
+    assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
+    assert {path.name for path in other_network.iterdir()} <= {"last.pth.tar", ".lock"}
+
+
+def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = stored_run(tmp_path / "run", content | {"training": Bomb()})
+    assert "pickled object" in refused(capsys, ["--resume", path])
+    (path / "hypa.pkl").write_bytes(pickle.dumps({"dataset": Bomb()}))
+    (path / "log_val_Class.csv").write_text("Epochs,Recall @ 1\n0,0.5\n")
+    with pytest.raises(InputError, match=r"hypa\.pkl cannot be read \(it asks for posix\.mkdir\)"):
+        folder.read_run(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
+    """Truncated or with a bit flipped: refused with one line, or a file whose checksums are right."""
+    rng, outcomes = random.Random(0), []
+    for name, program in (("last.pth.tar", None), ("checkpoint.pth.tar", evaluate)):
+        good, path = (whole[1] / name).read_bytes(), tmp_path / name
+        for i in range(30):
+            damaged = bytearray(good)
+            if i % 2:
+                del damaged[rng.randrange(len(good)) :]
+            else:
+                places = [rng.randrange(len(good)), rng.randrange(4000), len(good) - 1 - rng.randrange(20000)]
+                damaged[rng.choice(places)] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                error = refused(capsys, [path], evaluate) if program else refused(capsys, ["--resume", tmp_path])
+            except pytest.fail.Exception:
+                outcomes.append("whole")
+            else:
+                outcomes.append("refused")
+                assert str(path) in error
+    assert outcomes.count("refused") > 45, outcomes
+
+
+def test_only_one_of_two_resumes_goes_on(whole, tmp_path):
+    path = linked_run(whole, tmp_path / "run")
+    (path / ".lock").touch()  # of a dead process: no hindrance
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_in_process(run, ["--resume", path, "--n_epochs", 6]), range(2)))
+    assert sorted(process.returncode for process in both) == [0, 2], both
+    (refusal,) = [process.stderr for process in both if process.returncode == 2]
+    assert refusal == f"main.py: error: {path}: is being trained by another process; wait for it, or stop it first\n"
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == list(range(6))
+
+
+def test_of_two_starts_of_one_name_the_second_is_refused(whole, tmp_path):
+    argv = small_flags(whole[0], tmp_path, *BASE, "--go_on")
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: run_in_process(run, argv), range(2)))
+    assert sorted(process.returncode for process in both) == [0, 2], both
+    (refusal,) = [process.stderr for process in both if process.returncode == 2]
+    path = tmp_path / "tiny" / "run"
+    assert refusal == f"main.py: error: --go_on: another process trains {path}; wait for it, or stop it first\n"
+    assert list((tmp_path / "tiny").iterdir()) == [path]
+    assert_same_run(path, whole[1])
+
+
+def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
+    source, expected = whole
+    named, top = small_flags(source, tmp_path, *BASE, "--go_on"), tmp_path / "tiny"
+    content["flags"] |= {"savename": "run_7", "lr": 0.5}
+    stored_run(top / "run_7", content)  # of another name that looks like it
+    (top / "run").mkdir()  # was stopped before anything was stored: it stays as it is
+    process = killed_run(named, top / "run_1", 2)
+    assert process.returncode == -signal.SIGKILL
+    for flags, message in [
+        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
+        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
+    ]:
+        assert message in refused(capsys, [*named, *flags])
+    assert run([*named, "--kernels", 1]) == top / "run_1"
+    assert_same_run(top / "run_1", expected)
+    capsys.readouterr()
+    run(named)
+    assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
+    assert sorted(path.name for path in top.iterdir()) == ["run", "run_1", "run_7"]
+    assert not list((top / "run").iterdir())
+
+
+def run_on_full_disk(argv):
+    """Run main where files do not grow to the size of a checkpoint with the optimiser's state."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50 * 10**6, 50 * 10**6))
+    run(argv)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
+    source, expected = whole
+    process = run_in_process(run_on_full_disk, small_flags(source, tmp_path, *BASE))
+    path = tmp_path / "tiny" / "run"
+    assert process.stderr == (
+        f"main.py: stopped: cannot read or write {path}/last.pth.tar (File too large); the last complete epoch is "
+        f"safe; go on with: python main.py --resume {path}\n"
+    )
+    assert process.returncode == 1
+    assert not list(path.glob(".*.tmp"))
+    assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 0
+    run(["--resume", path])
+    assert_same_run(path, expected)
+
+
+def test_a_folder_that_goes_away_is_told(whole, tmp_path):
+    path = tmp_path / "tiny" / "run"
+    move = when_logged(path, 1, lambda _: path.rename(tmp_path / "elsewhere"))
+    process = run_in_process(run, small_flags(whole[0], tmp_path, *BASE), meanwhile=move)
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"main.py: stopped: cannot read or write {path}/"), process.stderr
+    assert process.stderr.endswith(" (No such file or directory); nothing had been stored to go on with\n")
+    assert process.stderr.count("\n") == 1
+    assert not path.exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_path, capsys):
+    argv = small_flags(whole[0], tmp_path, "--task_p", 1, 1, "--scheduler", "exp", "--gamma", 1e9, "--lr", 1e-5)
+    error = refused(capsys, argv, code=1)
+    path = tmp_path / "tiny" / "run" / "last.pth.tar"
+    epoch = re.match(
+        r"main\.py: stopped: in epoch (\d) the .*(loss is nan|not finite).*: training has diverged", error
+    )[1]
+    assert error.endswith(f"; {path} is from before that\n")
+    stored = torch.load(path, weights_only=True)
+    assert stored["training"]["epoch"] == int(epoch) > 0
+    assert all(value.isfinite().all() for value in stored["state_dict"].values())
+
+
+def spoil_logs(path):
+    """Do to logs what spreadsheets, editors and scripts do."""
+    for name, change in {
+        "log_train_Class.csv": lambda text: "",
+        "log_val_Class.csv": lambda text: "\ufeff" + text,
+        "log_probe.csv": lambda text: text.replace(",", ";"),
+    }.items():
+        (path / name).write_text(change((path / name).read_text()))
+    (path / "log_mining.csv").unlink()
+
+
+def test_logs_that_are_spoilt_during_a_run_are_whole_at_its_end(whole, tmp_path):
+    path, done = tmp_path / "tiny" / "run", []
+
+    def spoil(_):
+        spoil_logs(path)
+        done.append(epochs_logged(path, "log_val_Class.csv"))
+
+    spoil_after_epoch_0 = when_logged(path, 1, spoil, "log_probe.csv")
+    process = run_in_process(run, small_flags(whole[0], tmp_path, *BASE), meanwhile=spoil_after_epoch_0)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert done == [1]
+    assert_same_run(path, whole[1])
+
+
+def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tmp_path / "tiny" / "run"
+    process = killed_run(small_flags(whole[0], tmp_path, *BASE, "--tensorboard"), path, 2, "log_val_Class.csv")
+    assert process.returncode == -signal.SIGKILL
+    before = torch.load(path / "last.pth.tar", weights_only=True)["training"]
+    assert before["epoch"] == 1  # the board has epoch 1 too
+    run(["--resume", path])
+    after = torch.load(path / "last.pth.tar", weights_only=True)["training"]
+    assert all(after["spent"][activity] > seconds > 0 for activity, seconds in before["spent"].items())
+    assert after["seconds"] > before["seconds"]
+    board = EventAccumulator(str(path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/Class Loss")] == [0, 1, 2]
+    assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2, 3]
+
+
+def test_kills_benchmark_runs_to_its_end(whole, tmp_path, monkeypatch, capsys):
+    flags = ["kills.py", "--kills", 1, "--n_epochs", 2, *small_flags(whole[0], tmp_path)]
+    monkeypatch.setattr(sys, "argv", list(map(str, flags)))
+    runpy.run_path(str(ROOT / "benchmarks" / "kills.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    assert "1 kills, epochs logged at each: [" in output
+    assert output.endswith("logs, weights, optimiser and random states are bit-identical\n")
+
+
+def test_runs_of_one_name_get_counters(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: folder.make_folder(tmp_path / "results" / "run"), range(16)))
+    assert {path.name for path in made} == {"run", *(f"run_{i}" for i in range(1, 16))}
+
+
+def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--save_path: .*/file is a file, not a folder"):
+        folder.check_folder(tmp_path / "file" / "below" / "run")
+    with pytest.raises(InputError, match="--save_path: cannot look into"):
+        folder.check_folder(tmp_path / ("x" * 300) / "run")
+    with pytest.raises(InputError, match="--save_path: cannot create"):
+        folder.make_folder(tmp_path / "file" / "run")
+    folder.check_folder(tmp_path / "new" / "deeper" / "run")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_replaced_file_keeps_the_old_one_on_failure(tmp_path):
+    path = tmp_path / "kept.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space left") as full, folder.replaced_file(path, "w") as file:  # noqa: PT012
+        file.write("half")
+        raise OSError(28, "No space left on device")
+    assert full.value.filename == str(path)
+    assert (os.listdir(tmp_path), path.read_text()) == (["kept.txt"], "old")
+    with folder.replaced_file(path, "w") as file:
+        file.write("new")
+    (tmp_path / "plain.txt").touch()
+    assert path.read_text() == "new"
+    assert path.stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
+def test_flags_are_written_for_programs_and_people(tmp_path):
+    flags = {"dataset": "shapes", "task_p": [1.0, 0.8], "weights": None}
+    folder.write_flags(tmp_path, flags)
+    assert pickle.loads((tmp_path / "hypa.pkl").read_bytes()) == flags
+    assert (tmp_path / "Parameter_Info.txt").read_text() == "dataset  shapes\ntask_p   1.0 0.8\nweights  None\n"
+
+
+ROWS = [
+    {"Epochs": 0, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.5, "Recall @ 1": 0.3}, "Val": {"Recall @ 1": 0.1}}},
+    {"Epochs": 2, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.4, "Recall @ 1": 0.6}, "Val": {"Recall @ 1": 0.4}}},
+    {"Epochs": 4, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.45, "Recall @ 1": 0.6}, "Val": {"Recall @ 1": 0.5}}},
+]
+
+
+def test_rows_are_columns_by_test_set_and_read_again(tmp_path):
+    columns = [folder.columns_of(row) for row in ROWS]
+    assert list(columns[0]) == ["Epochs", "Time", "Set 1 NMI", "Set 1 Recall @ 1", "Val Recall @ 1"]
+    pd.DataFrame(columns).to_csv(tmp_path / "log_val_Class.csv", index=False)
+    folder.write_flags(tmp_path, {"dataset": "vehicle_id"})
+    assert folder.read_run(tmp_path).rows == ROWS
+    assert folder.scores_line(ROWS[0]["scores"]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
+    assert [folder.best_index(ROWS, "Set 1", select) for select in ("test", "val")] == [1, 2]
+
+
+def test_summary_compares_best_and_last_with_before_training_and_the_paper():
+    paper = {"Set 1": {"Recall @ 1": 0.661}}
+    lines = folder.score_lines(ROWS, {"Set 1": {"NMI": 0.1, "Recall @ 1": 0.05}}, paper)
+    assert " ".join(lines[0].split()) == "score best epoch last before training paper best - paper"
+    assert lines[1].split() == ["Set", "1", "NMI", "0.5000", "0", "0.4500", "0.1000"]
+    assert lines[2].split()[2:] == ["Recall", "@", "1", "0.6000", "2", "0.6000", "0.0500", "0.6610", "-0.0610"]
+    assert lines[-1] == "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
+    assert "paper" not in "".join(folder.score_lines(ROWS, {}, {}))
+
+
+def test_random_states_are_plain_and_restored():
+    cpu = torch.device("cpu")
+    before = auxiliaries.random_states(cpu)
+    assert json.loads(json.dumps(before["numpy"])) == list(before["numpy"])
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(2).tolist()
+
+    drawn = draw()
+    assert draw() != drawn
+    auxiliaries.set_random_states(before, cpu)
+    assert draw() == drawn

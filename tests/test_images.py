@@ -1,0 +1,165 @@
+"""Decoding, held-out classes, and what is said about images that changed."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_class_folders
+from PIL import Image
+
+import datasets
+from data.cache import PixelStore
+from data.images import ImageSet, contents, describe_change, digest, hold_out_classes, image_size, read_image
+from run.errors import InputError
+
+
+def test_jpeg_pixels_are_those_of_pillow(tmp_path):
+    path = str(write_class_folders(tmp_path) / "images" / "class_00" / "0.jpg")
+    expected = np.asarray(Image.open(path).convert("RGB"))
+    assert (read_image(path).permute(1, 2, 0).numpy() == expected).all()
+    assert image_size(path) == (40, 48)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)).convert(mode)
+    path = tmp_path / ("a.jpg" if mode in ("L", "CMYK") else "a.png")
+    image.save(path)
+    decoded = read_image(str(path))
+    assert decoded.dtype == torch.uint8
+    with Image.open(path) as stored:
+        assert (decoded.permute(1, 2, 0).numpy() == np.asarray(stored.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
+def test_sixteen_bits_of_grey_keep_their_range(tmp_path, suffix):
+    ramp = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    path = tmp_path / f"ramp.{suffix}"
+    Image.fromarray(ramp).save(path)
+    assert (read_image(str(path)).numpy() == ramp >> 8).all()
+
+
+def test_floats_from_0_to_1_keep_their_range(tmp_path):
+    ramp = np.linspace(0, 1, 256).astype(np.float32).reshape(4, 64)
+    Image.fromarray(ramp).save(tmp_path / "ramp.tif")
+    assert (read_image(str(tmp_path / "ramp.tif")).numpy() == np.arange(256).reshape(4, 64)).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (np.float32([[0, 255]]), "floats that are not all in 0..1"),
+        (np.float32([[-0.5, 1]]), "floats that are not all in 0..1"),
+        (np.float32([[0, np.nan]]), "floats that are not all in 0..1"),
+        (np.int32([[0, 1]]), "signed or 32-bit integers"),
+    ],
+)
+def test_images_whose_white_is_not_known_are_refused(tmp_path, values, kind):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(values).save(path)
+    with pytest.raises(InputError) as error:
+        read_image(str(path))
+    assert str(error.value) == f"cannot decode the image {path} ({kind}); save it with 8 or 16 bits per channel"
+
+
+def test_other_formats_under_the_name_of_jpeg(tmp_path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "animation.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(np.full((10, 20), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    for name in ("animation.gif", "deep.png"):
+        path = (tmp_path / name).rename(tmp_path / f"{name}.jpg")
+        decoded = read_image(str(path))
+        assert decoded.dtype == torch.uint8
+        assert decoded.shape == (3, 10, 20)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", "truncated", None])
+def test_broken_images_are_named(tmp_path, content):
+    path = tmp_path / "broken.jpg"
+    if content == "truncated":
+        content = (write_class_folders(tmp_path) / "images" / "class_00" / "0.jpg").read_bytes()[:700]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot decode the image .*broken\.jpg \(.+\); repair or remove it") as error:
+        read_image(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["array", "store"])
+def test_classes_are_held_out_whole_and_relabelled(kind):
+    labels = np.array([0, 1, 2, 3, 4, 4, 3, 2, 0])
+    values = np.arange(9, dtype=np.uint8)
+    pixels = (
+        values.repeat(3).reshape(9, 1, 1, 3) if kind == "array" else PixelStore(values.repeat(3), np.ones((9, 2), int))
+    )
+    images = ImageSet(list("abcdefghi"), labels, list("vwxyz"), pixels, {"light": labels * 2})
+    kept, held = hold_out_classes(images, 0.4)
+    assert (kept.names, kept.labels.tolist(), kept.class_names) == (list("abchi"), [0, 1, 2, 2, 0], list("vwx"))
+    assert (held.names, held.labels.tolist(), held.class_names) == (list("defg"), [0, 1, 1, 0], list("yz"))
+    assert [held.read(i).flatten().tolist() for i in range(4)] == [[i] * 3 for i in (3, 4, 5, 6)]
+    assert held.factors["light"].tolist() == [6, 8, 8, 6]
+    for fraction in (0.05, 0.2, 0.8, 0.99):
+        with pytest.raises(InputError, match="--val_classes"):
+            hold_out_classes(images, fraction)
+
+
+def contents_of(source):
+    train, tests = datasets.load_dataset("tiny", source)
+    return contents({"train": train, **tests})
+
+
+def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
+    before = contents_of(class_folders)
+    assert {split: list(classes) for split, classes in before.items()} == {
+        "train": ["class_00", "class_01"],
+        "": ["class_02", "class_03"],
+    }
+    shutil.copytree(class_folders, tmp_path / "copy")
+    now = contents_of(tmp_path / "copy")
+    assert describe_change(before, now) is None
+    assert digest(before) == digest(now)
+    assert len(digest(now)) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "described"),
+    [
+        (lambda root: (root / "class_03/1.jpg").unlink(), "test images: class 'class_03' has other files"),
+        (lambda root: (root / "class_01/1.jpg").write_bytes(b""), "training images: class 'class_01' has other files"),
+        (lambda root: (root / "class_01").rename(root / "a"), "training images: class 'class_01' is missing"),
+        (lambda root: shutil.copytree(root / "class_03", root / "class_04"), "test images: class 'class_04' is new"),
+    ],
+)
+def test_changed_images_are_described(class_folders, change, described):
+    before = contents_of(class_folders)
+    change(class_folders / "tiny" / "images")
+    now = contents_of(class_folders)
+    assert describe_change(before, now) == described
+    assert digest(before) != digest(now)
+
+
+def test_another_order_and_other_queries_are_changes(class_folders, shapes):
+    train, _ = datasets.load_dataset("tiny", class_folders)
+    before = contents({"Set 1": train})
+    swapped = replace(train, labels=1 - train.labels, class_names=train.class_names[::-1])
+    assert describe_change(before, contents({"Set 1": swapped})) == (
+        "test images of Set 1: the classes are in another order"
+    )
+    moved = replace(train, names=train.names[5:] + train.names[:5], labels=1 - train.labels)
+    assert (
+        describe_change(before, contents({"Set 1": moved})) == "test images of Set 1: the images are in another order"
+    )
+    queries = replace(train, is_query=np.arange(10) == 7)
+    other = replace(train, is_query=np.arange(10) == 8)
+    assert "'class_01' has other files" in describe_change(contents({"": queries}), contents({"": other}))
+    rendered = contents({"train": shapes[0]})
+    assert describe_change(rendered, contents({"train": replace(shapes[0], pixels=shapes[0].pixels + 1)})) is None
+
+
+def test_a_file_that_has_gone_is_named(class_folders):
+    train, _ = datasets.load_dataset("tiny", class_folders)
+    (class_folders / "tiny" / "images" / "class_01" / "1.jpg").unlink()
+    with pytest.raises(InputError, match=r"cannot read the image .*class_01/1\.jpg \(No such file"):
+        contents({"train": train})

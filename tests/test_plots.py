@@ -1,0 +1,202 @@
+"""Plots: what their SVG shows, and the graph of a network."""
+
+import os
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from report import plots
+from run.errors import InputError
+
+ROWS = [
+    {"Epochs": 0, "Time": 1.0, "NMI": 0.5, "Recall @ 1": 0.3},
+    {"Epochs": 2, "Time": 1.0, "NMI": 0.4, "Recall @ 1": 0.6},
+    {"Epochs": 4, "Time": 1.0, "NMI": 0.45, "Recall @ 1": 0.2},
+]
+PROBES = ["Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared"]
+PROBES += ["Class by chance", "Mined by chance"]
+
+
+def elements(path, name):
+    """Return the groups of an SVG file whose id matches a pattern, in order."""
+    return [node for node in ElementTree.parse(path).iter() if re.fullmatch(name, node.get("id") or "")]
+
+
+def texts(node):
+    """Return the texts in a part of an SVG file."""
+    return [child.text for child in node.iter() if child.tag.endswith("}text")]
+
+
+def all_texts(path):
+    """Return the texts of an SVG file."""
+    return texts(ElementTree.parse(path).getroot())
+
+
+def train_rows(n_epochs):
+    """Return rows of log_train_Class.csv, without the Shared task."""
+    same = {"Time": 1.0, "Train Loss": 1.0, "Shared Loss": None}
+    return [{"Epochs": i, **same, "Class Loss": 1 / (i + 1), "Adversarial Loss": -i} for i in range(n_epochs)]
+
+
+def test_progress_shows_losses_and_scores(tmp_path):
+    path = tmp_path / "plot.svg"
+    plots.draw_progress(path, train_rows(5), ROWS, "a $run$", best=1, mined_before=[0, 4], rate_steps=[3, 9])
+    shown = all_texts(path)
+    assert shown.count("epoch") == 2
+    assert {"Class loss in training", "Adversarial loss in training", "NMI", "Recall @ 1", "best epoch"} <= set(shown)
+    assert {"a $run$", "Recall @ 1 0.6000 in the best epoch, 2"} <= set(shown)
+    assert {"mined labels renewed", "learning rate lowered"} <= set(shown)
+    assert not {"Shared loss in training", "Train loss in training"} & set(shown)
+    assert len(elements(path, r"axes_\d+")) == 3
+    plots.draw_progress(path, train_rows(5), ROWS, "a run", best=0, rate_steps=[9])
+    assert not {"mined labels renewed", "learning rate lowered"} & set(all_texts(path))
+
+
+def test_the_legend_of_scores_is_sorted_and_beside_the_curves(tmp_path):
+    path = tmp_path / "plot.svg"
+    plots.draw_progress(path, train_rows(5), ROWS, "a run", best=0)
+    scores = elements(path, r"axes_\d+")[-1]
+    (legend,) = (node for node in scores.iter() if node.get("id") == "legend_1")
+    assert texts(legend) == ["NMI", "Recall @ 1"]  # 0.45 and 0.2 in the last epoch
+    corners = re.findall(r"[\d.]+", next(node for node in scores.iter() if node.tag.endswith("}path")).get("d"))
+    right = max(map(float, corners[::2]))
+    names = [node for node in legend.iter() if node.tag.endswith("}text")]
+    assert all(float(node.get("x")) > right for node in names)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_scores_of_some_epochs_only_are_drawn(missing):
+    rows = [{"Epochs": i, "NMI": 0.9 if i % 10 == 9 else missing, "F1": missing} for i in range(100)]
+    axis = Figure().subplots()
+    plots.draw_curves(axis, rows, ["NMI", "F1"])
+    (line,) = axis.lines
+    assert line.get_label() == "NMI"
+    assert line.get_xdata().tolist() == list(range(9, 100, 10))
+    assert line.get_markevery() == 1
+
+
+def test_one_epoch_is_one_tick(tmp_path):
+    path = tmp_path / "plot.svg"
+    plots.draw_progress(path, train_rows(1), ROWS[:1], "a run", best=0)
+    ids = [node.get("id") or "" for node in elements(path, r"axes_\d+")[-1].iter()]
+    assert len([name for name in ids if name.startswith("xtick")]) == 1
+
+
+def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
+    path = tmp_path / "plot.svg"
+    plots.draw_probe(path, [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)], "a run")
+    assert len(elements(path, r"axes_\d+")) == 2
+    assert {"a run", "by chance", "from its own", "from the other embedding: should be low"} <= set(all_texts(path))
+
+
+def test_comparison_has_a_line_for_each_setting(tmp_path):
+    path = tmp_path / "plot.svg"
+    curves = {f"setting {i}": (np.arange(3), np.full((1 + i, 3), 0.5)) for i in range(10)}
+    plots.draw_comparison(path, curves)
+    drawn = path.read_text()
+    assert "<!-- setting 0 (1 run) -->" in drawn
+    assert "<!-- setting 9 (10 runs) -->" in drawn
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="same first dimension"):
+        plots.draw_comparison(path, {"a": (np.arange(3), np.zeros((1, 2)))})
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["plot.svg"]
+
+
+def test_ablation_shows_every_value_mean_and_run(tmp_path):
+    path = tmp_path / "plot.svg"
+    lines = {"shapes best epoch": {"4": [0.5, 0.7], "16": [0.6]}, "paper, x": {"8": [0.4]}}
+    plots.draw_ablation(path, "shared_num_classes", ["4", "8", "16"], lines)
+    assert {"4", "8", "16", "--shared_num_classes", "shapes best epoch", "paper, x"} <= set(all_texts(path))
+    axis = Figure().subplots()
+    plots.draw_means(axis, [0, 2], [np.array([0.5, 0.7]), np.array([0.6])], {"color": "red"}, "shapes")
+    assert axis.lines[0].get_ydata() == pytest.approx([0.6, 0.6])
+    band, dots = axis.collections
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(0.6 + 0.1 * 2**0.5)
+    assert dots.get_offsets().tolist() == [[0, 0.5], [0, 0.7], [2, 0.6]]
+
+
+def test_differences_have_a_panel_for_each_score_and_a_row_for_each_setting(tmp_path):
+    last, best = (np.array([0.1, 0.2]), -0.1, 0.4), (np.array([0.1, 0.3]), 0.0, 0.4)
+    points = {("Recall @ 1", name, at): values for name in "ab" for at, values in (("last", last), ("best", best))}
+    points["NMI", "a", "last"] = last
+    plots.draw_differences(tmp_path / "plot.svg", points, "runs/plain_seed1")
+    assert len(elements(tmp_path / "plot.svg", r"axes_\d+")) == 2
+    shown = all_texts(tmp_path / "plot.svg")
+    assert {"a", "b", "difference in Recall @ 1", "difference in NMI", "best epoch", "last epoch"} <= set(shown)
+    assert any("plain_seed1" in text for text in shown)
+
+
+def test_bars_are_at_the_interval_and_marks_at_the_mean():
+    axis = Figure().subplots()
+    plots.draw_intervals(axis, [(2.0, np.array([0.1, 0.3]), -0.1, 0.5)], color="red", marker="o", label="last epoch")
+    bar, mark = (line.get_xydata().tolist() for line in axis.lines)
+    assert bar == [[-0.1, 2.0], [0.5, 2.0]]
+    assert mark == [[pytest.approx(0.2), 2.0]]
+    assert axis.collections[0].get_offsets().tolist() == [[0.1, 2.0], [0.3, 2.0]]
+
+
+def test_settings_are_broken_between_flags_only():
+    wrapped = plots.wrapped_setting("mic, shapes, task_p 1.0 0.8, adv_weights 2500.0, cluster_mode no_norm, x $y$")
+    assert [line.replace("\N{NO-BREAK SPACE}", " ") for line in wrapped.split("\n")] == [
+        "mic, shapes, task_p 1.0 0.8,", "adv_weights 2500.0,", r"cluster_mode no_norm, x \$y\$"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png", ".pdf"])
+def test_the_same_figure_is_the_same_file(tmp_path, suffix):
+    drawn = []
+    for name in ("one", "other"):
+        plots.draw_ablation(tmp_path / (name + suffix), "cluster_mode", ["mean"], {"shapes": {"mean": [0.5]}})
+        drawn.append((tmp_path / (name + suffix)).read_bytes())
+    assert drawn[0] == drawn[1]
+    assert drawn[0].startswith({".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}[suffix])
+    if suffix == ".png":
+        with Image.open(tmp_path / "one.png") as picture:
+            assert picture.width == round(8.4 * 150)
+
+
+class Network(torch.nn.Module):
+    """A network as main.py trains, with one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 4)
+
+    def forward(self, images):
+        """Embed a batch of uint8 images."""
+        assert images.dtype == torch.uint8
+        return {"Class": self.head(self.norm(images.float()).mean((2, 3)))}
+
+
+@pytest.mark.skipif(bool(plots.missing_for_graphs()), reason="needs torchview and graphviz")
+def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
+    network = Network().train()
+    before, random_state = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
+    graph = plots.network_graph(network, 32)
+    shown = " ".join(texts(ElementTree.fromstring(graph)))
+    assert "Linear" in shown
+    assert "(1, 3, 32, 32)" in shown
+    assert all(module.training for module in network.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.skipif(bool(plots.missing_for_graphs()), reason="needs torchview and graphviz")
+def test_a_dot_that_fails_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "dot").write_text("#!/bin/sh\necho broken >&2\necho twice >&2\nexit 3\n")
+    (tmp_path / "dot").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InputError, match=r"^--make_graph: Graphviz's program dot fails; mend it, or .*$") as error:
+        plots.network_graph(Network(), 32)
+    assert "\n" not in str(error.value)
+
+
+def test_what_graphs_need_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert plots.missing_for_graphs()[-1] == "the program dot of Graphviz (https://graphviz.org/download)"

@@ -1,0 +1,330 @@
+"""Folders and lists read as image sets, and what a user is told of data sets that cannot be."""
+
+import os
+
+import layouts
+import numpy as np
+import pytest
+import torch
+from conftest import write_class_folders
+from scipy.io import loadmat, savemat
+
+import datasets
+from data.readers import PUBLISHED
+from run.errors import InputError
+
+LIST_FILES = {
+    "online_products": ("Info_Files/Ebay_train.txt", 3),
+    "in-shop": ("Eval/list_eval_partition.txt", 4),
+    "vehicle_id": ("train_test_split/test_list_1600.txt", 2),
+}
+"""A list file of each data set, and the number of one of its rows."""
+
+
+def message_of(name, source):
+    with pytest.raises(InputError) as error:
+        datasets.load_dataset(name, source)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(("name", "layout"), layouts.LAYOUTS)
+def test_layouts_are_read_as_the_table_says(tmp_path, name, layout):
+    layouts.LAYOUTS[name, layout](tmp_path)
+    train, tests = datasets.load_dataset(name, tmp_path)
+    expected = layouts.TABLE.get((name, layout)) or layouts.TABLE[name]
+    assert (train.class_names, train.labels.tolist()) == expected["train"]
+    assert list(tests) == [split for split in expected if split not in ("train", "queries")]
+    queries = expected.get("queries")
+    for split, images in tests.items():
+        assert (images.class_names, images.labels.tolist()) == expected[split]
+        assert (images.is_query is None) if queries is None else images.is_query.tolist() == [bool(q) for q in queries]
+    for images in (train, *tests.values()):
+        assert len(images.names) == len(images.labels)
+        assert images.labels.dtype == np.int64
+        assert all(images.read(i).dtype == torch.uint8 for i in range(len(images)))
+
+
+def test_in_shop_under_the_name_of_its_archive(tmp_path):
+    layouts.write_in_shop(tmp_path / "In-shop Clothes Retrieval Benchmark", "Img", "Eval")
+    train, tests = datasets.load_dataset("in-shop", tmp_path)
+    assert (train.class_names, train.labels.tolist()) == layouts.TABLE["in-shop"]["train"]
+    assert tests[""].is_query.sum() == 2
+
+
+def test_first_half_of_the_classes_trains(tmp_path):
+    images = write_class_folders(tmp_path / "cars196", per_class=(2, 1, 3, 2, 4)) / "images"
+    (images / "class_01" / "._0.jpg").write_bytes(b"litter")
+    (images / ".hidden").mkdir()
+    (images / "empty").mkdir()
+    train, tests = datasets.load_dataset("cars196", tmp_path)
+    assert train.class_names == ["class_00", "class_01"]
+    assert tests[""].class_names == ["class_02", "class_03", "class_04"]
+    assert train.labels.tolist() == [0, 0, 1]
+    assert tests[""].labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert train.names == [str(images / file) for file in ("class_00/0.jpg", "class_00/1.jpg", "class_01/0.jpg")]
+
+
+def write_ids(source, old, new):
+    """Replace the ids of one class in the training list of Online Products."""
+    path = source / "online_products" / "Info_Files" / "Ebay_train.txt"
+    path.write_text(path.read_text().replace(f" {old} 1 ", f" {new} 1 "))
+
+
+def test_ids_are_numbers_of_any_size(tmp_path):
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    write_ids(tmp_path, 1, "0020")
+    assert datasets.load_dataset("online_products", tmp_path)[0].class_names == ["3", "20"]
+    write_ids(tmp_path, 3, 2**63 + 1)
+    write_ids(tmp_path, "0020", 2**63)  # equal as floats
+    train, _ = datasets.load_dataset("online_products", tmp_path)
+    assert train.class_names == [str(2**63), str(2**63 + 1)]
+    assert train.labels.tolist() == [1, 0] * 4
+    write_ids(tmp_path, 2**63 + 1, "1" * 5000)  # more digits than int() takes
+    assert datasets.load_dataset("online_products", tmp_path)[0].class_names == [str(2**63), "1" * 5000]
+
+
+def test_image_numbers_and_counts_of_any_size(tmp_path):
+    layouts.LAYOUTS["vehicle_id", "readme"](tmp_path)
+    path = tmp_path / "vehicle_id" / "train_test_split" / "train_list.txt"
+    content = path.read_text()
+    path.write_text(content.replace("0000002", "002").replace("0000003", "000000003"))
+    train, _ = datasets.load_dataset("vehicle_id", tmp_path)
+    assert [os.path.basename(name) for name in train.names[1:3]] == ["0000002.jpg", "0000003.jpg"]
+    path.write_text(content.replace("0000002", "1" * 5000))
+    assert f"{path}: 1 of 8 listed images are not on disk below" in message_of("vehicle_id", tmp_path)
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
+    content = path.read_text()
+    path.write_text(content.replace("14", "0014", 1))
+    assert datasets.load_dataset("in-shop", tmp_path)[0].warnings == ()
+    for count in ("15", "9" * 5000):
+        path.write_text(content.replace("14", count, 1))
+        warnings = datasets.load_dataset("in-shop", tmp_path)[0].warnings
+        assert warnings == (f"{path}: lists 14 images; its first line says {count[:80]}",)
+
+
+@pytest.mark.parametrize("part", ["a" * 300, "a\0b", "3_0.JPG"])
+def test_paths_that_cannot_be_on_disk_are_not(tmp_path, part):
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    path = tmp_path / "online_products" / "Info_Files" / "Ebay_train.txt"
+    path.write_text(path.read_text().replace("bicycle_final/3_0.JPG", f"bicycle_final/{part}/3_0.JPG"))
+    assert f"{path}: 1 of 8 listed images are not on disk below" in message_of("online_products", tmp_path)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
+def test_a_missing_folder_is_diagnosed(tmp_path, name):
+    (tmp_path / "something").mkdir()
+    message = message_of(name, tmp_path)
+    assert f"no images of --dataset {name} in --source_path {tmp_path}" in message
+    assert f"looked for  {PUBLISHED[name].layout if name in PUBLISHED else 'images/'}" in message
+    assert f"found       {tmp_path} holds something" in message
+    assert "to do       give the folder that holds" in message
+    assert ("get it at" in message) == (name in PUBLISHED)
+    assert "no folder" in message_of(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path / "a")
+    root = tmp_path / "a" / name
+    assert f"{root} is the data set itself: name it {name}" in message_of(name, root)
+    (tmp_path / "b" / name).mkdir(parents=True)
+    deeper = root.rename(tmp_path / "b" / name / "deeper")
+    assert f"rename or move {deeper} to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+
+
+def test_other_data_sets_are_left_where_they_are(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    assert "move" not in message_of("cub200", tmp_path)
+    for part in ("car_ims", "cars_annos.mat"):
+        (tmp_path / "cars196" / part).rename(tmp_path / part)
+    (tmp_path / "cars196").rename(tmp_path / "cub200")
+    message = message_of("cars196", tmp_path)
+    assert f"move car_ims, and the lists that belong to it, to {tmp_path / 'cars196'}" in message
+    assert "name it" not in message
+
+
+@pytest.mark.parametrize("archive", ["cub200/CUB_200_2011.tgz", "cub200/a/images.7z", "cub200.RAR"])
+def test_an_archive_is_to_be_unpacked(tmp_path, archive):
+    (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / archive).touch()
+    assert f"to do       unpack {tmp_path / archive}" in message_of("cub200", tmp_path)
+
+
+@pytest.mark.parametrize("link", ["cub200", "cub200/images"])
+def test_dead_links_at_the_top_are_named(tmp_path, link):
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path / link} is a dead link to {tmp_path / 'nowhere'}: mend it" in message_of("cub200", tmp_path)
+
+
+def test_class_folders_out_of_place_are_to_be_moved(tmp_path, monkeypatch):
+    layouts.LAYOUTS["cub200", "readme"](tmp_path)
+    root = tmp_path / "cub200"
+    message = f"{root / 'images'} is the data set's folder of images: name {root} cub200, and give {tmp_path}"
+    assert message in message_of("cub200", root / "images")
+    monkeypatch.chdir(root / "images")
+    assert message in message_of("cub200", ".")
+    (root / "images").rename(tmp_path / "classes")
+    root.rmdir()
+    (tmp_path / "classes").rename(root)
+    assert f"move the class folders from {root} to {root / 'images'}" in message_of("cub200", tmp_path)
+    flat = tmp_path / "flat" / "cub200" / "images"
+    flat.mkdir(parents=True)
+    (flat / "a.jpg").touch()
+    message = message_of("cub200", flat.parents[1])
+    assert f"{flat} holds images of no class, a.jpg; move each to {flat}/<class>" in message
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(2,) * 6) / "images"
+    (images / "empty").mkdir()
+    train, _ = datasets.load_dataset("mine", tmp_path)
+    assert train.warnings == (f"{images}: 1 folders without images are no classes: empty",)
+    (images / "class_01").rename(images / "class_01_")
+    (images / "class_01").mkdir()
+    (images / "class_01_").rename(images / "class_01" / "sub")
+    message = message_of("mine", tmp_path)
+    assert f"{images}: 1 of 7 class folders hold no images but folders, class_01/sub; move the images" in message
+    (images / "gone").symlink_to(tmp_path / "nowhere")
+    assert f"{images}: 1 of 8 class folders are dead links: gone; mend or remove" in message_of("mine", tmp_path)
+    write_class_folders(tmp_path / "few", per_class=(2, 2, 2))
+    assert "holds 3 classes with images; at least 4 are needed" in message_of("few", tmp_path)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "images").touch()
+    assert f"cannot list the folder {tmp_path}/file/images (Not a directory)" in message_of("file", tmp_path)
+
+
+def test_dead_links_and_pipes_are_no_images(tmp_path):
+    folder = write_class_folders(tmp_path / "mine") / "images" / "class_00"
+    os.mkfifo(folder / "pipe.jpg")
+    assert len(datasets.load_dataset("mine", tmp_path)[0]) == 10
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    assert "1 of 21 images are dead links: class_00/gone.jpg; mend or remove" in message_of("mine", tmp_path)
+    layouts.LAYOUTS["vehicle_id", "readme"](tmp_path)
+    path = tmp_path / "vehicle_id" / "image" / "0000002.jpg"
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    message = message_of("vehicle_id", tmp_path)
+    assert f"1 of 8 images that {path.parent.parent}/train_test_split/train_list.txt lists are dead links" in message
+
+
+@pytest.mark.parametrize("name", LIST_FILES)
+def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path)
+    path, line = tmp_path / name / LIST_FILES[name][0], LIST_FILES[name][1]
+    content = path.read_text()
+    lines = content.splitlines()
+    path.unlink()
+    message = message_of(name, tmp_path)
+    assert message.startswith(f"list file missing: looked for {path} or ")
+    assert "holds" in message
+    path.write_text("\n".join([*lines[: line - 1], "one", *lines[line:]]))
+    assert f"{path}, line {line}: expected" in message_of(name, tmp_path)
+    assert "found 'one'" in message_of(name, tmp_path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert f"{path}, line 1: expected" in message_of(name, tmp_path)
+    path.write_text("")
+    assert f"{path}: holds no images" in message_of(name, tmp_path)
+    path.write_text(content)
+    train, tests = datasets.load_dataset(name, tmp_path)
+    victims = (tests["Set 2"] if name == "vehicle_id" else train).names[:4]
+    for victim in victims:
+        os.unlink(victim)
+    message = message_of(name, tmp_path)
+    assert f"{path}: 4 of " in message
+    assert ", ...\n  get it at   http" in message
+    assert os.path.basename(victims[0]) in message
+
+
+@pytest.mark.parametrize("name", ["online_products", "in-shop"])
+def test_lines_above_the_rows_and_blank_lines(tmp_path, name):
+    layouts.LAYOUTS[name, "readme"](tmp_path)
+    path = tmp_path / name / LIST_FILES[name][0]
+    lines = path.read_text().splitlines()
+    header = 0 if name == "online_products" else 1
+    path.write_text("\n".join(lines[:header] + lines[header + 1 :]))
+    message = f"{path}, line {header + 1}: expected the header {lines[header]}, found"
+    assert message in message_of(name, tmp_path)
+    path.write_text("\n\n".join(lines))  # blank lines count for nothing, but for the number of a line
+    datasets.load_dataset(name, tmp_path)
+    path.write_text("\n\n".join([*lines, "one"]))
+    assert f"{path}, line {2 * len(lines) + 1}: expected" in message_of(name, tmp_path)
+    if name == "in-shop":
+        path.write_text("\n".join(lines[1:]))
+        assert f"{path}, line 1: expected the number of images, found 'image_name" in message_of(name, tmp_path)
+
+
+def test_status_and_ids_are_checked(tmp_path):
+    layouts.LAYOUTS["in-shop", "readme"](tmp_path)
+    path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
+    path.write_text(path.read_text().replace("query", "probe", 1))
+    message = message_of("in-shop", tmp_path)
+    assert f"{path}, line 12: expected image_name item_id evaluation_status: train, query or gallery, found" in message
+    path.write_text(path.read_text().replace("probe", "gallery").replace("query", "gallery"))
+    assert "lists no image with the status query" in message_of("in-shop", tmp_path)
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    path = tmp_path / "online_products" / "Info_Files" / "Ebay_test.txt"
+    path.write_text(path.read_text().replace(" 4 1 ", " four 1 ", 1))
+    message = "line 2: expected image_id class_id super_class_id path, ids as whole numbers, found"
+    assert message in message_of("online_products", tmp_path)
+    path.write_text("\n".join(row for row in path.read_text().splitlines() if " 4 1 " not in row and "four" not in row))
+    assert f"{path}: lists 1 classes of a split; at least 2 are needed" in message_of("online_products", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "old"), [("online_products", "3_0.JPG"), ("in-shop", "00_1_front.jpg")])
+def test_list_files_with_spaces_marks_and_other_encodings(tmp_path, name, old):
+    layouts.LAYOUTS[name, "readme"](tmp_path)
+    path = tmp_path / name / LIST_FILES[name][0]
+    old = next(tmp_path.glob(f"{name}/**/{old}"))
+    new = os.fsencode(old.parent) + b"/a \xe9  b.jpg"
+    os.rename(old, new)
+    listed = os.fsencode(old.relative_to(tmp_path / name / ("images" if name == "online_products" else "")))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(listed, os.path.dirname(listed) + b"/a \xe9  b.jpg"))
+    train, tests = datasets.load_dataset(name, tmp_path)
+    images = next(images for images in (train, *tests.values()) if os.fsdecode(new) in images.names)
+    assert images.read(images.names.index(os.fsdecode(new))).shape == (3, 40, 44)
+    os.unlink(new)
+    message_of(name, tmp_path).encode()  # can be printed
+
+
+@pytest.mark.parametrize("name", [*LIST_FILES, "cars196"])
+def test_lists_that_lie_elsewhere_are_to_be_moved(tmp_path, name):
+    layouts.LAYOUTS[name, "official" if name == "cars196" else "readme"](tmp_path)
+    path = tmp_path / name / LIST_FILES.get(name, ("cars_annos.mat",))[0]
+    (tmp_path / name / "a" / "b").mkdir(parents=True)
+    elsewhere = path.rename(tmp_path / name / "a" / "b" / path.name)
+    assert f"to do       move {elsewhere} to {path}\n  get it at   http" in message_of(name, tmp_path)
+    if name != "cars196":
+        elsewhere = elsewhere.rename(tmp_path / path.name)
+        assert f"to do       move {elsewhere} to {path}\n" in message_of(name, tmp_path)
+
+
+def test_annotations_of_cars_that_cannot_be_read(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    path = tmp_path / "cars196" / "cars_annos.mat"
+    (tmp_path / "cars196" / "car_ims" / "000003.jpg").unlink()
+    assert f"{path}: 1 of 16 listed images are not on disk" in message_of("cars196", tmp_path)
+    path.write_bytes(b"nothing")
+    assert f"{path}: cannot be read as the annotations" in message_of("cars196", tmp_path)
+    path.unlink()
+    assert f"list file missing: looked for {path}" in message_of("cars196", tmp_path)
+
+
+def test_classes_of_cars_without_annotations_are_left_out(tmp_path):
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    path = tmp_path / "cars196" / "cars_annos.mat"
+    content = {key: value for key, value in loadmat(path).items() if not key.startswith("__")}
+    names = np.array(["Absent", *layouts.CARS], dtype=object).reshape(1, -1)
+    for row in content["annotations"][0]:
+        row["class"] += 1
+    savemat(path, content | {"class_names": names})
+    assert datasets.load_dataset("cars196", tmp_path)[0].class_names == layouts.CARS[:2]
+    for row in content["annotations"][0]:
+        row["class"] = np.minimum(row["class"], 4)
+    savemat(path, content | {"class_names": names})
+    assert f"{path} holds 3 classes with images; at least 4" in message_of("cars196", tmp_path)
+    for row in content["annotations"][0]:
+        row["class"] = 9
+    savemat(path, content | {"class_names": names})
+    assert f"{path}: 5 class names and 16 labels that do not fit them" in message_of("cars196", tmp_path)

@@ -95,16 +95,11 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return args, flags
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of the runs; PYTHON is the interpreter that Result_Runs.sh starts."""
-    return {"PYTHON": sys.executable} | os.environ
-
-
 def command(dataset: str, flags: Sequence[str]) -> list[str]:
     """Return the command that trains a run on a data set: with its set-up, or with main.py's defaults."""
     if dataset in (*PUBLISHED, "shapes"):
         return ["bash", str(ROOT / PROG), "demo" if dataset == "shapes" else dataset, *flags]
-    return [environment()["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
+    return [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
 
 
 def value_flags(series: str, value: str) -> list[str]:
@@ -163,13 +158,13 @@ def setup_flags(dataset: str, flags: Sequence[str]) -> list[str]:
     words = command(dataset, flags)
     if words[0] != "bash":
         return words[2:]
-    printed = subprocess.run(words, env=environment() | {"MIC_PRINT_SETUP": "1"}, stdout=subprocess.PIPE, check=True)
+    printed = subprocess.run(words, env=os.environ | {"MIC_PRINT_SETUP": "1"}, stdout=subprocess.PIPE, check=True)
     return os.fsdecode(printed.stdout).split("\0")[:-1]
 
 
 def train(words: Sequence[str]) -> int:
     """Run a command to its end and return its exit code, as a shell does."""
-    process = subprocess.Popen(words, env=environment())
+    process = subprocess.Popen(words)
     try:
         code = process.wait()
     except Interrupted as stop:
@@ -205,6 +200,7 @@ def compare_series(series: str, values: Sequence[str], folders: Mapping[tuple[st
 def main(argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks."""
     args, flags = parse_args(argv)
+    os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
     table = os.path.join(args.save_path, args.dataset, args.savename)
     for path in (f"{table}.csv", f"{table}.svg"):
         if os.path.exists(path) and not glob.glob(f"{glob.escape(table)}_*_seed*"):

@@ -26,14 +26,13 @@ PAPER = {
 }
 """Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
 
+CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
+SIZES = ("0", "64", "128", "256", "512", "1024")
 PAPER_ABLATIONS = {
     "shared_num_classes": {
-        "cub200": {"5": 0.604, "10": 0.612, "20": 0.636, "30": 0.647, "50": 0.641, "100": 0.633, "150": 0.621,
-                   "200": 0.599, "250": 0.602, "300": 0.587},
-        "cars196": {"5": 0.770, "10": 0.769, "20": 0.781, "30": 0.786, "50": 0.796, "100": 0.798, "150": 0.805,
-                    "200": 0.805, "250": 0.801, "300": 0.800},
-        "online_products": {"5": 0.728, "10": 0.731, "20": 0.730, "30": 0.738, "50": 0.741, "100": 0.742,
-                            "150": 0.740, "200": 0.745, "250": 0.744, "300": 0.742},
+        "cub200": dict(zip(CLUSTERS, (0.604, 0.612, 0.636, 0.647, 0.641, 0.633, 0.621, 0.599, 0.602, 0.587))),
+        "cars196": dict(zip(CLUSTERS, (0.770, 0.769, 0.781, 0.786, 0.796, 0.798, 0.805, 0.805, 0.801, 0.800))),
+        "online_products": dict(zip(CLUSTERS, (0.728, 0.731, 0.730, 0.738, 0.741, 0.742, 0.740, 0.745, 0.744, 0.742))),
     },
     "cluster_update_freq": {
         "cub200": {"1": 0.647, "50": 0.628},
@@ -41,10 +40,10 @@ PAPER_ABLATIONS = {
         "online_products": {"1": 0.741, "50": 0.730},
     },
     "embed_sizes": {
-        "cub200": {"0": 0.636, "64": 0.647, "128": 0.657, "256": 0.666, "512": 0.670, "1024": 0.667},
-        "cars196": {"0": 0.796, "64": 0.817, "128": 0.828, "256": 0.842, "512": 0.850, "1024": 0.845},
+        "cub200": dict(zip(SIZES, (0.636, 0.647, 0.657, 0.666, 0.670, 0.667))),
+        "cars196": dict(zip(SIZES, (0.796, 0.817, 0.828, 0.842, 0.850, 0.845))),
     },
-}  # fmt: skip
+}
 """Recall@1 over a flag, by data set, read off the paper's plots, +-0.002; of the update interval its ends only."""
 
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
@@ -223,12 +222,7 @@ def grouped(
 def settings_of(runs: Sequence[StoredRun], counted: Sequence[StoredRun], title: str) -> list[Setting]:
     """Return the settings of some runs of a data set; title: the first words of their labels."""
     return [
-        Setting(
-            label=", ".join([title, *(f"{name} {value}" for name, value in flags.items())]),
-            flags=flags,
-            runs=members,
-            counted=[run for run in members if run in counted],
-        )
+        Setting(", ".join([title, *map(" ".join, flags.items())]), flags, members, [r for r in members if r in counted])
         for flags, members in grouped(runs, described)
     ]
 
@@ -247,7 +241,7 @@ def name_unpaired(settings: Sequence[Setting], reference: StoredRun, dataset: st
     if len(settings) == 1:
         print(f"--against {reference.folder}: no differences on {dataset}, where all runs have its setting")
     seeds = [seed_of(run) for run in base.counted]
-    for run in (run for setting in settings if setting is not base for run in setting.counted):
+    for run in (run for setting in settings for run in setting.counted):
         if seed_of(run) not in seeds:
             print(f"left out of the differences: {run.folder}, no run to compare with has its seed")
 
@@ -381,7 +375,7 @@ def ablation_lines(
         mining = ("task_p", "adv_weights")
         members += [r for r in without if r not in members and describe(r, *mining) == describe(members[0], *mining)]
         for at in ("best", "last"):
-            words = [dataset, test_set, *(f"{name} {value}" for name, value in flags.items()), at, "epoch"]
+            words = [dataset, test_set, *map(" ".join, flags.items()), at, "epoch"]
             points = lines.setdefault(" ".join(filter(None, words)), {})
             for run in members:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]

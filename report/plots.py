@@ -165,7 +165,8 @@ def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarra
     with saved_figure(path, COMPARISON_STYLE, figsize=(9, 5.5), layout="constrained") as figure:
         axis = figure.subplots()
         for i, (setting, (epochs, recalls)) in enumerate(curves.items()):
-            mean, deviation, colour = recalls.mean(0), spread(recalls), COLOURS[i % 8]
+            mean, colour = recalls.mean(0), COLOURS[i % 8]
+            deviation = recalls.std(0, ddof=min(1, len(recalls) - 1))  # 0 of one run
             label = f"{plain(setting, 70)} ({len(recalls)} run{'s' if len(recalls) > 1 else ''})"
             line = ("-", "--", ":", "-.")[i // 8 % 4]
             axis.plot(epochs, mean, line, color=colour, marker=MARKERS[i % 8], markersize=4, label=label)
@@ -207,7 +208,7 @@ def draw_means(axis: Axes, places: Sequence[int], runs: Sequence[np.ndarray], lo
     means = np.array([recalls.mean() for recalls in runs])
     axis.plot(places, means, **look, label=label)
     if max(map(len, runs)) > 1:
-        spreads = np.array([spread(recalls) for recalls in runs])
+        spreads = np.array([recalls.std(ddof=min(1, len(recalls) - 1)) for recalls in runs])
         axis.fill_between(places, means - spreads, means + spreads, color=look["color"], alpha=0.15, linewidth=0)
         dots = [(place, recall) for place, recalls in zip(places, runs) for recall in recalls]
         axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3)
@@ -255,11 +256,6 @@ def wrapped_setting(setting: str) -> str:
     """Return a setting in lines of 40 characters, broken between flags, not between a flag and its value."""
     unbroken = shortened(setting, 240).replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
     return "\n".join(plain(line) for line in textwrap.wrap(unbroken, 40, break_on_hyphens=False))
-
-
-def spread(runs: np.ndarray) -> np.ndarray:
-    """Return the standard deviation over runs (n, ...), 0 of one run."""
-    return runs.std(0, ddof=min(1, len(runs) - 1))
 
 
 def shortened(name: str, length: int) -> str:

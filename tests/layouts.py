@@ -66,7 +66,7 @@ def write_in_shop(root, images, lists):
         for i in range(4 if label < 2 else 3):
             path = f"img/WOMEN/Dresses/{item}/0{i}_1_front.jpg"
             write_image(root / images / path, COLOURS[label])
-            status = "train" if label < 2 else ("query" if i == 1 else "gallery")
+            status = "train" if label < 2 else ("query" if i == label - 2 else "gallery")
             rows.append(f"{path}      {item}    {status}")
     (root / lists).mkdir(parents=True, exist_ok=True)
     header = f"{len(rows)}\nimage_name item_id evaluation_status\n"
@@ -115,7 +115,7 @@ TABLE = {
     "in-shop": {
         "train": (["id_00000001", "id_00000002"], [1, 1, 1, 1, 0, 0, 0, 0]),
         "": (["id_00000005", "id_00000009"], [1, 1, 1, 0, 0, 0]),
-        "queries": [0, 1, 0, 0, 1, 0],
+        "queries": [1, 0, 0, 0, 1, 0],
     },
     "vehicle_id": {
         "train": (["7", "30"], [1, 1, 1, 1, 0, 0, 0, 0]),

@@ -106,6 +106,15 @@ def test_a_changed_image_rebuilds_the_same_file_and_no_other(class_folders, imag
     assert_same_pixels(first, datasets.load_dataset("more", class_folders)[0])
 
 
+def test_an_image_of_the_same_size_is_a_change(tmp_path):
+    path = tmp_path / "a.bmp"
+    for time, colour in enumerate(((255, 0, 0), (0, 0, 255))):
+        Image.new("RGB", (5, 4), colour).save(path)
+        os.utime(path, (time, time))
+        kept = build(ImageSet([str(path)], np.zeros(1, dtype=int), ["a"]), tmp_path / "cache")
+        assert (kept.pixels[0] == colour).all()
+
+
 def test_half_built_caches_of_killed_runs_are_removed_after_a_day(images, tmp_path):
     killed, running = tmp_path / "decoded_train_0.bin.1.part", tmp_path / "decoded_train_1.npz.2.part"
     for path in (killed, running):
@@ -116,7 +125,9 @@ def test_half_built_caches_of_killed_runs_are_removed_after_a_day(images, tmp_pa
     assert running.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "junk sidecar", "empty sidecar", "other sidecar", "no sidecar"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "cut sidecar", "junk sidecar", "empty sidecar", "other sidecar", "no sidecar"]
+)
 def test_damaged_disk_caches_are_rebuilt(images, tmp_path, damage):
     build(images, tmp_path)
     path = next(tmp_path.glob("*.npz" if "sidecar" in damage else "*.bin"))
@@ -127,7 +138,7 @@ def test_damaged_disk_caches_are_rebuilt(images, tmp_path, damage):
     elif damage == "no sidecar":
         path.unlink()
     else:
-        path.write_bytes({"cut": whole[:-5], "junk sidecar": b"junk"}.get(damage, b""))
+        path.write_bytes(path.read_bytes()[:-5] if "cut" in damage else b"junk" if "junk" in damage else b"")
     assert_same_pixels(build(images, tmp_path), images)
     assert pixels.read_bytes() == whole
     assert path.stat().st_size > 0

@@ -156,6 +156,7 @@ def test_the_same_figure_is_the_same_file(tmp_path, suffix):
         drawn.append((tmp_path / (name + suffix)).read_bytes())
     assert drawn[0] == drawn[1]
     assert drawn[0].startswith({".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}[suffix])
+    assert b"CreationDate" not in drawn[0]
     if suffix == ".png":
         with Image.open(tmp_path / "one.png") as picture:
             assert picture.width == round(8.4 * 150)

@@ -1,6 +1,7 @@
 """Folders and lists read as image sets, and what a user is told of data sets that cannot be."""
 
 import os
+import shutil
 
 import layouts
 import numpy as np
@@ -134,8 +135,10 @@ def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
 
 
 def test_other_data_sets_are_left_where_they_are(tmp_path):
-    layouts.LAYOUTS["cars196", "official"](tmp_path)
+    layouts.LAYOUTS["cars196", "readme"](tmp_path)
     assert "move" not in message_of("cub200", tmp_path)
+    shutil.rmtree(tmp_path / "cars196")
+    layouts.LAYOUTS["cars196", "official"](tmp_path)
     for part in ("car_ims", "cars_annos.mat"):
         (tmp_path / "cars196" / part).rename(tmp_path / part)
     (tmp_path / "cars196").rename(tmp_path / "cub200")
@@ -260,7 +263,7 @@ def test_status_and_ids_are_checked(tmp_path):
     path = tmp_path / "in-shop" / "Eval" / "list_eval_partition.txt"
     path.write_text(path.read_text().replace("query", "probe", 1))
     message = message_of("in-shop", tmp_path)
-    assert f"{path}, line 12: expected image_name item_id evaluation_status: train, query or gallery, found" in message
+    assert f"{path}, line 11: expected image_name item_id evaluation_status: train, query or gallery, found" in message
     path.write_text(path.read_text().replace("probe", "gallery").replace("query", "gallery"))
     assert "lists no image with the status query" in message_of("in-shop", tmp_path)
     layouts.LAYOUTS["online_products", "readme"](tmp_path)

@@ -40,29 +40,35 @@ def finish(process: subprocess.Popen) -> None:
         sys.exit(f"main.py ended with exit code {process.returncode}: {error}")
 
 
-def kill(process: subprocess.Popen, folder: Path, rng: random.Random, longest: float, n_epochs: int) -> bool:
-    """Kill the process after a random time, soon once it has logged more than n_epochs; tell whether it was alive."""
-    end, is_last = time.perf_counter() + rng.uniform(0, longest), False
+def kill(process: subprocess.Popen, folder: Path, rng: random.Random, times: tuple[float, float], n_rows: int) -> bool:
+    """Kill the process after a random time, within an epoch once the log has n_rows; tell whether it was alive.
+
+    times: longest time to wait, and that of an epoch, in seconds.
+    """
+    longest, epoch = times
+    end, is_due = time.perf_counter() + rng.uniform(0, longest), False
     while process.poll() is None and time.perf_counter() < end:
         time.sleep(0.02)
-        if not is_last and epochs_logged(folder) > n_epochs:
-            is_last, end = True, min(end, time.perf_counter() + rng.uniform(0, longest / 4))
+        if not is_due and epochs_logged(folder) >= n_rows:
+            is_due, end = True, min(end, time.perf_counter() + rng.uniform(0, epoch))
     process.kill()
     return process.wait() == -signal.SIGKILL
 
 
-def run_whole(flags: list[str], folder: Path, n_epochs: int) -> float:
-    """Make the uninterrupted run; return the longest time to wait before a kill, in seconds."""
+def run_whole(flags: list[str], folder: Path, n_epochs: int) -> tuple[float, float]:
+    """Make the uninterrupted run; return the longest time to wait before a kill, and that of an epoch, in seconds."""
     began = time.perf_counter()
     finish(start(*flags, folder.name))
     seconds = time.perf_counter() - began
-    in_epochs = sum(pd.read_csv(path)["Time"].sum() for path in folder.glob("*.csv"))
-    longest = seconds - in_epochs + 1.5 * in_epochs / n_epochs
+    epoch = sum(pd.read_csv(path)["Time"].sum() for path in folder.glob("*.csv")) / n_epochs
+    longest = seconds - (n_epochs - 1.5) * epoch
     print(f"uninterrupted: {seconds:.0f} s; kills after up to {longest:.1f} s", flush=True)
-    return longest
+    return longest, epoch
 
 
-def run_killed(flags: list[str], folder: Path, rng: random.Random, longest: float, n_epochs: int, n_kills: int) -> None:
+def run_killed(
+    flags: list[str], folder: Path, rng: random.Random, times: tuple[float, float], n_epochs: int, n_kills: int
+) -> None:
     """Make the run that is killed and resumed; one that was killed before it had stored anything starts anew."""
     done, early = [], 0
     while True:
@@ -71,8 +77,8 @@ def run_killed(flags: list[str], folder: Path, rng: random.Random, longest: floa
             folder.rename(folder.with_name(f"killed_early_{early}"))
             early += 1
         process = start("--resume", str(folder)) if can_resume else start(*flags, folder.name)
-        wanted = n_epochs * (len(done) + 1) // max(n_kills, 1)
-        if len(done) == n_kills or not kill(process, folder, rng, longest, wanted):
+        n_rows = n_epochs * (len(done) + 1) // (n_kills + 1) + 1
+        if len(done) == n_kills or not kill(process, folder, rng, times, n_rows):
             break
         done.append(epochs_logged(folder))
     finish(process)
@@ -93,8 +99,8 @@ def main() -> None:
         flags = ["--dataset", args.dataset, "--n_epochs", str(args.n_epochs), *FLAGS.split(), *more]
         flags += ["--save_path", name, "--savename"]
         whole, killed = (Path(name) / args.dataset / run for run in ("whole", "killed"))
-        longest = run_whole(flags, whole, args.n_epochs)
-        run_killed(flags, killed, random.Random(args.seed), longest, args.n_epochs, args.kills)
+        times = run_whole(flags, whole, args.n_epochs)
+        run_killed(flags, killed, random.Random(args.seed), times, args.n_epochs, args.kills)
         try:
             assert_same_run(killed, whole)
         except AssertionError as error:

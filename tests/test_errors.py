@@ -1,0 +1,195 @@
+"""What ends a program or troubles it: signals, images and workers that go, an output that cannot be written."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from conftest import ROOT, killed_run, run, run_in_process, small_flags, when, when_logged, write_class_folders
+
+from run.errors import InputError, first_line, stop_reason
+
+
+def processes_of(session):
+    """Return the ids of the processes of a session."""
+    found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
+    assert found.returncode in (0, 1), found.stderr  # some, none
+    return found.stdout.split()
+
+
+def children_of(pid):
+    """Return the ids of the processes that a process started."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def start(program, *flags, redirection="", **options):
+    """Start a program as a shell does, with its stdout redirected."""
+    command = shlex.join([sys.executable, str(ROOT / program), *map(str, flags)])
+    shell = ["bash", "-c", f"set -o pipefail; {command} {redirection}"]
+    return subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def assert_can_go_on(error, path):
+    """See that the last words are a command that goes on with a run, and that it does."""
+    command = error.rsplit("; the last complete epoch is safe; go on with: python main.py ", 1)[1]
+    assert shlex.split(command) == ["--resume", str(path)]
+    assert run(shlex.split(command)) == path
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "code", "times"), [("SIGTERM", 143, 3), ("SIGINT", 130, 1)])
+def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, name, code, times):
+    path = tmp_path / "with space" / "tiny" / "run"
+
+    def tell(process):
+        for _ in range(times):  # what is told again is not answered again
+            os.kill(process.pid, getattr(signal, name))
+            time.sleep(0.01)
+
+    argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2)
+    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, tell, "log_val_Class.csv"))
+    assert process.returncode == code
+    assert process.stderr.startswith(f"main.py: stopped by {name}: the last complete epoch is safe; go on with: ")
+    assert process.stderr.count("\n") == 1
+    assert not processes_of(process.session)
+    if times == 1:
+        command = process.stderr.split("go on with: python main.py ")[1]
+        assert shlex.split(command) == ["--resume", str(path)]
+        run(shlex.split(command))
+        assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
+
+
+def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, tmp_path):
+    argv = small_flags(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 500)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *argv],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143, error
+    assert error.startswith("main.py: stopped by SIGTERM: the last complete epoch is safe; go on with: python main.py ")
+    assert error.count("\n") == 1, error
+    assert not processes_of(process.pid)
+
+
+def test_a_signal_before_anything_is_stored_leaves_nothing(class_folders, tmp_path):
+    argv = small_flags(class_folders, tmp_path / "results", "--go_on", "--arch", "resnet50", "--img_size", 128)
+    taken = tmp_path / "results" / "tiny" / ".run.lock"  # is there as long as the start takes
+    stop = when(taken.exists, lambda process: os.kill(process.pid, signal.SIGTERM))
+    process = run_in_process(run, argv, meanwhile=stop)
+    assert (process.returncode, process.stderr) == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("n_workers", [0, 1])
+def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, tmp_path, n_workers):
+    image, path = class_folders / "tiny" / "images" / "class_01" / "3.jpg", tmp_path / "tiny" / "run"
+    good = image.read_bytes()
+
+    def spoil(_):
+        if n_workers:
+            image.write_bytes(good[:400])
+        else:
+            image.unlink()
+
+    argv = small_flags(class_folders, tmp_path, "--kernels", n_workers)
+    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, spoil))
+    assert process.returncode == 1
+    assert process.stderr.startswith(f"main.py: stopped: cannot decode the image {image} (")
+    assert process.stderr.count("\n") == 1
+    image.write_bytes(good)
+    assert_can_go_on(process.stderr, path)
+
+
+def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
+    path = tmp_path / "tiny" / "run"
+
+    def kill_workers(process):
+        while process.is_alive():
+            for child in children_of(process.pid):
+                os.kill(child, signal.SIGKILL)
+
+    argv = small_flags(class_folders, tmp_path, "--kernels", 1)
+    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, kill_workers))
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.startswith("main.py: stopped: DataLoader worker (pid")
+    assert process.stderr.count("\n") == 1
+    assert_can_go_on(process.stderr, path)
+
+
+def test_an_unforeseen_error_ends_the_process_while_workers_live(class_folders):
+    """Its traceback keeps the loader alive, whose workers the interpreter tells SIGTERM and then waits for."""
+    code = (
+        "import datasets\n"
+        f"images, _ = datasets.load_dataset('tiny', {str(class_folders)!r})\n"
+        "dataset = datasets.ImageDataset(images, datasets.test_transform(32))\n"
+        "for batch in datasets.make_loader(dataset, n_workers=2, pin_memory=False):\n"
+        "    raise KeyError('a bug')\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert process.stderr.endswith("KeyError: 'a bug'\n")
+
+
+UNWRITTEN = "main.py: stdout cannot be written to ({}); the run goes on without\n"
+OUTPUTS = {  # redirection of stdout, and what is told
+    "closed": (">&-", ""),
+    "full": (">/dev/full", UNWRITTEN.format("No space left on device")),
+    "left": ("| true", UNWRITTEN.format("Broken pipe")),
+    "ascii": ("", ""),
+}
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """Runs of one epoch, at once, whose stdout cannot take all: {kind: (results folder, code, stdout, stderr)}."""
+    top = tmp_path_factory.mktemp("outputs")
+    images = write_class_folders(top / "Bücher" / "tiny") / "images"
+    (images / "class_03").rename(images / "straße")
+    (images / "空").mkdir()  # is warned of
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    processes = {}
+    for kind, (redirection, _) in OUTPUTS.items():
+        argv = small_flags(top / "Bücher", top / f"{kind}é", "--n_epochs", 1, "--task_p", 1, 0)
+        processes[kind] = start("main.py", *argv, redirection=redirection, env=env)
+    ended = {kind: process.communicate(timeout=300) for kind, process in processes.items()}
+    return {kind: (top / f"{kind}é", processes[kind].returncode, *texts) for kind, texts in ended.items()}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_run_trains_on_where_its_output_cannot_be_written(outputs, kind):
+    results, code, output, error = outputs[kind]
+    assert (code, error) == (0, OUTPUTS[kind][1])
+    assert pd.read_csv(results / "tiny" / "run" / "log_val_Class.csv")["Epochs"].tolist() == [0]
+    assert "epochs done: 1\n" in (results / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
+    if kind == "ascii":
+        assert "1 folders without images are no classes: \\u7a7a\n" in output
+        assert output.endswith("ascii\\xe9/tiny/run\n")
+
+
+def test_scores_that_cannot_be_written_are_an_error(outputs):
+    path = outputs["full"][0] / "tiny" / "run"
+    processes = [start("evaluate.py", path, redirection=redirection) for redirection in (">/dev/full", ">&-")]
+    reasons = ["stdout cannot be written to (No space left on device)", "stdout is closed"]
+    for process, reason in zip(processes, reasons):
+        error = process.communicate(timeout=60)[1]
+        assert (process.returncode, error) == (1, f"evaluate.py: stopped: {reason}\n")
+
+
+def test_reasons_are_one_line_that_names_the_file():
+    unwritten = OSError(28, "No space left on device", "/runs/a/.last.pth.tar.x1_y.tmp")
+    assert stop_reason(unwritten) == "cannot read or write /runs/a/last.pth.tar (No space left on device)"
+    of_worker = InputError("Caught InputError in DataLoader worker process 0.\nTraceback\nInputError: bad image\n")
+    assert stop_reason(of_worker) == "bad image"
+    assert stop_reason(InputError("no \udcff:\n  look  there")) == "no \\udcff:; look there"
+    assert stop_reason(KeyError("a bug")) is None
+    assert first_line(KeyError()) == "KeyError"

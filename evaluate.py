@@ -267,18 +267,20 @@ def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: in
     return float((found[np.arange(len(found)), votes.argmax(1)] == labels).mean())
 
 
-def probe_scores(embeddings: Mapping[str, np.ndarray], classes: np.ndarray, mined: np.ndarray) -> dict[str, float]:
-    """Return how well class and mined label are read from the embeddings, by nearest_neighbour_accuracy.
+def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return how well labels are read from the embeddings, by nearest_neighbour_accuracy.
 
     Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
-    to what is right by chance, by always guessing the most frequent label. embeddings: "Class" and "Shared" to (N, D).
-    classes, mined: (N,) int.
+    to what is right by chance, by always guessing the most frequent label; of known factors, Class is to lose them and
+    Shared to hold them. embeddings: "Class" and "Shared" to (N, D). labels: "Class", "Mined" and the known factors to
+    (N,) int.
     """
-    labels = {"Class": classes, "Mined": mined}
-    read = (("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared"))
+    read = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
+    read += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
     scores = {f"{what} from {task}": nearest_neighbour_accuracy(embeddings[task], labels[what]) for what, task in read}
-    chance = {f"{what} by chance": float(np.bincount(values).max() / len(values)) for what, values in labels.items()}
-    return scores | chance
+    return scores | {
+        f"{what} by chance": float(np.bincount(values).max() / len(values)) for what, values in labels.items()
+    }
 
 
 def embed_sets(

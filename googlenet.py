@@ -32,17 +32,16 @@ class GoogLeNet(nn.Module):
         self.register_buffer("input_scale", (std / 0.5).view(3, 1, 1), persistent=False)
         self.register_buffer("input_shift", ((mean - 0.5) / 0.5).view(3, 1, 1), persistent=False)
 
-    def early_maps(self, images: Tensor) -> Tensor:
-        """Return the output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4)."""
+    def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4), and that of the
+        last inception block, globally average-pooled, (B, 1024)."""
         net = self.layers
         images = images * self.input_scale + self.input_shift
-        return net.conv3(net.conv2(net.maxpool1(net.conv1(images))))
-
-    def pooled(self, early_maps: Tensor) -> Tensor:
-        """Return the globally average-pooled output of the last inception block, (B, 1024), from conv3's maps."""
-        net = self.layers
+        early_maps = net.conv3(net.conv2(net.maxpool1(net.conv1(images))))
+        if not with_pooled:
+            return early_maps, None
         maps = net.inception3b(net.inception3a(net.maxpool2(early_maps)))
         maps = net.inception4b(net.inception4a(net.maxpool3(maps)))
         maps = net.inception4e(net.inception4d(net.inception4c(maps)))
         maps = net.inception5b(net.inception5a(net.maxpool4(maps)))
-        return torch.flatten(net.avgpool(maps), 1)
+        return early_maps, torch.flatten(net.avgpool(maps), 1)

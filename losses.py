@@ -4,12 +4,16 @@ Shapes: a batch holds B embeddings of D dimensions with B integer labels; T trip
 indices (anchor, positive, negative). Everything runs on the tensors' own device without a copy to the host.
 """
 
+import difflib
+import inspect
 from argparse import Namespace
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from run.errors import InputError
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8
@@ -311,6 +315,58 @@ class AdversarialLoss(nn.Module):
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
 
+class LibraryLoss(nn.Module):
+    """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
+
+    n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
+    trains. Raises InputError, see library_loss.
+    """
+
+    def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
+        super().__init__()
+        kind, wanted = library_loss(name)
+        values = {"num_classes": n_classes, "embedding_size": embed_size}
+        self.loss, self.proxy_lr = kind(**{argument: values[argument] for argument in wanted}), proxy_lr
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.loss(full_precision(embeddings), labels)
+
+    def param_groups(self) -> list[dict]:
+        """Return the optimiser groups: the loss's own parameters, if it has any, without weight decay."""
+        own = list(self.parameters())
+        return [{"params": own, "lr": self.proxy_lr, "weight_decay": 0.0}] if own else []
+
+
+def library_loss(name: str) -> tuple[type[nn.Module], list[str]]:
+    """Return a loss class of pytorch-metric-learning and the arguments that it asks for.
+
+    Raises InputError where the package is missing, has no such loss, or the loss asks for what is not known here.
+    """
+    try:
+        from pytorch_metric_learning import losses as library
+    except ImportError as error:
+        raise InputError(
+            f"--losses pml/{name}: needs the package pytorch-metric-learning: pip install pytorch-metric-learning"
+        ) from error
+    known = {
+        loss: kind
+        for loss, kind in vars(library).items()
+        if isinstance(kind, type) and issubclass(kind, library.BaseMetricLossFunction)
+    }
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+        raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
+    arguments = inspect.signature(known[name]).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    wanted = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind in named]
+    unknown = [argument for argument in wanted if argument not in ("num_classes", "embedding_size")]
+    if unknown:
+        raise InputError(f"--losses pml/{name}: asks for {', '.join(unknown)}, which this program does not give")
+    return known[name], wanted
+
+
 class Objective(nn.Module):
     """What a training step minimises: its task's loss plus the weighted adversarial terms (MIC paper, section 3.3).
 
@@ -350,7 +406,7 @@ LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCA
 
 def needs_triplets(name: str) -> bool:
     """Tell whether the loss `name` of LOSSES works on triplets, and so on batches with several images per class."""
-    return issubclass(LOSSES[name], TripletBasedLoss)
+    return name in LOSSES and issubclass(LOSSES[name], TripletBasedLoss)
 
 
 def build_loss(
@@ -367,8 +423,10 @@ def build_loss(
 ) -> nn.Module:
     """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS; each takes the values it knows.
 
-    Raises KeyError for a name that the registries do not hold.
+    A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
     """
+    if name.startswith("pml/"):
+        return LibraryLoss(name.removeprefix("pml/"), n_classes, embed_size, proxy_lr)
     values = {
         "marginloss": {"n_classes": n_classes, "margin": margin, "beta": beta, "beta_lr": beta_lr, "nu": nu},
         "triplet": {"margin": margin},

@@ -26,7 +26,7 @@ from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
 from report import compare, plots, sheets
 from run import errors, flags, processes
 from run.errors import DivergedError, InputError, OneLineParser
-from run.flags import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, TASKS, whole
+from run.flags import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.folder import Run, name_taken, scores_line
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
@@ -53,9 +53,10 @@ def get_args_parser() -> OneLineParser:
     add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
         "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME/images/<class>/<image>, the "
         "first half of the classes trains, the second half tests")
-    add("--arch", default="resnet50", choices=list(netlib.BACKBONES), help="the backbone")
+    add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
+        "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--weights", metavar="FILE", help="start from this torchvision state dict, checkpoint of this program or "
+    add("--weights", metavar="FILE", help="start from this state dict of the backbone, checkpoint of this program or "
         ".safetensors instead of downloading weights; heads that it has in the right size are taken too")
     add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
         "batches (default: frozen with pretrained weights, train with random ones)")
@@ -110,11 +111,13 @@ def get_args_parser() -> OneLineParser:
     add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
 
     add = parser.add_argument_group("losses").add_argument
-    add("--losses", choices=list(losses.LOSSES), default=["marginloss", "marginloss"], **pair,
-        help=f"the task's loss: {', '.join(losses.LOSSES)}")
+    add("--losses", type=name_of(losses.LOSSES, "pml/"), default=["marginloss", "marginloss"], **pair,
+        help=f"the task's loss: {', '.join(losses.LOSSES)}, or pml/NAME for one of the package "
+        "pytorch-metric-learning, with its own defaults")
     add("--sampling", choices=list(losses.SAMPLERS), default=["distance", "distance"], **pair,
-        help=f"how triplets are picked: {', '.join(losses.SAMPLERS)}; proxynca needs none")
-    add("--proxy_lr", type=POSITIVE, default=[1e-5, 1e-5], **pair, help="learning rate of proxynca's proxies")
+        help=f"how triplets are picked: {', '.join(losses.SAMPLERS)}; proxynca and pml/NAME need none")
+    add("--proxy_lr", type=POSITIVE, default=[1e-5, 1e-5], **pair, help="learning rate of proxynca's proxies, and of "
+        "what a loss pml/NAME trains")
     add("--beta", type=POSITIVE, default=[1.2, 1.2], **pair, help="margin loss: initial class boundary between "
         "positive and negative distances")
     add("--beta_lr", type=NOT_NEGATIVE, default=[5e-4, 5e-4], **pair, help="learning rate of beta; 0 keeps it fixed")
@@ -356,7 +359,10 @@ def evaluate_epoch(
         if len(loaders.probe.dataset):
             start, probed = time.time(), loaders.probe.dataset.indices
             features = evaluate.extract_features(network, loaders.probe, TASKS, args.amp)
-            log("probe", start, evaluate.probe_scores(features, labels["Class"][probed], labels["Shared"][probed]))
+            read = {"Class": labels["Class"], "Mined": labels["Shared"]} | loaders.train.dataset.images.factors
+            log(
+                "probe", start, evaluate.probe_scores(features, {name: values[probed] for name, values in read.items()})
+            )
     run.keep_best(network, labels)
     rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
     bests = run.best_indices()
@@ -432,7 +438,9 @@ def train(args: argparse.Namespace) -> Path:
             pretrained=not args.not_pretrained and run.is_new,
             weights_file=args.weights if run.is_new else None,
             freeze_batchnorm=args.bn == "frozen",
+            img_size=args.img_size,
         ).to(device)
+    run.flags.setdefault("start", network.start)
     if args.make_graph and run.is_new:
         run.keep_file("network.svg", plots.network_graph(network, args.img_size))
     n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}

@@ -1,7 +1,9 @@
 """The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ PREFIX = "backbone.layers."
 
 
 class ResNet50(nn.Module):
-    """torchvision's ResNet50 as a backbone: (B, 3, H, W) normalised images to (B, 2048) pooled features.
+    """torchvision's ResNet50 as a backbone.
 
     Random weights start with every residual branch at zero (Goyal et al. 2017, section 5.1), which helps a metric loss
     out of the collapsed state in which all embeddings coincide.
@@ -36,25 +38,94 @@ class ResNet50(nn.Module):
         self.layers = torchvision.models.resnet50(weights=None, zero_init_residual=True)
         self.layers.fc = nn.Identity()
 
-    def early_maps(self, images: Tensor) -> Tensor:
-        """Return the output of the first residual stage, (B, 256, H/4, W/4)."""
+    def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the output of the first residual stage, (B, 256, H/4, W/4), and that of the last one, globally
+        average-pooled, (B, 2048), of (B, 3, H, W) normalised images."""
         net = self.layers
-        return net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+        early_maps = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
+        if not with_pooled:
+            return early_maps, None
+        return early_maps, torch.flatten(net.avgpool(net.layer4(net.layer3(net.layer2(early_maps)))), 1)
 
-    def pooled(self, early_maps: Tensor) -> Tensor:
-        """Return the globally average-pooled output of the last stage, (B, 2048), from the first stage's maps."""
-        net = self.layers
-        maps = net.layer4(net.layer3(net.layer2(early_maps)))
-        return torch.flatten(net.avgpool(maps), 1)
+
+class TimmBackbone(nn.Module):
+    """A model of timm as a backbone: its pooled features before its classifier, and an early feature map.
+
+    The early map is the first one at a quarter of the image's side; of a transformer, whose blocks all see the same
+    grid of patches, the grid after a quarter of the blocks. Images are normalised as the model's configuration says.
+    name: of timm, with or without a tag. img_size: side of the images. Raises InputError where timm is missing or does
+    not know the name, or where the model cannot take images of this size.
+    """
+
+    def __init__(self, name: str, img_size: int):
+        super().__init__()
+        try:
+            self.layers = create_timm_model(name, img_size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
+        config = self.layers.pretrained_cfg
+        classifiers = (
+            config["classifier"] if isinstance(config["classifier"], (list, tuple)) else [config["classifier"]]
+        )
+        self.mean, self.std, self.unused_weights = config["mean"], config["std"], tuple(f"{c}." for c in classifiers)
+        self.out_features = self.layers.head_hidden_size
+        reductions = [stage["reduction"] for stage in self.layers.feature_info]
+        self.early = reductions.index(4) if 4 in reductions else max(len(reductions) // 4, 1) - 1
+        try:
+            with torch.no_grad():
+                self.eval()(torch.zeros(1, 3, img_size, img_size))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
+
+    def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
+        options = {"indices": [self.early], "stop_early": not with_pooled, "intermediates_only": not with_pooled}
+        found = self.layers.forward_intermediates(images, **options)
+        if not with_pooled:
+            return found[0], None
+        features, (early_maps,) = found
+        return early_maps, self.layers.forward_head(features, pre_logits=True)
+
+
+def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.Module:
+    """Return a model of timm without its classifier. Raises InputError, see imported_timm."""
+    timm = imported_timm(name)
+    try:
+        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers cut patches to it
+    except TypeError:  # convolutions take no such argument, and images of any size
+        return timm.create_model(name, pretrained, num_classes=0)
+
+
+def imported_timm(name: str) -> ModuleType:
+    """Return timm. Raises InputError where it is not installed, or has no model of this name, with or without a tag."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--arch timm/{name}: needs the package timm: pip install timm") from error
+    known, tag = timm.list_models(), name.partition(".")[2]
+    if name.partition(".")[0] not in known or (tag and name not in timm.list_pretrained()):
+        near = difflib.get_close_matches(name, timm.list_pretrained() if tag else known, 3, 0)
+        raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; near it: {', '.join(near)}")
+    return timm
 
 
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
+"""Backbones by name; those of timm are called timm/NAME.
+
+A backbone maps normalised images (B, 3, H, W) to (early maps (B, C, h, w), pooled features (B, out_features) or None
+without with_pooled). `layers` is the network whose state dict the weight files hold.
+"""
+
+
+def build_backbone(arch: str, img_size: int) -> nn.Module:
+    """Return the backbone of a name, with random weights. Raises InputError for a name or size that cannot be."""
+    return TimmBackbone(arch.removeprefix("timm/"), img_size) if arch.startswith("timm/") else BACKBONES[arch]()
 
 
 class EmbeddingNetwork(nn.Module):
     """One backbone with a linear head per task, both outputs L2-normalised (MIC paper, section 3).
 
-    backbone: module with `out_features`, `early_maps` and `pooled`, see ResNet50 and GoogLeNet.
+    backbone: see BACKBONES; images are normalised with its `mean` and `std`, or those of ImageNet.
     embed_sizes: task name to embedding dimension D, e.g. {"Class": 128, "Shared": 128}.
     freeze_batchnorm: keep the running statistics of all BatchNorm layers (evaluation mode) also in training; their
     scale and shift are trained either way.
@@ -63,10 +134,11 @@ class EmbeddingNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, embed_sizes: dict[str, int], freeze_batchnorm: bool):
         super().__init__()
         self.backbone = backbone
-        self.freeze_batchnorm = freeze_batchnorm
+        self.freeze_batchnorm, self.start = freeze_batchnorm, "random weights"
         self.heads = nn.ModuleDict({task: nn.Linear(backbone.out_features, d) for task, d in embed_sizes.items()})
-        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        mean, std = getattr(backbone, "mean", IMAGENET_MEAN), getattr(backbone, "std", IMAGENET_STD)
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "EmbeddingNetwork":
         """Switch between training and evaluation mode; frozen BatchNorm layers stay in evaluation mode."""
@@ -90,12 +162,12 @@ class EmbeddingNetwork(nn.Module):
             raise TypeError(f"images are (B, 3, H, W) uint8 RGB; got {tuple(images.shape)} {images.dtype}")
         outputs = list(self.heads) if outputs is None else outputs
         images = images.contiguous(memory_format=torch.channels_last).float()
-        early_maps = self.backbone.early_maps((images - self.mean) / self.std)
+        early_maps, pooled = self.backbone((images - self.mean) / self.std, set(outputs) != {"Early"})
         features = {}
         if "Early" in outputs:
             features["Early"] = F.normalize(torch.flatten(pool_to_grid(early_maps.float()), 1), dim=1)
-        if set(outputs) - {"Early"}:
-            features["Pooled"] = self.backbone.pooled(early_maps).float()
+        if pooled is not None:
+            features["Pooled"] = pooled.float()
             # The heads are cheap: in full precision even under autocast, for the digits of the scores
             with torch.autocast(images.device.type, enabled=False):
                 for task, head in self.heads.items():
@@ -123,22 +195,38 @@ def build_network(
     pretrained: bool,
     weights_file: str | Path | None = None,
     freeze_batchnorm: bool,
+    img_size: int = 224,
 ) -> EmbeddingNetwork:
-    """Build the network for a name of BACKBONES, in channels_last memory format.
+    """Build the network for a name of BACKBONES or "timm/NAME", in channels_last memory format.
 
-    pretrained: load ImageNet weights by torchvision's name. weights_file: load these weights instead, torchvision's
-    or this program's; heads that the file holds in the right size are taken too.
+    pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead,
+    the backbone's own or this program's; heads that the file holds in the right size are taken too. img_size: side of
+    the images, for backbones of timm. `start` of the network says what weights it starts from.
     Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
-    state = None
+    network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm)
     if weights_file is not None:
         state, source = weights.read_state_dict(weights_file), f"--weights {weights_file}"
+        network.start = f"{weights_file}, SHA-256 {weights.sha256(weights_file)[:12]}"
     elif pretrained:
-        state, source = weights.download(BACKBONES[arch].weights, arch), "downloaded weights"
-    network = EmbeddingNetwork(BACKBONES[arch](), embed_sizes, freeze_batchnorm)
-    if state is not None:
+        source, cache = "downloaded weights", None
+        if arch.startswith("timm/"):
+            config = network.backbone.layers.pretrained_cfg
+            network.start = f"timm {config['architecture']}.{config['tag']}"
+        else:
+            network.start = f"torchvision {BACKBONES[arch].weights}"
+            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
+        state = weights.download(lambda: pretrained_state(arch, img_size), arch, cache)
+    if pretrained or weights_file is not None:
         weights.load_strictly(network, with_own_heads(network, state, source), source, arch)
     return network.to(memory_format=torch.channels_last)
+
+
+def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
+    """Return a pretrained state dict from the cache of torchvision or timm, or the network."""
+    if arch.startswith("timm/"):
+        return create_timm_model(arch.removeprefix("timm/"), img_size, pretrained=True).state_dict()
+    return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
 def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -167,11 +255,15 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
     stored = weights.read_checkpoint(path)
     flags, state = stored["flags"], stored["state_dict"]
     try:
-        if flags["arch"] not in BACKBONES:
-            raise InputError(f"{path}: its flags say arch {flags['arch']}, not one of {', '.join(BACKBONES)}")
+        if flags["arch"] not in BACKBONES and not flags["arch"].startswith("timm/"):
+            raise InputError(
+                f"{path}: its flags say arch {flags['arch']}, not one of {', '.join(BACKBONES)}, timm/NAME"
+            )
         sizes = {name.split(".")[1]: len(values) for name, values in state.items() if name.startswith("heads.")}
-        network = EmbeddingNetwork(BACKBONES[flags["arch"]](), sizes, freeze_batchnorm=flags["bn"] == "frozen")
-    except (KeyError, TypeError) as error:
+        network = EmbeddingNetwork(
+            build_backbone(flags["arch"], flags["img_size"]), sizes, freeze_batchnorm=flags["bn"] == "frozen"
+        )
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its flags or heads are not those of a run ({first_line(error)})") from error
     weights.load_strictly(network, state, str(path), flags["arch"])
     return network.to(memory_format=torch.channels_last).eval()
@@ -184,7 +276,10 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
     part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes.
     """
     if processes.count() > 1 and not network.freeze_batchnorm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        convert = nn.SyncBatchNorm.convert_sync_batchnorm
+        if isinstance(network.backbone, TimmBackbone):  # whose BatchNorm may hold an activation
+            from timm.layers import convert_sync_batchnorm as convert
+        convert(network)
     trained = torch.compile(network, dynamic=False) if compiled else network
     if processes.count() == 1:
         return trained

@@ -1,5 +1,6 @@
 """Published data sets and folders of one's own read as image sets, and what is wrong where they cannot be."""
 
+import csv
 import os
 import re
 import zlib
@@ -193,9 +194,53 @@ def read_class_folders(root: Path) -> Splits:
     if files and len(folders) < 4:
         raise InputError(f"{images} holds images of no class, {first_few(files)}; move each to {images}/<class>")
     per_class = {name: [f"{name}/{file}" for file in found.files] for name, found in inside.items()}
-    train, tests = split_halves(images, images, per_class)
+    train, tests = with_factors(root / "factors.csv", images, split_halves(images, images, per_class))
     note = f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}"
     return replace(train, warnings=(note,) if empty else ()), tests
+
+
+def with_factors(path: Path, images: Path, splits: Splits) -> Splits:
+    """Return image sets with the known characteristics of a file factors.csv, if there is one.
+
+    Its columns: image, the path below the folder of images, and one for each characteristic, of any text. Raises
+    InputError that names a malformed line, an image without a row, a row without an image, a column of one value.
+    """
+    if not path.is_file():
+        return splits
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = [(reader.line_num, row) for reader in [csv.reader(file)] for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    columns = lines[0][1] if lines else []
+    is_distinct = len({*columns, "class", "Class", "Mined", ""}) == len(columns) + 4
+    if columns[:1] != ["image"] or len(columns) < 2 or not is_distinct:
+        raise InputError(
+            f"{path}, line 1: expected image and a column for each characteristic, none called class, Class or Mined, "
+            f"found {','.join(columns)[:80]!r}"
+        )
+    rows: dict[str, list[str]] = {}
+    for number, row in lines[1:]:
+        if len(row) != len(columns) or row[0] in rows:
+            what = "an image that is named before" if row[0] in rows else f"{len(row)} values"
+            raise InputError(f"{path}, line {number}: expected {','.join(columns)} of another image, found {what}")
+        rows[row[0]] = row
+    train, test = splits[0], splits[1][""]
+    names = [os.path.relpath(name, images).replace(os.sep, "/") for name in (*train.names, *test.names)]
+    for found, others, what in ((names, rows, "images have no row"), (rows, set(names), "rows name no image")):
+        odd = [name for name in found if name not in others]
+        if odd:
+            raise InputError(f"{path}: {len(odd)} {what}: {first_few(odd)}")
+    factors = {}
+    for i, column in enumerate(columns[1:], start=1):
+        values, factors[column] = np.unique([rows[name][i] for name in names], return_inverse=True)
+        if len(values) < 2:
+            raise InputError(f"{path}: the column {column} has one value, {values[0]!r}; leave it out")
+    n_train = len(train)
+    return (
+        replace(train, factors={name: levels[:n_train] for name, levels in factors.items()}),
+        {"": replace(test, factors={name: levels[n_train:] for name, levels in factors.items()})},
+    )
 
 
 def split_halves(source: Path, folder: Path, per_class: dict[str, list[str]]) -> Splits:

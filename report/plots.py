@@ -135,26 +135,31 @@ def format_axis(axis: Axes, n_values: int) -> None:
 
 
 def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw the rows of log_probe.csv: what can be read from which embedding."""
-    panels = {
-        "Class, read from an embedding": ("Class from Shared", "Class from Class", "Class by chance"),
-        "Mined label, read from an embedding": ("Mined from Class", "Mined from Shared", "Mined by chance"),
-    }
-    labels = ("from the other embedding: should be low", "from its own", "by chance")
-    looks = [("#d55e00", "-", "o"), ("#0072b2", "--", "s"), ("0.3", ":", "")]
+    """Draw the rows of log_probe.csv: what can be read from which embedding, a panel for each kind of label."""
+    kinds = [name.removesuffix(" by chance") for name in rows[0] if name.endswith(" by chance")]
+    looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "")}
+    labels = {"Class": "from the Class embedding", "Shared": "from the Shared embedding", "": "by chance"}
     epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
-    with saved_figure(path, figsize=(8.4, 4.1)) as figure:
-        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.24, top=0.83, wspace=0.18)
+    n_lines = -(-len(kinds) // 3) if len(kinds) > 2 else 1
+    n_columns = -(-len(kinds) // n_lines)
+    with saved_figure(path, figsize=(0.6 + 3.9 * n_columns, 1.1 + 3.0 * n_lines), layout="constrained") as figure:
         figure.suptitle(plain(title), fontsize=12)
-        for axis, (panel, names) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
-            for name, label, (colour, line, marker) in zip(names, labels, looks, strict=True):
+        axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
+        for axis, kind in zip(axes.flat, kinds):
+            for task, (colour, line, marker) in looks.items():
+                values = [row[f"{kind} from {task}" if task else f"{kind} by chance"] for row in rows]
                 look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
-                axis.plot(epochs, [row[name] for row in rows], line, **look, label=label)
-            axis.set_title(panel, loc="left", fontsize=11)
+                axis.plot(epochs, values, line, **look, label=labels[task])
+            axis.set_title(
+                {"Class": "The class", "Mined": "The mined label"}.get(kind, plain(kind)), loc="left", fontsize=11
+            )
             axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)
-        figure.axes[0].set_ylabel("accuracy")
-        figure.legend(handles=figure.axes[0].lines, loc="lower center", ncols=3, frameon=False)
+        for axis in axes.flat[len(kinds) :]:
+            axis.set_visible(False)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("read with accuracy")
+        figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=3, frameon=False)
 
 
 def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:

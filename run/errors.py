@@ -11,11 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TextIO
 
 import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.utils.data import dataloader
 
 from run import processes
 
@@ -131,13 +133,17 @@ def signals_stop(hint: str) -> Iterator[None]:
         yield
         return
 
-    def stop(signum: int, _: object) -> None:
+    def stop(signum: int, frame: FrameType | None) -> None:
         """Raise Interrupted. Workers that were told too may end now, which PyTorch would raise an error for."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, lambda *_: None)
-        raise Interrupted(signum, hint)
+        if hasattr(signal, "setitimer") and must_not_raise(frame):
+            signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+        else:
+            raise Interrupted(signum, hint)
 
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -146,6 +152,16 @@ def signals_stop(hint: str) -> Iterator[None]:
         for signum, handler in before.items():
             if signal.getsignal(signum) is stop:  # after a signal, the next one is not to tell another end
                 signal.signal(signum, handler)
+
+
+def must_not_raise(frame: FrameType | None) -> bool:
+    """Tell whether the code of a frame is in a finaliser, which swallows exceptions, or starts a loader's workers."""
+    while frame is not None:
+        name, path = frame.f_code.co_name, frame.f_code.co_filename
+        if name == "__del__" or (name == "__init__" and path == dataloader.__file__):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Output:

@@ -5,13 +5,14 @@ import importlib.util
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
 import losses
+import netlib
 from report import plots
 from run import processes, weights
 from run.errors import InputError, OneLineParser
@@ -72,6 +73,19 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     return number(int, lambda value: least <= value <= most, f"a whole number of at least {least}{limit}")
 
 
+def name_of(registry: Iterable[str], prefix: str) -> Callable[[str], str]:
+    """Return an argparse type: a name in a registry, or any that begins with a prefix."""
+
+    def convert(text: str) -> str:
+        """Return the name; see argparse."""
+        if text not in registry and not (text.startswith(prefix) and text != prefix):
+            known = ", ".join([*registry, f"{prefix}NAME"])
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+        return text
+
+    return convert
+
+
 POSITIVE = number(float, lambda value: 0 < value <= 1e9, "a number above 0, at most 1e9")
 NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at least 0, at most 1e9")
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
@@ -93,12 +107,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
         parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
     if args.select == "val" and not args.val_classes:
         parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
-    missing = plots.missing_for_graphs() if args.make_graph else []
-    if missing:
-        parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it out")
-    args.cs_per_bs = [n if losses.needs_triplets(name) else 1 for n, name in zip(args.cs_per_bs, args.losses)]
+    check_optional(args, parser)
+    args.cs_per_bs = [1 if name == "proxynca" else n for n, name in zip(args.cs_per_bs, args.losses)]
     args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
     check_batches(args, parser)
@@ -137,6 +147,24 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
             f"--adv_weights {shown(args.adv_weights)}: takes one weight per direction of --adversarial "
             f"({shown(args.adversarial)}); got {len(args.adv_weights)} for {len(args.adversarial)}"
         )
+
+
+def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
+    """Refuse what needs a package that is missing, and names that the packages do not know."""
+    missing = plots.missing_for_graphs() if args.make_graph else []
+    if missing:
+        parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it out")
+    try:
+        if args.arch.startswith("timm/"):
+            netlib.imported_timm(args.arch.removeprefix("timm/"))
+        for name in (name for name in args.losses if name.startswith("pml/")):
+            losses.library_loss(name.removeprefix("pml/"))
+            if "sampling" in parser.given:
+                print(f"--sampling: does not apply to --losses {name}")
+    except InputError as error:
+        parser.error(str(error))
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:

@@ -104,6 +104,7 @@ class Run:
         if self.writes:
             self.stack.enter_context(locked(folder))
         self.stored = stored = weights.read_checkpoint(folder, LAST)
+        self.flags = stored["flags"] | self.flags
         if "training" not in stored:
             raise InputError(f"{folder / LAST}: holds a network without the state of its training; nothing to resume")
         self.epoch, seconds = stored["training"]["epoch"], stored["training"]["seconds"]
@@ -304,6 +305,7 @@ class Run:
         seconds, spent = time.time() - self.start, self.stopwatch.seconds
         parts = {**spent, "all else": max(seconds - sum(spent.values()), 0.0)}
         lines += [
+            f"started from: {self.flags['start']}",
             f"epochs done: {self.rows['val'][-1]['Epochs'] + 1}",
             f"seconds: {seconds:.1f}",
             f"of these: {', '.join(f'{activity} {value:.1f}' for activity, value in parts.items())}",

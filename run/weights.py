@@ -1,15 +1,14 @@
 """Files of weights and checkpoints: read without executing anything in them, and fitted to a network strictly."""
 
-import http.client
+import hashlib
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from run.errors import InputError, first_few, first_line
@@ -106,19 +105,27 @@ def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") ->
     return stored
 
 
-def download(weights: torchvision.models.WeightsEnum, arch: str) -> dict[str, Tensor]:
-    """Return pretrained weights from torchvision's cache or the network. Raises InputError."""
-    elsewhere = (
-        "pass a local torchvision state dict with --weights FILE, or train from random weights with --not_pretrained"
-    )
-    cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def download(fetch: Callable[[], dict[str, Tensor]], arch: str, cache: Path | None) -> dict[str, Tensor]:
+    """Return the pretrained weights that `fetch` takes from a cache or the network. Raises InputError.
+
+    cache: the file that they are kept in, where it is known.
+    """
+    elsewhere = "pass a local state dict with --weights FILE, or train from random weights with --not_pretrained"
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, http.client.HTTPException) as error:
+        return fetch()
+    except InputError:
+        raise
+    except OSError as error:  # as those of urllib, requests and the hub are
         reason = first_line(error)
         raise InputError(f"cannot download the pretrained {arch} weights ({reason}): {elsewhere}") from error
     except Exception as error:  # a damaged file makes the unpickler raise almost anything
-        to_do = f"delete the damaged file {cache}" if cache.exists() else "the download was damaged: try again"
+        is_kept = cache is not None and cache.exists()
+        to_do = f"delete the damaged file {cache}" if is_kept else "the download was damaged: try again"
         reason = first_line(error)
         raise InputError(f"the pretrained {arch} weights cannot be read ({reason}): {to_do}, or {elsewhere}") from error
 

@@ -1,5 +1,6 @@
 """What ends a program or troubles it: signals, images and workers that go, an output that cannot be written."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import ROOT, killed_run, run, run_in_process, small_flags, when, when_logged, write_class_folders
+from conftest import ROOT, run, run_in_process, small_flags, when, when_logged, write_class_folders
 
 from run.errors import InputError, first_line, stop_reason
 
@@ -116,7 +117,8 @@ def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
     def kill_workers(process):
         while process.is_alive():
             for child in children_of(process.pid):
-                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
 
     argv = small_flags(class_folders, tmp_path, "--kernels", 1)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, kill_workers))

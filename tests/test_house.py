@@ -10,9 +10,9 @@ from conftest import ROOT
 FILES = sorted(path for path in ROOT.glob("**/*.py") if not {"tests", "benchmarks", ".venv"} & set(path.parts))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 FLOORS = [
-    ["run", "data", "run.processes", "losses", "googlenet"],
+    ["run", "data", "run.processes", "googlenet"],
     ["run.errors"],
-    ["auxiliaries", "run.weights", "data.images", "data.cache", "data.readers", "data.shapes"],
+    ["auxiliaries", "losses", "run.weights", "data.images", "data.cache", "data.readers", "data.shapes"],
     ["netlib", "datasets", "run.folder"],
     ["report", "report.plots", "report.sheets", "run.flags", "report.compare", "report.ablation"],
     ["evaluate"],

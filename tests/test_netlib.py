@@ -119,11 +119,9 @@ class Tiny(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
 
-    def early_maps(self, batch):
-        return self.layers(batch)
-
-    def pooled(self, early_maps):
-        return early_maps.mean((2, 3))
+    def forward(self, batch, with_pooled=True):
+        maps = self.layers(batch)
+        return maps, maps.mean((2, 3)) if with_pooled else None
 
 
 def test_one_process_trains_the_network_itself():
@@ -152,7 +150,7 @@ def small():
     """A GoogLeNet with heads, and what a checkpoint of it holds."""
     torch.manual_seed(2)
     network = netlib.build_network("googlenet", SIZES, pretrained=False, freeze_batchnorm=False).eval()
-    flags = {"arch": "googlenet", "bn": "train"}
+    flags = {"arch": "googlenet", "img_size": 32, "bn": "train"}
     return network, {"format": 2, "state_dict": network.state_dict(), "flags": flags, "progress": {}}
 
 

@@ -251,5 +251,5 @@ def test_a_damaged_file_in_the_cache_is_to_be_deleted(torch_cache, kind):
         cut_off(path)
     line = refusal(pretrained, "resnet50")
     assert line.startswith("the pretrained resnet50 weights cannot be read (")
-    assert f"delete the damaged file {path}, or pass a local torchvision state dict with --weights FILE" in line
+    assert f"delete the damaged file {path}, or pass a local state dict with --weights FILE" in line
     assert not (torch_cache / "exploded").exists()

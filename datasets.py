@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import readers
-from data.images import ImageSet, Splits
+from data.images import ImageSet, Splits, read_image
 from data.shapes import render_shapes
 from run import processes
 from run.errors import InputError, OneLineParser, first_few, guard_output
@@ -89,6 +89,23 @@ class ImageDataset(Dataset):
         image = self.transform(image)
         torch.set_rng_state(state)
         return image, label
+
+
+class FolderDataset(Dataset):
+    """Image files of any kind; one that cannot be decoded is black, and comes with the reason instead of with ""."""
+
+    def __init__(self, paths: Sequence[str], img_size: int):
+        self.paths, self.img_size, self.transform = paths, img_size, test_transform(img_size)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        """Return (image (3, S, S) uint8, reason)."""
+        try:
+            return self.transform(read_image(self.paths[index])), ""
+        except InputError as error:
+            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), str(error)
 
 
 class TaskDataset(Dataset):

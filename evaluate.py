@@ -1,6 +1,7 @@
 """Feature extraction, retrieval and clustering scores, the probe; as a command: score a stored run, or compare runs.
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
+python evaluate.py RUN --embed FOLDER --save_embeddings FILE.npz [--embedding Class|Shared]
 python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv FILE] [--plot FILE]
 """
 
@@ -16,14 +17,16 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import auxiliaries
 import datasets
 import netlib
+from data import readers
 from data.images import VALIDATION, ImageSet, hold_out_classes
 from report import compare
 from run import errors, folder, processes, weights
-from run.errors import DivergedError, InputError
+from run.errors import DivergedError, InputError, StoppedError
 
 Scores = dict[str, float | None]
 """Scores of one test set by name; None for what was left out."""
@@ -347,6 +350,39 @@ def score_run(args: argparse.Namespace) -> None:
             save_embeddings(stores[name], embeddings, images)
 
 
+@torch.inference_mode()
+def embed_folder(args: argparse.Namespace) -> None:
+    """Store the embeddings of every image below a folder, in any layout, and their paths.
+
+    Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
+    """
+    paths = sorted(str(path) for path in Path(args.embed).rglob("*") if path.suffix.lower() in readers.IMAGES)
+    if not paths:
+        raise InputError(f"--embed {args.embed}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
+    checkpoint = checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
+    flags, device = weights.read_checkpoint(checkpoint)["flags"], auxiliaries.pick_device(args.gpu)
+    network = netlib.load(checkpoint).to(device)
+    loader = datasets.make_loader(
+        datasets.FolderDataset(paths, flags["img_size"]),
+        batch_size=datasets.SCORING_BATCH_SIZE,
+        n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
+        pin_memory=device.type == "cuda",
+    )
+    embeddings, reasons = [], []
+    with tqdm(total=len(paths), desc="embedding", unit="img", disable=None) as bar:
+        for images, of_batch in loader:
+            with netlib.autocast(device, flags["amp"]):
+                embeddings.append(network(images.to(device), [args.embedding])[args.embedding].cpu().numpy())
+            reasons += of_batch
+            bar.update(len(images))
+    is_sound = np.array([not reason for reason in reasons])
+    with folder.replaced_file(Path(args.save_embeddings)) as file:
+        np.savez(file, embeddings=np.concatenate(embeddings)[is_sound], paths=np.array(paths)[is_sound])
+    print("\n".join([*filter(None, reasons), f"stored {args.save_embeddings}: {is_sound.sum()} embeddings"]))
+    if not is_sound.all():
+        raise StoppedError(f"{(~is_sound).sum()} of {len(paths)} images cannot be decoded and were left out")
+
+
 def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
     """Return the checkpoints to score: the one asked for, or all best ones of a run. Raises InputError."""
     if checkpoint:
@@ -415,6 +451,8 @@ def get_args_parser() -> errors.OneLineParser:
     add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
     add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
     add("--save_embeddings", metavar="FILE.npz", help="store embeddings, labels, paths and class names")
+    add("--embed", metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any layout, and store "
+        "embeddings and paths with --save_embeddings")
     add("--gpu", type=int, default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=int, metavar="N", help="data loader workers (default: as in the run)")
     # fmt: on
@@ -425,7 +463,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
     only = {
         "compare": ["over", "against", "csv", "plot"],
-        "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "kernels"],
+        "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "embed", "kernels"],
     }
     for flag in only["score" if args.compare else "compare"]:
         if getattr(args, flag) is not None:
@@ -446,6 +484,8 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {value}: there is no folder {Path(value).parent} that can be written to")
     if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
+    if args.embed is not None and (args.save_embeddings is None or args.dataset is not None):
+        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
     if args.against == "":
@@ -462,6 +502,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with errors.one_line_errors("evaluate.py"), errors.signals_stop("before it was done"):
         if args.compare:
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
+        elif args.embed is not None:
+            embed_folder(args)
         else:
             score_run(args)
 

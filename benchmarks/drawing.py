@@ -21,17 +21,16 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import auxiliaries
-import datasets
 import evaluate
-import main as program
+from data.images import ImageSet
+from report import plots, sheets
 
 SCORES = ["NMI", "F1", "Recall @ 1", "Recall @ 10", "Recall @ 100", "Recall @ 1000", "mAP @ R", "R-Precision"]
 PROBES = ["Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared", "Class by chance"]
 PROBES += ["Mined by chance"]
 
 
-def generate_images(folder: Path, n_images: int, size: tuple[int, int]) -> datasets.ImageSet:
+def generate_images(folder: Path, n_images: int, size: tuple[int, int]) -> ImageSet:
     """Return an image set of n_images entries in classes of five, that share 100 files of this width and height."""
     rng = np.random.default_rng(0)
     for i in range(100):
@@ -39,7 +38,7 @@ def generate_images(folder: Path, n_images: int, size: tuple[int, int]) -> datas
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
     labels = np.arange(n_images) // 5
     names = [str(folder / f"{i % 100}.jpg") for i in range(n_images)]
-    return datasets.ImageSet(names, labels, [f"class {label}" for label in range(labels[-1] + 1)])
+    return ImageSet(names, labels, [f"class {label}" for label in range(labels[-1] + 1)])
 
 
 def generate_embeddings(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -68,20 +67,16 @@ def tasks(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], obje
     val_rows, probe_rows = generate_rows(args.epochs, SCORES), generate_rows(args.epochs, PROBES)
     chosen = evaluate.probe_subset(images.labels, seed=1)
     probed = {"Class": by_class[chosen], "Shared": by_mined[chosen]}
-
-    def recoveries(embeddings: np.ndarray) -> Callable[[], None]:
-        """Return a function that draws the contact sheet of an embedding."""
-        draw, read = auxiliaries.draw_recoveries, program.pixels_of(images)
-        return lambda: draw(folder / "sheet.png", read, embeddings, images.labels, images.class_names, title="a run")
-
+    labels = {"Class": images.labels[chosen], "Mined": mined[chosen]}
     marks = {"best": 0, "mined_before": range(0, args.epochs + 1, 4), "rate_steps": [args.epochs // 2]}
+    plot, sheet = folder / "plot.svg", folder / "sheet.png"
     return {
-        "InfoPlot_Class.svg": lambda: auxiliaries.draw_progress(folder / "p", train_rows, val_rows, "a run", **marks),
-        "InfoPlot_Probe.svg": lambda: auxiliaries.draw_probe(folder / "p", probe_rows, "a run"),
-        "sample_recoveries.png": recoveries(by_class),
-        "sample_recoveries_Shared.png": recoveries(by_mined),
-        "mined_clusters.png": lambda: program.draw_mining(folder, 0, images, mined, distances),
-        "(probe: nearest neighbours)": lambda: evaluate.probe_scores(probed, images.labels[chosen], mined[chosen]),
+        "InfoPlot_Class.svg": lambda: plots.draw_progress(plot, train_rows, val_rows, "a run", **marks),
+        "InfoPlot_Probe.svg": lambda: plots.draw_probe(plot, probe_rows, "a run"),
+        "sample_recoveries.png": lambda: sheets.draw_recoveries(sheet, images, by_class, "a run"),
+        "sample_recoveries_Shared.png": lambda: sheets.draw_recoveries(sheet, images, by_mined, "a run"),
+        "mined_clusters.png": lambda: sheets.draw_clusters(sheet, "a run", 0, images, mined, distances),
+        "(probe: nearest neighbours)": lambda: evaluate.probe_scores(probed, labels),
     }
 
 

@@ -1,22 +1,21 @@
 """Time and memory of scoring a test set, side by side in one run.
 
-    python benchmarks/evaluation.py [--rounds 3] [--sets cub200 in-shop online_products]
+    python benchmarks/evaluation.py [--rounds 3] [--sets cub200 in-shop online_products] [--scale 1]
 
 ours: evaluate.score_set, Recall@k for all k, NMI, F1, mAP@R and R-precision. pml: pytorch-metric-learning's
 AccuracyCalculator, where it is installed, with what it has of these: precision at 1, NMI, mAP@R and R-precision. floor:
 what cannot be left out, the faiss k-means alone and one blocked product of the embeddings with themselves.
 
 Embeddings are generated: points around the centre of their class on the unit sphere, D = 128, at the sizes of the
-published test sets; --noise says how far the classes overlap. Each contender runs in a process of its own, in turns;
-times are medians over the rounds, memory is the peak above what the process holds before scoring.
+published test sets, times --scale; --noise says how far the classes overlap. Each contender runs in a process of its
+own, in turns; times are medians over the rounds, memory is the peak above what the process holds before scoring.
 """
 
 import argparse
 import importlib.util
-import json
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -37,9 +36,14 @@ SETS = {
 """Test images, classes, queries (0: all, each in all others) and k."""
 
 
-def generate(name: str, noise: float) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[int]]:
+def scaled(name: str, scale: float) -> tuple[int, int, int, list[int]]:
+    """Return a set's numbers of images, classes and queries, times a scale, and its k."""
+    return (*(round(scale * n) for n in SETS[name][:3]), SETS[name][3])
+
+
+def generate(name: str, noise: float, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[int]]:
     """Return embeddings (N, 128) float32, labels (N,), is_query (N,) or None, and the k of Recall@k."""
-    n_images, n_classes, n_queries, k_vals = SETS[name]
+    n_images, n_classes, n_queries, k_vals = scaled(name, scale)
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.arange(n_classes).repeat(2), rng.integers(0, n_classes, n_images - 2 * n_classes)])
     rng.shuffle(labels)
@@ -87,9 +91,9 @@ def memory_mb(field: str) -> float:
         return next(int(line.split()[1]) for line in file if line.startswith(field)) / 1024
 
 
-def measure(contender: str, name: str, noise: float) -> dict[str, float]:
-    """Run one contender in this process and return {"seconds", "megabytes"} and its scores."""
-    data = generate(name, noise)
+def measure(contender: str, name: str, noise: float, scale: float) -> dict:
+    """Run one contender in this process and return {"seconds", "megabytes", "scores"}."""
+    data = generate(name, noise, scale)
     CONTENDERS[contender](*(generate_small(data)))  # loads what is loaded late
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory_mb("VmRSS")
@@ -106,16 +110,15 @@ def generate_small(data: tuple) -> tuple:
     return embeddings[part], labels[part], None if is_query is None else is_query[part], k_vals
 
 
-def compare(name: str, rounds: int, noise: float) -> None:
+def compare(name: str, rounds: int, noise: float, scale: float) -> None:
     """Print the table of one set."""
     contenders = [c for c in CONTENDERS if c != "pml" or importlib.util.find_spec("pytorch_metric_learning")]
     results: dict[str, list[dict]] = {contender: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
-            command = [sys.executable, __file__, "--one", contender, "--sets", name, "--noise", str(noise)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            results[contender].append(json.loads(done.stdout.splitlines()[-1]))
-    n_images, n_classes, n_queries, k_vals = SETS[name]
+            with multiprocessing.get_context("fork").Pool(1) as process:
+                results[contender].append(process.apply(measure, (contender, name, noise, scale)))
+    n_images, n_classes, n_queries, k_vals = scaled(name, scale)
     print(
         f"\n{name}: {n_images} x 128, {n_classes} classes, Recall at {k_vals}"
         + (f", {n_queries} queries" * bool(n_queries))
@@ -141,14 +144,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each contender runs")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--noise", type=float, default=1.6, help="spread of a class against that of the centres")
-    parser.add_argument("--one", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the numbers of images and classes")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one, args.sets[0], args.noise)))
-        return
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, noise {args.noise}")
     for name in args.sets:
-        compare(name, args.rounds, args.noise)
+        compare(name, args.rounds, args.noise, args.scale)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images per second and core of the training loader against the plain pipeline, side by side in one run.
 
-    python benchmarks/loading.py [--images FOLDER] [--seconds 3]
+    python benchmarks/loading.py [--images FOLDER] [--seconds 3] [--n_images 32] [--per_pass 1024] [--entries 120053]
 
 Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tensor. Ours: the training dataset of
 datasets.py, a uint8 tensor that is normalised on the device; without a cache, from --cache ram and from --cache disk.
@@ -29,9 +29,13 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
+from data.cache import cached
+from data.images import ImageSet, image_size
+from run.errors import InputError
 
 SIZES = ((500, 375), (1200, 900))
-N_IMAGES = 32
+ENTRIES = 120_053
+"""List entries of Online Products."""
 
 
 def natural_image(width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -51,8 +55,8 @@ def natural_image(width: int, height: int, rng: np.random.Generator) -> Image.Im
 def is_image(path: Path) -> bool:
     """Tell whether Pillow opens a file."""
     try:
-        datasets.image_size(str(path))
-    except datasets.DatasetError:
+        image_size(str(path))
+    except InputError:
         return False
     return True
 
@@ -82,7 +86,7 @@ class Plain(Dataset):
 class Drawn(Dataset):
     """Our dataset, asked with draws as the batch samplers ask it."""
 
-    def __init__(self, images: datasets.ImageSet):
+    def __init__(self, images: ImageSet):
         self.dataset = datasets.ImageDataset(images, datasets.train_transform(224, flip=True))
 
     def __len__(self) -> int:
@@ -104,24 +108,24 @@ def per_second(passes: dict[str, Callable[[], int]], seconds: float, clock: Call
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def compare(title: str, paths: list[str], seconds: float, folder: Path) -> None:
+def compare(title: str, paths: list[str], seconds: float, per_pass: int, folder: Path) -> None:
     """Print images per second per core, and with workers, for one set of images."""
-    images = datasets.ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
+    images = ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
     sets = {"plain": Plain(paths), "ours": Drawn(images)}
     for kind in ("ram", "disk"):
-        sets[f"ours, {kind} cache"] = Drawn(datasets.cached([images], kind, folder, ["benchmark"])[0])
+        sets[f"ours, {kind} cache"] = Drawn(cached({title: images}, kind, folder)[title])
 
     def one_by_one(dataset: Dataset) -> int:
         return sum(len(dataset[i][None]) for i in range(len(dataset)))
 
     rates = per_second({name: lambda d=d: one_by_one(d) for name, d in sets.items()}, seconds, time.process_time)
-    n_pixels = sum(height * width for height, width in map(datasets.image_size, paths))
+    n_pixels = sum(height * width for height, width in map(image_size, paths))
     bits = 8 * sum(map(os.path.getsize, paths)) / n_pixels
     print(f"\n{title}, {bits:.2f} bits per pixel: images per second of CPU time, one thread")
     for name, rate in rates.items():
         print(f"  {name:18} {rate:8.0f}  {rate / rates['plain']:5.2f} x plain", flush=True)
     for n_workers in (0, 1, 2):
-        order = torch.arange(len(paths)).repeat(-(-1024 // len(paths))).tolist()
+        order = torch.arange(len(paths)).repeat(-(-per_pass // len(paths))).tolist()
         loaders = {
             name: DataLoader(
                 d, 32, sampler=order, num_workers=n_workers, multiprocessing_context="fork" if n_workers else None
@@ -133,12 +137,13 @@ def compare(title: str, paths: list[str], seconds: float, folder: Path) -> None:
         print(f"  {n_workers} workers, images per second: {shown}", flush=True)
 
 
-def measure_lists(folder: Path) -> None:
-    """Print the time of a pass over 60,000 list entries and of reading 120,053, and the memory it takes."""
+def measure_lists(folder: Path, n_entries: int) -> None:
+    """Print the time to read a generated online_products, and the memory it takes, and that of an epoch's batches."""
     root = folder / "online_products"
     (root / "Info_Files").mkdir(parents=True)
     n_written = 0
-    for split, n_images, n_classes in (("train", 59_551, 11_318), ("test", 60_502, 11_316)):
+    for split, *counts in (("train", 59_551, 11_318), ("test", 60_502, 11_316)):
+        n_images, n_classes = (round(n * n_entries / ENTRIES) for n in counts)
         lines = ["image_id class_id super_class_id path"]
         for i in range(n_images):
             category = f"category_{i % 12}_final"
@@ -146,7 +151,7 @@ def measure_lists(folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             n_written += 1
-            lines.append(f"{n_written} {i % n_classes + 11_318 * (split == 'test') + 1} 1 {category}/{path.name}")
+            lines.append(f"{n_written} {i % n_classes + n_classes * (split == 'test') + 1} 1 {category}/{path.name}")
         (root / "Info_Files" / f"Ebay_{split}.txt").write_text("\n".join(lines) + "\n")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -168,23 +173,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", help="folder of images to load instead of generated ones")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per entry of the single-process tables")
+    parser.add_argument("--n_images", type=int, default=32, help="how many images are generated of each size")
+    parser.add_argument("--per_pass", type=int, default=1024, help="how many images a pass with workers loads")
+    parser.add_argument("--entries", type=int, default=ENTRIES, help="list entries of the generated online_products")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, Pillow {Image.__version__}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        measure_lists(folder)
+        measure_lists(folder, args.entries)
         if args.images:
             paths = sorted(str(path) for path in Path(args.images).rglob("*") if path.is_file() and is_image(path))
             if not paths:
                 parser.error(f"--images {args.images}: holds no image that Pillow opens")
-            compare(args.images, paths, args.seconds, folder)
+            compare(args.images, paths, args.seconds, args.per_pass, folder)
         for width, height in () if args.images else SIZES:
             paths = []
-            for i in range(N_IMAGES):
+            for i in range(args.n_images):
                 paths.append(str(folder / f"{width}_{i}.jpg"))
                 natural_image(width, height, np.random.default_rng(i)).save(paths[-1], quality=90)
-            compare(f"{width} x {height}", paths, args.seconds, folder)
+            compare(f"{width} x {height}", paths, args.seconds, args.per_pass, folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\npeak memory of this process, without its workers: {peak:.0f} MB")
 

@@ -11,6 +11,7 @@ and ProxyNCA with one proxy per class, which has no sampler.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import time
@@ -110,6 +111,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128, help="embedding dimensions")
     parser.add_argument("--seconds", type=float, default=2.0, help="time per entry and library")
     args = parser.parse_args()
+    if importlib.util.find_spec("pytorch_metric_learning") is None:
+        parser.error("needs the package pytorch-metric-learning: pip install pytorch-metric-learning")
     devices = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads, D = {args.dim}")
     print(f"{'device':6} {'loss':10} {'sampling':9} {'B':>5} {'ours ms':>8} {'theirs ms':>9} {'ours/theirs':>11}"

@@ -1,14 +1,15 @@
 """Cost of several processes: main.py with 2 processes of 1 thread against 1 process of 2 threads, on the CPU.
 
-python benchmarks/processes.py [--rounds N] [--img_size PIXELS]
+    python benchmarks/processes.py [--rounds 3] [--epochs 3] [--arch resnet50] [--img_size 64] [--bs 56]
 
 Both train the built-in data set with the same global batch, in turn, and are timed by their own log_train_Class.csv
 without its first epoch. Prints images per second and the overhead of the two processes in percent, with BatchNorm
-frozen (as with pretrained weights) and training, when its statistics are synchronised.
+frozen, as with pretrained weights: where it trains, several processes need GPUs.
 """
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,46 +18,49 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING_IMAGES = 576
-BATCH_SIZE = 56
+sys.path.insert(0, str(ROOT))
+
+import datasets
 
 
-def images_per_second(n_processes: int, flags: list[str], n_epochs: int) -> float:
-    """Return the training throughput of a run, the median over its epochs but the first."""
+def seconds_per_epoch(n_processes: int, flags: list[str], dataset: str) -> float:
+    """Return the training time of an epoch, the median over the epochs of a run but the first."""
     launcher = [sys.executable]
     if n_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     with tempfile.TemporaryDirectory() as folder:
-        own = ["--n_epochs", str(n_epochs), "--save_path", folder, "--savename", "run"]
+        command = [*launcher, str(ROOT / "main.py"), *flags, "--save_path", folder, "--savename", "run"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // n_processes), "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(
-            [*launcher, str(ROOT / "main.py"), *flags, *own], check=True, env=environment, capture_output=True
-        )
-        seconds = pd.read_csv(Path(folder) / "shapes" / "run" / "log_train_Class.csv")["Time"][1:].median()
-    return 2 * BATCH_SIZE * (TRAINING_IMAGES // BATCH_SIZE) / seconds
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+        return pd.read_csv(Path(folder) / dataset / "run" / "log_train_Class.csv")["Time"][1:].median()
 
 
 def main() -> None:
     """Run both in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--img_size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=3, help="of each run, at least 2")
+    parser.add_argument("--dataset", default="shapes", help="as for main.py")
+    parser.add_argument("--source_path", default="./Datasets", help="as for main.py")
+    parser.add_argument("--arch", default="resnet50", help="as for main.py")
+    parser.add_argument("--img_size", type=int, default=64, help="as for main.py")
+    parser.add_argument("--bs", type=int, default=56, help="as for main.py")
     args = parser.parse_args()
-    print(f"ResNet50, {args.img_size} px, bs {BATCH_SIZE}, bf16, {args.rounds} rounds, images/s of both tasks' steps")
+    n_images = 2 * args.bs * (len(datasets.load_dataset(args.dataset, args.source_path)[0]) // args.bs)
+    flags = ["--not_pretrained", "--bn", "frozen", "--amp", "bf16", "--task_p", "1", "1", "--shared_num_classes", "8"]
+    flags += ["--kernels", "0", "--lr", "1e-4", "--n_epochs", str(args.epochs), "--eval_every", str(args.epochs)]
+    for flag in ("dataset", "source_path", "arch", "img_size", "bs"):
+        flags += [f"--{flag}", str(getattr(args, flag))]
+    print(f"{args.arch}, {args.img_size} px, bs {args.bs}, bf16, {args.rounds} rounds, images/s of both tasks' steps")
     print(f"{'BatchNorm':<10}{'1 x 2 threads':>15}{'2 x 1 thread':>15}{'overhead %':>12}   of each round")
-    for batchnorm in ("frozen", "train"):
-        flags = ["--dataset", "shapes", "--not_pretrained", "--bn", batchnorm, "--img_size", str(args.img_size)]
-        flags += ["--amp", "bf16", "--bs", str(BATCH_SIZE), "--task_p", "1", "1", "--shared_num_classes", "8"]
-        flags += ["--kernels", "0", "--lr", "1e-4", "--eval_every", str(args.epochs)]
-        one, two = [], []
-        for _ in range(args.rounds):
-            one.append(images_per_second(1, flags, args.epochs))
-            two.append(images_per_second(2, flags, args.epochs))
-        overheads = [100 * (a / b - 1) for a, b in zip(one, two)]
-        medians = [pd.Series(values).median() for values in (one, two, overheads)]
-        shown = " ".join(f"{value:.1f}" for value in overheads)
-        print(f"{batchnorm:<10}{medians[0]:>15.1f}{medians[1]:>15.1f}{medians[2]:>12.1f}   {shown}")
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for n_processes, measured in rates.items():
+            measured.append(n_images / seconds_per_epoch(n_processes, flags, args.dataset))
+    overheads = [100 * (one / two - 1) for one, two in zip(rates[1], rates[2])]
+    medians = [statistics.median(values) for values in (rates[1], rates[2], overheads)]
+    shown = " ".join(f"{value:.1f}" for value in overheads)
+    print(f"{'frozen':<10}{medians[0]:>15.1f}{medians[1]:>15.1f}{medians[2]:>12.1f}   {shown}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def format_axis(axis: Axes, n_values: int) -> None:
 def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
     """Draw the rows of log_probe.csv: what can be read from which embedding, a panel for each kind of label."""
     kinds = [name.removesuffix(" by chance") for name in rows[0] if name.endswith(" by chance")]
-    looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "")}
+    looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "_")}
     labels = {"Class": "from the Class embedding", "Shared": "from the Shared embedding", "": "by chance"}
     epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
     n_lines = -(-len(kinds) // 3) if len(kinds) > 2 else 1

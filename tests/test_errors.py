@@ -35,12 +35,13 @@ def start(program, *flags, redirection="", **options):
     return subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def assert_can_go_on(error, path):
-    """See that the last words are a command that goes on with a run, and that it does."""
-    command = error.rsplit("; the last complete epoch is safe; go on with: python main.py ", 1)[1]
-    assert shlex.split(command) == ["--resume", str(path)]
-    assert run(shlex.split(command)) == path
-    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
+def assert_tells_how_to_go_on(error, beginning, path):
+    """See that one line says why a run stopped and which command goes on with it; return the command's flags."""
+    assert error.startswith(f"main.py: stopped{beginning}"), error
+    assert error.count("\n") == 1, error
+    command = shlex.split(error.split("the last complete epoch is safe; go on with: ")[1])
+    assert command == ["python", "main.py", "--resume", str(path)]
+    return command[2:]
 
 
 @pytest.mark.parametrize(("name", "code", "times"), [("SIGTERM", 143, 3), ("SIGINT", 130, 1)])
@@ -54,15 +55,9 @@ def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, n
 
     argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, tell, "log_val_Class.csv"))
-    assert process.returncode == code
-    assert process.stderr.startswith(f"main.py: stopped by {name}: the last complete epoch is safe; go on with: ")
-    assert process.stderr.count("\n") == 1
+    assert process.returncode == code, process.stderr
+    assert_tells_how_to_go_on(process.stderr, f" by {name}: ", path)
     assert not processes_of(process.session)
-    if times == 1:
-        command = process.stderr.split("go on with: python main.py ")[1]
-        assert shlex.split(command) == ["--resume", str(path)]
-        run(shlex.split(command))
-        assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, tmp_path):
@@ -71,14 +66,13 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, t
         [sys.executable, ROOT / "main.py", *argv],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
-    while not log.exists() and process.poll() is None:
+    path = tmp_path / "tiny" / "run"
+    while process.poll() is None and not (path / "log_val_Class.csv").exists():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143, error
-    assert error.startswith("main.py: stopped by SIGTERM: the last complete epoch is safe; go on with: python main.py ")
-    assert error.count("\n") == 1, error
+    assert_tells_how_to_go_on(error, " by SIGTERM: ", path)
     assert not processes_of(process.pid)
 
 
@@ -105,10 +99,10 @@ def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, 
     argv = small_flags(class_folders, tmp_path, "--kernels", n_workers)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, spoil))
     assert process.returncode == 1
-    assert process.stderr.startswith(f"main.py: stopped: cannot decode the image {image} (")
-    assert process.stderr.count("\n") == 1
+    flags = assert_tells_how_to_go_on(process.stderr, f": cannot decode the image {image} (", path)
     image.write_bytes(good)
-    assert_can_go_on(process.stderr, path)
+    run(flags)
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
 def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
@@ -123,9 +117,7 @@ def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
     argv = small_flags(class_folders, tmp_path, "--kernels", 1)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, kill_workers))
     assert process.returncode == 1, process.stderr
-    assert process.stderr.startswith("main.py: stopped: DataLoader worker (pid")
-    assert process.stderr.count("\n") == 1
-    assert_can_go_on(process.stderr, path)
+    assert_tells_how_to_go_on(process.stderr, ": DataLoader worker (pid", path)
 
 
 def test_an_unforeseen_error_ends_the_process_while_workers_live(class_folders):

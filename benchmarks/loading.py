@@ -113,7 +113,7 @@ def compare(title: str, paths: list[str], seconds: float, per_pass: int, folder:
     images = ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
     sets = {"plain": Plain(paths), "ours": Drawn(images)}
     for kind in ("ram", "disk"):
-        sets[f"ours, {kind} cache"] = Drawn(cached({title: images}, kind, folder)[title])
+        sets[f"ours, {kind} cache"] = Drawn(cached({"train": images}, kind, folder)["train"])
 
     def one_by_one(dataset: Dataset) -> int:
         return sum(len(dataset[i][None]) for i in range(len(dataset)))

@@ -8,31 +8,31 @@ frozen, as with pretrained weights: where it trains, several processes need GPUs
 """
 
 import argparse
+import csv
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import pandas as pd
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import datasets
+MAIN = Path(__file__).resolve().parent.parent / "main.py"
 
 
-def seconds_per_epoch(n_processes: int, flags: list[str], dataset: str) -> float:
-    """Return the training time of an epoch, the median over the epochs of a run but the first."""
+def images_per_second(n_processes: int, flags: list[str], dataset: str, batch_size: int) -> float:
+    """Return the training throughput of a run, the median over its epochs but the first."""
     launcher = [sys.executable]
     if n_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [*launcher, str(ROOT / "main.py"), *flags, "--save_path", folder, "--savename", "run"]
+        command = [*launcher, str(MAIN), *flags, "--save_path", folder, "--savename", "run"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // n_processes), "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        return pd.read_csv(Path(folder) / dataset / "run" / "log_train_Class.csv")["Time"][1:].median()
+        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        with open(Path(folder) / dataset / "run" / "log_train_Class.csv", encoding="utf-8") as file:
+            seconds = [float(row["Time"]) for row in csv.DictReader(file)]
+    n_images = int(re.search(r"^train: (\d+) images", done.stdout, re.MULTILINE)[1])
+    return 2 * batch_size * (n_images // batch_size) / statistics.median(seconds[1:])
 
 
 def main() -> None:
@@ -46,7 +46,6 @@ def main() -> None:
     parser.add_argument("--img_size", type=int, default=64, help="as for main.py")
     parser.add_argument("--bs", type=int, default=56, help="as for main.py")
     args = parser.parse_args()
-    n_images = 2 * args.bs * (len(datasets.load_dataset(args.dataset, args.source_path)[0]) // args.bs)
     flags = ["--not_pretrained", "--bn", "frozen", "--amp", "bf16", "--task_p", "1", "1", "--shared_num_classes", "8"]
     flags += ["--kernels", "0", "--lr", "1e-4", "--n_epochs", str(args.epochs), "--eval_every", str(args.epochs)]
     for flag in ("dataset", "source_path", "arch", "img_size", "bs"):
@@ -56,7 +55,7 @@ def main() -> None:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):
         for n_processes, measured in rates.items():
-            measured.append(n_images / seconds_per_epoch(n_processes, flags, args.dataset))
+            measured.append(images_per_second(n_processes, flags, args.dataset, args.bs))
     overheads = [100 * (one / two - 1) for one, two in zip(rates[1], rates[2])]
     medians = [statistics.median(values) for values in (rates[1], rates[2], overheads)]
     shown = " ".join(f"{value:.1f}" for value in overheads)

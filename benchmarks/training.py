@@ -1,6 +1,6 @@
 """Images per second of main's whole training iteration against the bare backbone, side by side in one run.
 
-    python benchmarks/training.py [--settings plain bf16 compile] [--img_size 64] [--rounds 5]
+    python benchmarks/training.py [--settings plain bf16 compile] [--img_size 64] [--bs 112] [--rounds 5] [--steps 10]
 
 Ours is main.train_one_epoch itself on ResNet50: loading (images in memory, random crops, workers as main has them),
 both tasks' steps, samplers, margin losses, the adversarial term and Adam. Bare is torchvision's ResNet50 without its
@@ -20,21 +20,24 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import auxiliaries
 import datasets
+import losses
 import main as program
 import netlib
+from data.images import ImageSet
+from run import flags
 
 SETTINGS = {
     "plain": [],
@@ -49,7 +52,10 @@ N_CLASSES, N_CLUSTERS, PER_CLASS = 100, 30, 10
 
 
 class Marks:
-    """Moments of a step by the name of the part that ends there, on the device's own clock."""
+    """Moments of a step by the name of the part that ends there, on the device's own clock.
+
+    A network, a scaler and a loader that train_one_epoch is given mark where it passes by.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -73,6 +79,17 @@ class Marks:
             totals[part] = totals.get(part, 0.0) + seconds
         return {part: seconds / sum(totals.values()) for part, seconds in totals.items()}
 
+    def loading(self, loader: Iterable) -> Iterator:
+        """Yield a loader's batches and mark how long each is waited for."""
+        batches = iter(loader)
+        while True:
+            self.add("rest")
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.add("loading")
+            yield batch
+
 
 class MarkedNetwork(nn.Module):
     """A network that marks its forward pass, and the moment when gradients come back to its outputs."""
@@ -80,12 +97,11 @@ class MarkedNetwork(nn.Module):
     def __init__(self, network: nn.Module, marks: Marks):
         super().__init__()
         self.network, self.marks = network, marks
-        self.mean = network.mean
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
         """Return what the network returns."""
         self.marks.add("transfer")
-        outputs = self.network(images)
+        outputs = self.network(images, heads)
         self.marks.add("network forward")
         for values in outputs.values():
             values.register_hook(lambda gradient: self.marks.add("losses"))
@@ -111,74 +127,56 @@ class MarkedScaler(torch.amp.GradScaler):
         self.marks.add("optimiser")
 
 
-class MarkedLoader:
-    """A loader that marks how long its batches are waited for."""
-
-    def __init__(self, loader: DataLoader, marks: Marks):
-        self.loader, self.marks = loader, marks
-
-    def __iter__(self) -> Iterator:
-        batches = iter(self.loader)
-        while True:
-            self.marks.add("rest")
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.marks.add("loading")
-            yield batch
-
-
 class Ours:
-    """main's training of ResNet50 on generated images in memory, assembled by main's own functions."""
+    """main's training of ResNet50 on generated images in memory, assembled as main.train does."""
 
-    def __init__(self, flags: list[str], device: torch.device):
+    def __init__(self, argv: list[str], device: torch.device):
         parser = program.get_args_parser()
-        self.args = args = program.check_args(parser.parse_args([*flags, "--task_p", "1", "1"]), parser)
-        rng = np.random.default_rng(0)
+        self.args = args = flags.check(parser.parse_args([*argv, "--task_p", "1", "1"]), parser)
+        rng, tasks = np.random.default_rng(0), flags.per_task(args)
         n_images, side = N_CLASSES * PER_CLASS, round(args.img_size * 256 / 224)
         pixels = rng.integers(0, 256, (n_images, side, side, 3), dtype=np.uint8)
-        names = [str(i) for i in range(n_images)]
-        classes = [str(i) for i in range(N_CLASSES)]
-        images = datasets.ImageSet(names, np.repeat(np.arange(N_CLASSES), PER_CLASS), classes, pixels)
+        names, classes = ([str(i) for i in range(n)] for n in (n_images, N_CLASSES))
+        images = ImageSet(names, np.repeat(np.arange(N_CLASSES), PER_CLASS), classes, pixels)
         self.labels = {"Class": images.labels, "Shared": rng.permutation(np.arange(n_images) % N_CLUSTERS)}
-        self.samplers, self.loaders, _ = program.build_loaders(args, images, {}, device.type == "cuda")
-        sizes = dict(zip(program.TASKS, args.embed_sizes))
+        self.loaders = datasets.build_loaders(
+            images,
+            {},
+            tasks,
+            probed=[],
+            batch_size=args.bs,
+            random_pick_p=args.random_cluster_pick_p,
+            img_size=args.img_size,
+            seed=args.seed,
+            n_workers=auxiliaries.n_workers(args.kernels),
+            pin_memory=device.type == "cuda",
+        )
+        sizes = {name: task.embed_sizes for name, task in tasks.items()}
         self.network = netlib.build_network("resnet50", sizes, pretrained=False, freeze_batchnorm=True).to(device)
-        self.criteria, self.adversaries = program.build_objective(args, {"Class": N_CLASSES, "Shared": N_CLUSTERS})
-        terms = nn.ModuleList([*self.criteria.values(), *(term for term, _ in self.adversaries.values())]).to(device)
-        self.optimizer, _ = program.build_optimizer(args, self.network, terms)
-        self.trained, self.device, self.n_epochs = self.network, device, 0
-        if args.compile:
-            shape = (args.bs, 3, args.img_size, args.img_size)
-            self.trained = netlib.compile_network(self.network, shape, args.amp)
+        n_classes, directions = (
+            {"Class": N_CLASSES, "Shared": N_CLUSTERS},
+            dict(zip(args.adversarial, args.adv_weights)),
+        )
+        self.objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)
+        self.optimizer, _ = program.build_optimizer(args, self.network, self.objective)
+        self.trained = netlib.for_training(self.network, args.compile, has_unused_heads=False)
+        self.device, self.n_epochs = device, 0
 
     def run(self, n_steps: int, marks: Marks | None = None) -> None:
         """Train one epoch of n_steps steps, half of them each task's."""
-        schedule = np.ones((n_steps // 2, 2), dtype=bool)
-        for task, sampler in self.samplers.items():
-            sampler.set_epoch(self.n_epochs, self.labels[task], len(schedule))
-        self.n_epochs += 1
         torch.backends.cudnn.deterministic = True  # as a run of main has it
-        network, loaders = self.trained, self.loaders
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.args.amp == "fp16")
-        if marks is not None:
-            network = MarkedNetwork(network, marks)
-            loaders = {task: MarkedLoader(loader, marks) for task, loader in loaders.items()}
-            scaler = MarkedScaler(marks, enabled=self.args.amp == "fp16")
+        steps = [(i // 2, flags.TASKS[i % 2]) for i in range(n_steps)]
+        self.loaders.steps.set_epoch(self.n_epochs, self.labels, [task for _, task in steps])
+        self.n_epochs += 1
+        network, is_scaled = self.trained, self.args.amp == "fp16"
+        if marks is None:
+            scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
+            batches = auxiliaries.Stopwatch().loading(self.loaders.training)
+        else:
+            network, scaler = MarkedNetwork(network, marks), MarkedScaler(marks, is_scaled)
+            batches = marks.loading(self.loaders.training)
         with tqdm(disable=True) as bar:
-            program.train_one_epoch(
-                network,
-                self.criteria,
-                self.adversaries,
-                self.optimizer,
-                scaler,
-                loaders,
-                schedule,
-                self.args.amp,
-                bar,
-                0,
-            )
+            program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, self.args.amp, bar)
 
 
 class Bare:
@@ -249,18 +247,18 @@ def built(build: Callable[[], Ours | Bare], device: torch.device) -> tuple[Ours 
     return contender, (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
-def compare(setting: str, flags: list[str], device: torch.device, n_steps: int, n_rounds: int) -> str:
+def compare(setting: str, argv: list[str], device: torch.device, n_steps: int, n_rounds: int) -> str:
     """Print the row of a setting and return its profile as a line."""
-    program.set_tf32("--tf32" in flags, device)
+    auxiliaries.set_tf32("--tf32" in argv, device)
     contenders, memory = {}, {}
-    contenders["ours"], memory["ours"] = built(lambda: Ours(flags, device), device)
+    contenders["ours"], memory["ours"] = built(lambda: Ours(argv, device), device)
     for name, memory_format in BARE.items():
         contenders[name], memory[name] = built(lambda m=memory_format: Bare(contenders["ours"], m), device)
     rates = measure(contenders, n_steps, n_rounds)
     median = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {name: statistics.median(ours / bare for ours, bare in zip(rates["ours"], rates[name])) for name in median}
     cells = [*(f"{value:.1f}" for value in median.values()), *(f"{ratios[name]:.3f}" for name in BARE)]
-    print(f"{setting:8}" + "".join(f"{cell:>10}" for cell in [*cells, *(f"{value:.2f}" for value in memory.values())]),
+    print(f"{setting:8}" + "".join(f"{cell:>11}" for cell in [*cells, *(f"{value:.2f}" for value in memory.values())]),
           flush=True)  # fmt: skip
     marks = Marks(device)
     contenders["ours"].run(n_steps, marks)
@@ -285,7 +283,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {name}; ResNet50, {args.img_size} pixels, batch size {args.bs}")
     print("images per second of ours and of the bare backbone (c.l.: channels_last), ours/bare, peak GPU memory in GB")
     columns = ["ours", *BARE, *(f"/{name}" for name in BARE), "GB ours", *(f"GB {name[5:] or name}" for name in BARE)]
-    print(f"{'setting':8}" + "".join(f"{column:>10}" for column in columns))
+    print(f"{'setting':8}" + "".join(f"{column:>11}" for column in columns))
     common = ["--img_size", args.img_size, "--bs", args.bs, "--kernels", args.kernels, "--bn", "frozen"]
     profiles = [
         compare(setting, [*map(str, common), *SETTINGS[setting]], device, args.steps, args.rounds)

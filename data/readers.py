@@ -235,7 +235,7 @@ def with_factors(path: Path, images: Path, splits: Splits) -> Splits:
     for i, column in enumerate(columns[1:], start=1):
         values, factors[column] = np.unique([rows[name][i] for name in names], return_inverse=True)
         if len(values) < 2:
-            raise InputError(f"{path}: the column {column} has one value, {values[0]!r}; leave it out")
+            raise InputError(f"{path}: the column {column} has one value, {str(values[0])!r}; leave it out")
     n_train = len(train)
     return (
         replace(train, factors={name: levels[:n_train] for name, levels in factors.items()}),

@@ -150,9 +150,9 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
                 values = [row[f"{kind} from {task}" if task else f"{kind} by chance"] for row in rows]
                 look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
                 axis.plot(epochs, values, line, **look, label=labels[task])
-            axis.set_title(
-                {"Class": "The class", "Mined": "The mined label"}.get(kind, plain(kind)), loc="left", fontsize=11
-            )
+            what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind))
+            wanted = "Shared" if kind == "Class" else "Class"
+            axis.set_title(f"{what} (wanted low from {wanted})", loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)
         for axis in axes.flat[len(kinds) :]:

@@ -92,7 +92,8 @@ def stop_reason(error: BaseException) -> str | None:
         path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or "a file"))  # not the temporary name
         return f"cannot read or write {path} ({error.strerror or first_line(error)})"
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return f"lost another process of the run ({first_line(error)[:100]})"
+        cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
+        return f"lost another process of the run ({cause})"
     if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
         return first_line(error)
     return None
@@ -106,13 +107,21 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except Interrupted as error:
         end(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", 128 + error.signum)
     except Exception as error:
-        if processes.launched() > 1:
-            get_error_handler().record_exception(error)  # for the report of torchrun, whichever process it is of
         reason = stop_reason(error)
+        report(error, reason)
         if reason is None:
             raise
         is_input = isinstance(error, InputError)
         end(f"{prog}: {'error' if is_input else 'stopped'}: {reason}", 2 if is_input else 1)
+
+
+def report(error: Exception, reason: str | None) -> None:
+    """Put an error into torchrun's report, whichever process it is of; one with a reason needs no traceback."""
+    if processes.launched() > 1:
+        try:
+            raise error if reason is None else StoppedError(reason) from None
+        except Exception as reported:
+            get_error_handler().record_exception(reported)
 
 
 def end(line: str, code: int) -> None:

@@ -213,11 +213,13 @@ def test_probe_by_hand():
     assert evaluate.nearest_neighbour_accuracy(line, classes, k=3) == pytest.approx(3 / 6)
     # of two that tie the nearer; of the last three points: {4, 5}: 0; {3, 5}: 1; {4, 3}: 0
     assert evaluate.nearest_neighbour_accuracy(line[3:], mined[3:], k=2) == pytest.approx(1 / 3)
-    scores = evaluate.probe_scores({"Class": line, "Shared": -line[::-1]}, classes, mined)
+    labels = {"Class": classes, "Mined": mined, "light": mined[::-1]}
+    scores = evaluate.probe_scores({"Class": line, "Shared": -line[::-1]}, labels)
     assert list(scores) == [
-        "Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared", "Class by chance",
-        "Mined by chance",
+        "Class from Shared", "Mined from Class", "Class from Class", "Mined from Shared", "light from Class",
+        "light from Shared", "Class by chance", "Mined by chance", "light by chance",
     ]  # fmt: skip
+    assert scores["light from Shared"] == evaluate.nearest_neighbour_accuracy(line, mined)
     assert (scores["Class by chance"], scores["Mined by chance"]) == (4 / 6, 4 / 6)
     assert scores["Class from Class"] == 4 / 6  # of all five others: the class of the most, 1, for every point
 
@@ -332,6 +334,35 @@ def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
     (tmp_path / "e.npz").unlink()
     assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, evaluate)
     assert os.listdir(tmp_path) == ["e_val.npz"]
+
+
+def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored, tmp_path, capsys):
+    source = stored.parent.parent / "source" / "tiny" / "images"
+    for i, name in enumerate(["a/one.jpg", "a/b/two.JPG", "c/broken.png", "three.jpg", "a/notes.txt"]):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((source / "class_04" / f"{i}.jpg").read_bytes() if "b" not in path.stem else b"no image")
+    argv = [stored, "--embed", tmp_path / "mine", "--save_embeddings", tmp_path / "e.npz", "--embedding", "Shared"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(argv, evaluate)
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and were left out\n")
+    assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
+    with np.load(tmp_path / "e.npz") as kept:
+        names = [str(Path(path).relative_to(tmp_path / "mine")) for path in kept["paths"]]
+        assert names == ["a/b/two.JPG", "a/one.jpg", "three.jpg"]
+        embeddings = kept["embeddings"]
+    dataset = datasets.FolderDataset([str(source / "class_04" / f"{i}.jpg") for i in (1, 0, 3)], 32)
+    with torch.no_grad():
+        expected = netlib.load(stored)(torch.stack([image for image, _ in dataset]))["Shared"]
+    np.testing.assert_allclose(embeddings, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert "exists already" in refused(capsys, argv, evaluate)
+    argv[-3] = tmp_path / "f.npz"
+    argv[2] = tmp_path / "nowhere"
+    assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, evaluate)
+    assert "--embed: give --save_embeddings FILE.npz" in refused(capsys, [stored, "--embed", tmp_path], evaluate)
 
 
 def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, capsys):

@@ -334,6 +334,12 @@ def test_shapes_log_how_mined_labels_match_the_known_factors(tmp_path):
     assert list(log)[-5:] == factors
     assert log[factors].stack().between(0, 1).all()
     assert log["NMI background"][0] > 0.5
+    probe = read_logs(folder)["log_probe.csv"]
+    for name in ("Class", "Mined", "background", "orientation", "size", "light"):
+        columns = [f"{name} from Class", f"{name} from Shared", f"{name} by chance"]
+        assert probe[columns].stack().between(0, 1).all()
+    texts = {node.text for node in ElementTree.parse(folder / "InfoPlot_Probe.svg").iter() if node.tag.endswith("text")}
+    assert {f"{name} (wanted low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
 
 
 def test_local_weights_are_used_and_freeze_batchnorm(tiny_run, tmp_path):

@@ -166,7 +166,8 @@ def test_a_run_with_a_loss_of_the_library_trains_it_and_resumes_exactly(library,
     assert killed_run(small_flags(class_folders, tmp_path / "cut", *more), cut, 2).returncode == -9
     run(["--resume", cut])
     assert_same_run(cut, whole)
-    rates = [group["lr"] for group in torch.load(whole / "last.pth.tar", weights_only=True)["training"]["optimizer"]["param_groups"]]  # fmt: skip
+    optimizer = torch.load(whole / "last.pth.tar", weights_only=True)["training"]["optimizer"]
+    rates = [group["lr"] for group in optimizer["param_groups"]]
     assert rates == ([1e-3, 0.01, 0.02, 1e-3] if name == "ProxyAnchorLoss" else [1e-3, 1e-3])
 
 

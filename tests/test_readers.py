@@ -331,3 +331,55 @@ def test_classes_of_cars_without_annotations_are_left_out(tmp_path):
         row["class"] = 9
     savemat(path, content | {"class_names": names})
     assert f"{path}: 5 class names and 16 labels that do not fit them" in message_of("cars196", tmp_path)
+
+
+def write_factors(root, change=lambda lines: lines):
+    """Write a data set of 4 classes of 3 images and its factors.csv, changed; returns the source path."""
+    write_class_folders(root / "mine", per_class=(3,) * 4)
+    lines = ["image,light,held in"]
+    lines += [
+        f"class_{c:02d}/{i}.jpg,{('left', 'right')[i % 2]},{('hand', 'a box')[c % 2]}"
+        for c in range(4)
+        for i in range(3)
+    ]
+    (root / "mine" / "factors.csv").write_text("\n".join(change(lines)) + "\n")
+    return root
+
+
+def test_known_characteristics_are_read_in_any_order(tmp_path):
+    source = write_factors(tmp_path, lambda lines: [lines[0], *lines[:0:-1], ""])
+    train, tests = datasets.load_dataset("mine", source)
+    for images in (train, tests[""]):
+        assert {name: levels.tolist() for name, levels in images.factors.items()} == {
+            "light": [0, 1, 0] * 2,  # left, right
+            "held in": [1] * 3 + [0] * 3,  # a hand, a box
+        }
+    (tmp_path / "mine" / "factors.csv").unlink()
+    assert datasets.load_dataset("mine", source)[0].factors == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:-2], "2 images have no row: class_03/1.jpg, class_03/2.jpg"),
+        (lambda lines: [*lines, "class_09/1.jpg,left,hand"], "1 rows name no image: class_09/1.jpg"),
+        (
+            lambda lines: [*lines[:4], "class_01/0.jpg,left", *lines[5:]],
+            "line 5: expected image,light,held in of another",
+        ),
+        (
+            lambda lines: [*lines, lines[1]],
+            "line 14: expected image,light,held in of another image, found an image that is",
+        ),
+        (lambda lines: [line.replace("right", "left") for line in lines], "the column light has one value, 'left'"),
+        (lambda lines: ["image", *[line.split(",")[0] for line in lines[1:]]], "line 1: expected image and a column"),
+        (lambda lines: ["image,light,class", *lines[1:]], "line 1: expected image and a column"),
+        (lambda lines: ["name,light,size", *lines[1:]], "line 1: expected image and a column"),
+        (lambda lines: [], "line 1: expected image and a column"),
+    ],
+)
+def test_faults_of_known_characteristics_are_one_line(tmp_path, change, message):
+    error = message_of("mine", write_factors(tmp_path, change))
+    assert error.startswith(f"{tmp_path}/mine/factors.csv")
+    assert message in error
+    assert "\n" not in error

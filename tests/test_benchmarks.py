@@ -1,0 +1,89 @@
+"""Every benchmark runs to its end at its smallest size and prints its table with numbers in it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_class_folders
+
+NUMBER = r"-?\d+\.\d+"
+
+
+def printed(folder, name, *flags):
+    """Run a benchmark in a folder, where it leaves nothing, and return the lines that it printed."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, flags)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def assert_row(lines, start, n_numbers):
+    """Require one line that starts with a name and holds so many numbers with decimal places, and none that is nan."""
+    (row,) = [line for line in lines if line.startswith(start)]
+    assert len(re.findall(NUMBER, row.removeprefix(start))) == n_numbers, row
+
+
+def test_drawing(tmp_path):
+    lines = printed(tmp_path, "drawing.py", "--images", 200, "--size", 60, 40, "--epochs", 5, "--rounds", 1)
+    drawn = ["InfoPlot_Class.svg", "InfoPlot_Probe.svg", "sample_recoveries.png", "sample_recoveries_Shared.png"]
+    for name in [*drawn, "mined_clusters.png", "(probe: nearest neighbours)", "all of an epoch"]:
+        assert_row(lines, f"| {name} | ", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation(tmp_path):
+    sets = {"cub200": "592 x 128, 10 classes", "in-shop": "2683 x 128, 398 classes"}
+    lines = printed(tmp_path, "evaluation.py", "--rounds", 1, "--sets", *sets, "--scale", 0.1)
+    heads = [i for i, line in enumerate(lines) if line.startswith(tuple(sets))] + [len(lines)]
+    assert len(heads) == 3
+    for (name, size), start, end in zip(sets.items(), heads, heads[1:]):
+        assert lines[start].startswith(f"{name}: {size}")
+        assert_row(lines[start:end], "ours  ", 4)
+        assert_row(lines[start:end], "floor  ", 4)
+        assert_row(lines[start:end], "ours: NMI", len(lines[start].split("[")[1].split("]")[0].split()) + 4)
+
+
+def test_loading(tmp_path):
+    lines = printed(tmp_path, "loading.py", "--seconds", 0, "--n_images", 2, "--per_pass", 4, "--entries", 600)
+    assert_row(lines, "reading online_products, 600 list entries: ", 1)
+    assert_row(lines, "one epoch of class-balanced batches, 224 entries, no decoding: ", 1)
+    starts = [i for i, line in enumerate(lines) if "bits per pixel" in line] + [len(lines)]
+    assert len(starts) == 3
+    for start, end in zip(starts, starts[1:]):
+        for name in ("plain ", "ours ", "ours, ram cache", "ours, disk cache"):
+            assert_row(lines[start:end], f"  {name}", 1)
+        for n_workers in (0, 1, 2):
+            assert_row(lines[start:end], f"  {n_workers} workers, images per second: plain ", 4)
+
+
+def test_loading_of_images_in_a_folder(tmp_path):
+    write_class_folders(tmp_path / "tiny", per_class=(1, 1))
+    flags = ["--images", tmp_path / "tiny", "--seconds", 0, "--per_pass", 4, "--entries", 600]
+    assert_row(printed(tmp_path, "loading.py", *flags), "  ours, disk cache", 1)
+
+
+def test_losses(tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    lines = printed(tmp_path, "losses.py", "--sizes", 16, 24, "--dim", 8, "--seconds", 0)
+    rows = [line.split() for line in lines if line.startswith("cpu ")]
+    pairs = [("marginloss", "distance"), ("triplet", "semihard"), ("proxynca", "-")]
+    assert [row[1:4] for row in rows] == [[*pair, size] for pair in pairs for size in ("16", "24")]
+    assert all(len(row) == 9 and all(re.fullmatch(NUMBER, cell) for cell in row[4:]) for row in rows)
+
+
+def test_processes(tmp_path):
+    write_class_folders(tmp_path / "tiny", per_class=(8, 8, 2, 2))
+    flags = ["--dataset", "tiny", "--source_path", tmp_path, "--arch", "googlenet", "--img_size", 32, "--bs", 8]
+    lines = printed(tmp_path, "processes.py", "--rounds", 1, "--epochs", 2, *flags)
+    assert_row(lines, "frozen", 4)
+
+
+def test_training(tmp_path):
+    small = ["--img_size", 32, "--bs", 8, "--rounds", 1, "--steps", 2, "--kernels", 0]
+    lines = printed(tmp_path, "training.py", "--settings", "plain", *small)
+    row, profile = (line.split() for line in lines if line.startswith("plain "))
+    assert all(float(cell) > 0 for cell in row[1:6])
+    assert len(row) == 9  # the last three are GB of a GPU
+    assert sum(map(float, profile[1:])) == pytest.approx(100, abs=1)
+    assert not list(tmp_path.iterdir())

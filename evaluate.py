@@ -107,7 +107,7 @@ def retrieval_scores(
     return recalls | {"mAP @ R": float(average_precisions.mean()), "R-Precision": float(r_precisions.mean())}
 
 
-TIE = 1e-7
+TIE = 3e-7
 """Difference of x.y - |y|^2/2, for points in the unit ball, that float32 cannot be trusted to tell."""
 
 

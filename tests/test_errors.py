@@ -44,14 +44,16 @@ def assert_tells_how_to_go_on(error, beginning, path):
     return command[2:]
 
 
-@pytest.mark.parametrize(("name", "code", "times"), [("SIGTERM", 143, 3), ("SIGINT", 130, 1)])
-def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, name, code, times):
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, name, code):
     path = tmp_path / "with space" / "tiny" / "run"
 
     def tell(process):
-        for _ in range(times):  # what is told again is not answered again
-            os.kill(process.pid, getattr(signal, name))
-            time.sleep(0.01)
+        os.kill(process.pid, getattr(signal, name))
+        while name == "SIGTERM" and process.is_alive():  # what is told again is not answered again
+            time.sleep(0.002)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)
 
     argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, tell, "log_val_Class.csv"))
@@ -118,20 +120,6 @@ def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, kill_workers))
     assert process.returncode == 1, process.stderr
     assert_tells_how_to_go_on(process.stderr, ": DataLoader worker (pid", path)
-
-
-def test_an_unforeseen_error_ends_the_process_while_workers_live(class_folders):
-    """Its traceback keeps the loader alive, whose workers the interpreter tells SIGTERM and then waits for."""
-    code = (
-        "import datasets\n"
-        f"images, _ = datasets.load_dataset('tiny', {str(class_folders)!r})\n"
-        "dataset = datasets.ImageDataset(images, datasets.test_transform(32))\n"
-        "for batch in datasets.make_loader(dataset, n_workers=2, pin_memory=False):\n"
-        "    raise KeyError('a bug')\n"
-    )
-    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert process.returncode == 1
-    assert process.stderr.endswith("KeyError: 'a bug'\n")
 
 
 UNWRITTEN = "main.py: stdout cannot be written to ({}); the run goes on without\n"

@@ -101,9 +101,9 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, log, n_rows):
     [
         ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard"],
         ["--losses", "triplet", "proxynca", "--adversarial", "Shared-Class", "Class-Shared", "--adv_weights", 5, 9],
-        ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 0.7, 0.6, "--amp", "fp16"],
+        ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 1, 0.6, "--amp", "fp16"],
         ["--task_p", 1, 0, "--adv_weights", 0, "--scheduler", "step", "--tau", 1, "--eval_every", 2],
-        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 2, "--cache", "ram", "--eval_shared"],
+        ["--cluster_update_freq", 1, "--bn", "frozen", "--kernels", 1, "--cache", "ram", "--eval_shared"],
     ],
 )
 def test_all_that_has_state_is_resumed(whole, tmp_path, flags):

@@ -42,7 +42,8 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """Return the training images and the test sets of a data set.
 
     name: a published data set of READERS; "shapes", which is rendered; any other name is a folder in source_path with
-    images/<class>/<image>. Raises InputError, for a missing data set with a diagnosis of several lines.
+    images/<class>/<image>. A single test set is called "". Raises InputError, for a missing data set with a
+    diagnosis of several lines.
     """
     if name == "shapes":
         return render_shapes()
@@ -249,12 +250,12 @@ def leave_signals_to_the_owner(_: int) -> None:
 class Loaders(NamedTuple):
     """What feeds the network; one loader at a time has workers. Each process loads its share.
 
-    steps: the batch sampler of `training`, which loads the batches of an epoch's steps. train: all training images in
-    order. tests: each test set in order, by name. probe: a part of the training images in order.
+    batches: of the steps of an epoch, which `sampler` is told. train: all training images in order. tests: each test
+    set in order, by name. probe: a part of the training images in order.
     """
 
-    steps: TaskBatchSampler
-    training: DataLoader
+    sampler: TaskBatchSampler
+    batches: DataLoader
     train: DataLoader
     tests: dict[str, DataLoader]
     probe: DataLoader
@@ -285,8 +286,9 @@ def build_loaders(
             pick_p = random_pick_p if name == "Shared" else 0.0
             share = processes.own_share(batch_size)
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
-            augmented[name] = ImageDataset(train, train_transform(img_size, flip=name == "Class"))
-    steps = TaskBatchSampler(samplers)
+            flip = name == "Class"  # as published: a mirrored image may show another characteristic
+            augmented[name] = ImageDataset(train, train_transform(img_size, flip))
+    sampler = TaskBatchSampler(samplers)
 
     def in_order(dataset: Dataset) -> DataLoader:
         """Return a loader of all items once, or of the process's share of them in whole batches."""
@@ -296,8 +298,8 @@ def build_loaders(
 
     plain = ImageDataset(train, test_transform(img_size))
     return Loaders(
-        steps,
-        make_loader(TaskDataset(augmented), batch_sampler=steps, **loading),
+        sampler,
+        make_loader(TaskDataset(augmented), batch_sampler=sampler, **loading),
         in_order(plain),
         {name: in_order(ImageDataset(images, test_transform(img_size))) for name, images in tests.items()},
         in_order(Subset(plain, probed)),

@@ -130,7 +130,8 @@ def class_ranks(
     offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
-    for block in torch.arange(len(queries), device=device).split(block_size):
+    for start in range(0, len(queries), block_size):
+        block = torch.arange(start, min(start + block_size, len(queries)), device=device)
         left = points[torch.as_tensor(queries, device=device)[block]]
         closeness = torch.addmm(half_norms, left, right.T, beta=-1)
         in_class = offsets < sizes[block]

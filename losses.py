@@ -381,7 +381,7 @@ class Objective(nn.Module):
 
     def heads(self, task: str) -> list[str]:
         """Return the heads that a step of a task needs: its own, and with an adversarial term all."""
-        return list(self.task_losses) if self.weights else [task]
+        return list(self.task_losses) if self.adversaries else [task]
 
     def forward(self, task: str, embeddings: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """Return the terms of a step by name, whose sum is its loss.
@@ -405,7 +405,7 @@ LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCA
 
 
 def needs_triplets(name: str) -> bool:
-    """Tell whether the loss `name` of LOSSES works on triplets, and so on batches with several images per class."""
+    """Tell whether the loss `name` of LOSSES works on triplets, and therefore needs several images per class."""
     return name in LOSSES and issubclass(LOSSES[name], TripletBasedLoss)
 
 

@@ -96,7 +96,8 @@ def get_args_parser() -> OneLineParser:
     add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
         "gamma at each epoch of tau, exp: after every epoch, none: never")
     add("--gamma", type=POSITIVE, default=0.3, help="factor of the scheduler")
-    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler")
+    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler, counted "
+        "from 0")
     add("--decay", type=NOT_NEGATIVE, default=4e-4, help="weight decay of the network; higher regularises more")
     add("--lr", type=POSITIVE, default=1e-5, help="Adam learning rate of the network and the projection networks; "
         "random weights want about 1e-3")
@@ -136,7 +137,7 @@ def get_args_parser() -> OneLineParser:
     add = parser.add_argument_group("mining of shared labels").add_argument
     add("--shared_num_classes", type=whole(2), default=30, metavar="N", help="number of mined clusters")
     add("--cluster_update_freq", type=whole(0), default=3, metavar="F", help="F epochs pass between two minings: "
-        "labels change after epochs F, 2F+1, 3F+2, ...; 0: after every epoch")
+        "labels change after epochs F, 2F+1, 3F+2, ..., counted from 0; F = 0: after every epoch")
     add("--cluster_mode", choices=CLUSTER_MODES, default="mean", help="what of each class is taken out before the "
         "first clustering: nothing, its mean, its mean and standard deviation (the paper's figure)")
     add("--random_cluster_pick_p", type=PROBABILITY, default=0.2, metavar="P", help="probability that a Shared image "
@@ -254,7 +255,10 @@ def renew_labels(
     labels: Mapping[str, np.ndarray],
     before_epoch: int,
 ) -> dict[str, np.ndarray]:
-    """Return the labels by task with newly mined ones for Shared; log and draw what was mined."""
+    """Return the labels by task with newly mined ones for Shared; log and draw what was mined.
+
+    Clusters are numbered anew each time; betas and proxies stay with the number, as published.
+    """
     start, images, previous = time.time(), loader.dataset.images, labels.get("Shared")
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first=before_epoch == 0)
@@ -272,20 +276,22 @@ def renew_labels(
         sheets.draw_clusters(folder / "mined_clusters.png", folder.name, before_epoch, images, mined, squared_distances)
         return [folder / "mined_clusters.png"]
 
-    run.draw(before_epoch, draw)
+    run.plot(before_epoch, draw)
     return {**labels, "Shared": mined}
 
 
 def draw_steps(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
     """Return the steps of an epoch in order, (iteration, task); each task takes part in an iteration with its
     probability, drawn from the seed and the epoch alone."""
-    rng = np.random.default_rng([seed, len(TASKS), epoch])
+    rng = np.random.default_rng(
+        [seed, len(TASKS), epoch]
+    )  # the batches of the tasks are drawn from [seed, 0 or 1, epoch]
     takes_step = rng.random((n_iterations, len(TASKS))) < np.asarray(task_p)
     return [(int(iteration), TASKS[task]) for iteration, task in np.argwhere(takes_step)]
 
 
 def train_one_epoch(
-    network: nn.Module,
+    trained: nn.Module,
     objective: losses.Objective,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -296,17 +302,18 @@ def train_one_epoch(
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses, None for what took no step.
 
-    scaler: of the loss, for fp16; it leaves out steps whose gradients overflow. steps: (iteration, task) of each.
-    batches: images (B, 3, S, S) uint8 and labels (B,) of each step. bar: progress bar, told of every image and at times
-    of the losses. Raises DivergedError that names the term, the iteration and the task.
+    trained: the network as netlib.for_training returns it. scaler: of the loss, for fp16; it leaves out steps whose
+    gradients overflow. steps: (iteration, task) of each. batches: images (B, 3, S, S) uint8 and labels (B,) of each
+    step. bar: progress bar, told of every image and at times of the losses. Raises DivergedError that names the term, the iteration and the task.
     """
-    network.train()
-    device = next(network.parameters()).device
+    trained.train()
+    device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
-            embeddings = network(images, objective.heads(task))
+            embeddings = trained(images, objective.heads(task))
+        # Every process computes the loss of the whole batch, from embeddings that are gathered with their gradient
         embeddings, labels = processes.gather_batch(embeddings, labels)
         terms = objective(task, embeddings, labels)
         optimizer.zero_grad()
@@ -366,10 +373,10 @@ def evaluate_epoch(
     run.keep_best(network, labels)
     rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
     bests = run.best_indices()
-    run.draw(epoch, lambda folder: report.draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
+    run.plot(epoch, lambda folder: report.draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
 
 
-def start(
+def begin(
     args: argparse.Namespace,
     run: Run,
     network: netlib.EmbeddingNetwork,
@@ -378,7 +385,7 @@ def start(
 ) -> dict[str, np.ndarray]:
     """Score the network before training and mine the first labels; return the labels by task.
 
-    A broken image shows now, before there is a run folder, and not in the middle of a run.
+    There is no run folder yet: the run keeps rows and pictures until it is entered.
     """
     with run.stopwatch.measure("evaluation"):
         embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
@@ -390,7 +397,7 @@ def start(
     if args.task_p[1] > 0:
         return renew_labels(args, run, network, loaders.train, labels, before_epoch=0)
     if loaders.train.dataset.images.pixels is None:
-        for _ in loaders.train:
+        for _ in loaders.train:  # a broken image shows now, as in mining, and not in the middle of a run
             pass
     return labels
 
@@ -440,7 +447,7 @@ def train(args: argparse.Namespace) -> Path:
             freeze_batchnorm=args.bn == "frozen",
             img_size=args.img_size,
         ).to(device)
-    run.flags.setdefault("start", network.start)
+    run.flags.setdefault("started_from", network.started_from)
     if args.make_graph and run.is_new:
         run.keep_file("network.svg", plots.network_graph(network, args.img_size))
     n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
@@ -448,20 +455,20 @@ def train(args: argparse.Namespace) -> Path:
     objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)
     optimizer, scheduler = build_optimizer(args, network, objective)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.weights)
+    trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
     parts = {"network": network, "objective": objective}
     parts |= {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
 
     labels = {"Class": images.labels}
-    labels = start(args, run, network, loaders, labels) if run.is_new else run.restore(parts, labels)
+    labels = begin(args, run, network, loaders, labels) if run.is_new else run.restore(parts, labels)
 
     with run:
         run.save(parts, labels, run.epoch)
         for epoch in run.epochs():
             began = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)
-            loaders.steps.set_epoch(epoch, labels, [task for _, task in steps])
-            batches = run.stopwatch.loading(loaders.training)
+            loaders.sampler.set_epoch(epoch, labels, [task for _, task in steps])
+            batches = run.stopwatch.loading(loaders.batches)
             with run.stopwatch.measure("training"), progress_bar(epoch, args.bs * len(steps)) as bar:
                 averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, bar)
             run.log("train", {"Epochs": epoch, "Time": round(time.time() - began, 2)} | averages)

@@ -112,8 +112,10 @@ def imported_timm(name: str) -> ModuleType:
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
 """Backbones by name; those of timm are called timm/NAME.
 
-A backbone maps normalised images (B, 3, H, W) to (early maps (B, C, h, w), pooled features (B, out_features) or None
-without with_pooled). `layers` is the network whose state dict the weight files hold.
+A backbone is a module that maps normalised images (B, 3, H, W) to (early maps (B, C, h, w), pooled features
+(B, out_features) or None without with_pooled). `layers` is the network whose state dict weight files hold, but for
+names that begin with one of `unused_weights`, its classifiers; `weights` are torchvision's to download. `mean` and `std`
+normalise the images, by default those of ImageNet.
 """
 
 
@@ -134,7 +136,8 @@ class EmbeddingNetwork(nn.Module):
     def __init__(self, backbone: nn.Module, embed_sizes: dict[str, int], freeze_batchnorm: bool):
         super().__init__()
         self.backbone = backbone
-        self.freeze_batchnorm, self.start = freeze_batchnorm, "random weights"
+        self.freeze_batchnorm = freeze_batchnorm
+        self.started_from = "random weights"
         self.heads = nn.ModuleDict({task: nn.Linear(backbone.out_features, d) for task, d in embed_sizes.items()})
         mean, std = getattr(backbone, "mean", IMAGENET_MEAN), getattr(backbone, "std", IMAGENET_STD)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -201,20 +204,20 @@ def build_network(
 
     pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead,
     the backbone's own or this program's; heads that the file holds in the right size are taken too. img_size: side of
-    the images, for backbones of timm. `start` of the network says what weights it starts from.
+    the images, for backbones of timm. `started_from` says which weights these are.
     Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
     network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm)
     if weights_file is not None:
         state, source = weights.read_state_dict(weights_file), f"--weights {weights_file}"
-        network.start = f"{weights_file}, SHA-256 {weights.sha256(weights_file)[:12]}"
+        network.started_from = f"{weights_file}, SHA-256 {weights.sha256(weights_file)[:12]}"
     elif pretrained:
         source, cache = "downloaded weights", None
         if arch.startswith("timm/"):
             config = network.backbone.layers.pretrained_cfg
-            network.start = f"timm {config['architecture']}.{config['tag']}"
+            network.started_from = f"timm {config['architecture']}.{config['tag']}"
         else:
-            network.start = f"torchvision {BACKBONES[arch].weights}"
+            network.started_from = f"torchvision {BACKBONES[arch].weights}"
             cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
         state = weights.download(lambda: pretrained_state(arch, img_size), arch, cache)
     if pretrained or weights_file is not None:
@@ -273,7 +276,8 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
     """Return the network as training steps run it: compiled, and with gradients that are the mean over all processes.
 
     It shares its weights with `network`, which is what is evaluated and stored. has_unused_heads: some heads take no
-    part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes.
+    part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it is
+    refused in run/flags.py. train() and eval() reach the network through either wrapper.
     """
     if processes.count() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm

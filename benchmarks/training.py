@@ -166,15 +166,15 @@ class Ours:
         """Train one epoch of n_steps steps, half of them each task's."""
         torch.backends.cudnn.deterministic = True  # as a run of main has it
         steps = [(i // 2, flags.TASKS[i % 2]) for i in range(n_steps)]
-        self.loaders.steps.set_epoch(self.n_epochs, self.labels, [task for _, task in steps])
+        self.loaders.sampler.set_epoch(self.n_epochs, self.labels, [task for _, task in steps])
         self.n_epochs += 1
         network, is_scaled = self.trained, self.args.amp == "fp16"
         if marks is None:
             scaler = torch.amp.GradScaler(self.device.type, enabled=is_scaled)
-            batches = auxiliaries.Stopwatch().loading(self.loaders.training)
+            batches = auxiliaries.Stopwatch().loading(self.loaders.batches)
         else:
             network, scaler = MarkedNetwork(network, marks), MarkedScaler(marks, is_scaled)
-            batches = marks.loading(self.loaders.training)
+            batches = marks.loading(self.loaders.batches)
         with tqdm(disable=True) as bar:
             program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, self.args.amp, bar)
 

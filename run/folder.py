@@ -153,7 +153,7 @@ class Run:
                 self._open_board()
         self.is_open = True
         for step, draw in self.pending:
-            self.draw(step, draw)
+            self.plot(step, draw)
         self.stack.enter_context(signals_stop(""))
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -189,7 +189,7 @@ class Run:
             self._write_log(name)
             self._add_to_board(name, row)
 
-    def draw(self, step: int, draw: Callable[[Path], Iterable[Path]]) -> None:
+    def plot(self, step: int, draw: Callable[[Path], Iterable[Path]]) -> None:
         """Let a function draw into the folder, as soon as there is one; TensorBoard gets the PNG files it returns."""
         if not self.is_open:
             self.pending.append((step, draw))
@@ -237,7 +237,7 @@ class Run:
                 file.write(content)
             return []
 
-        self.draw(self.epoch, write)
+        self.plot(self.epoch, write)
 
     def best_indices(self) -> dict[str, int]:
         """Return which row of "val" is the best of each test set so far."""
@@ -305,7 +305,7 @@ class Run:
         seconds, spent = time.time() - self.start, self.stopwatch.seconds
         parts = {**spent, "all else": max(seconds - sum(spent.values()), 0.0)}
         lines += [
-            f"started from: {self.flags['start']}",
+            f"started from: {self.flags['started_from']}",
             f"epochs done: {self.rows['val'][-1]['Epochs'] + 1}",
             f"seconds: {seconds:.1f}",
             f"of these: {', '.join(f'{activity} {value:.1f}' for activity, value in parts.items())}",

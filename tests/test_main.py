@@ -233,18 +233,18 @@ def test_batches_carry_the_labels_of_their_task(class_folders):
     _, _, loaders = tiny_parts(class_folders, "--random_cluster_pick_p", 0)
     labels = {"Class": loaders.train.dataset.images.labels, "Shared": (np.arange(10) + 1) % 3}
     steps = ["Class", "Shared", "Shared", "Class"]
-    loaders.steps.set_epoch(0, labels, steps)
-    batches = list(loaders.steps)
+    loaders.sampler.set_epoch(0, labels, steps)
+    batches = list(loaders.sampler)
     assert [{task for task, _ in batch} for batch in batches] == [{task} for task in steps]
     assert all(labels[task][index] == label for batch in batches for task, (index, label, _) in batch)
-    for batch, (images, loaded) in zip(batches, loaders.training, strict=True):
+    for batch, (images, loaded) in zip(batches, loaders.batches, strict=True):
         assert images.shape == (8, 3, 32, 32)
         assert loaded.tolist() == [label for _, (_, label, _) in batch]
 
 
 def test_random_cluster_picks_are_for_the_shared_task_only(class_folders):
     _, _, loaders = tiny_parts(class_folders, "--random_cluster_pick_p", 0.35)
-    picks = {task: sampler.random_pick_p for task, sampler in loaders.steps.samplers.items()}
+    picks = {task: sampler.random_pick_p for task, sampler in loaders.sampler.samplers.items()}
     assert picks == {"Class": 0.0, "Shared": 0.35}
 
 

@@ -46,8 +46,8 @@ def test_one_state_dict_gives_the_same_features_in_torchvisions_and_timms_resnet
     torch.manual_seed(3)
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "weights.pth")
     ours, timms = (build(arch, 96, tmp_path / "weights.pth") for arch in ("resnet50", "timm/resnet50"))
-    assert ours.start == timms.start
-    assert ours.start.startswith(f"{tmp_path}/weights.pth, SHA-256 ")
+    assert ours.started_from == timms.started_from
+    assert ours.started_from.startswith(f"{tmp_path}/weights.pth, SHA-256 ")
     for name in ("Pooled", "Early"):
         expected, found = (network(images(96), [name])[name] for network in (ours, timms))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

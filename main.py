@@ -304,7 +304,8 @@ def train_one_epoch(
 
     trained: the network as netlib.for_training returns it. scaler: of the loss, for fp16; it leaves out steps whose
     gradients overflow. steps: (iteration, task) of each. batches: images (B, 3, S, S) uint8 and labels (B,) of each
-    step. bar: progress bar, told of every image and at times of the losses. Raises DivergedError that names the term, the iteration and the task.
+    step. bar: progress bar, told of every image and at times of the losses.
+    Raises DivergedError that names the term, the iteration and the task.
     """
     trained.train()
     device = next(trained.parameters()).device

@@ -114,8 +114,8 @@ BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
 
 A backbone is a module that maps normalised images (B, 3, H, W) to (early maps (B, C, h, w), pooled features
 (B, out_features) or None without with_pooled). `layers` is the network whose state dict weight files hold, but for
-names that begin with one of `unused_weights`, its classifiers; `weights` are torchvision's to download. `mean` and `std`
-normalise the images, by default those of ImageNet.
+names that begin with one of `unused_weights`, its classifiers; `weights` are torchvision's to download. `mean` and
+`std` normalise the images, by default those of ImageNet.
 """
 
 

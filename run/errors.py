@@ -88,9 +88,7 @@ def stop_reason(error: BaseException) -> str | None:
     """Return why a run cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
     if isinstance(error, (InputError, StoppedError)):
         return one_line(str(error))
-    if isinstance(
-        error, (EOFError, ConnectionResetError, ConnectionRefusedError)
-    ):  # a worker that was killed while it handed over a batch
+    if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):  # killed while it gave a batch
         return f"DataLoader worker has ended unexpectedly ({type(error).__name__})"
     if isinstance(error, OSError):
         path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or "a file"))  # not the temporary name

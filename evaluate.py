@@ -130,10 +130,11 @@ def class_ranks(
     offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
+    buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
         block = torch.arange(start, min(start + block_size, len(queries)), device=device)
         left = points[torch.as_tensor(queries, device=device)[block]]
-        closeness = torch.addmm(half_norms, left, right.T, beta=-1)
+        closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
         in_class = offsets < sizes[block]
         columns = (starts[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
         values = closeness.gather(1, columns)
@@ -142,13 +143,27 @@ def class_ranks(
         closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, values))  # others remain
         n_wanted = is_wanted.sum(1, keepdim=True)
         first_hits = torch.where(n_wanted[:, 0] > 0, count_rows(closeness >= own[:, :1]), torch.inf)
-        others = closeness.topk(min(max(int(n_wanted.max()), 1), len(gallery)), dim=1).values
+        others = largest_values(closeness, min(max(int(n_wanted.max()), 1), len(gallery)))
         n_own = torch.arange(1, own.shape[1] + 1, device=device)
         ranks = n_own + torch.searchsorted(-others, -own, right=True)
         is_found = is_wanted.sort(dim=1, descending=True).values & (ranks <= n_wanted)
         precisions = [(is_found * n_own / ranks.double()).sum(1), is_found.sum(1).double()]
         found = torch.stack([first_hits, *(values / n_wanted[:, 0].clamp_min(1) for values in precisions)], 1)
         yield found.cpu().numpy()
+
+
+def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
+    """Return the k largest values of each of (B, N) rows, largest first.
+
+    Of long rows only the k groups of columns with the largest maxima are searched.
+    """
+    if rows.shape[1] < 4 * group * k:
+        return rows.topk(k, dim=1).values
+    n_grouped = rows.shape[1] // group * group
+    groups = rows[:, :n_grouped].view(len(rows), -1, group)
+    best = groups.amax(2).topk(k, dim=1).indices
+    candidates = groups.gather(1, best[:, :, None].expand(-1, -1, group)).flatten(1)
+    return torch.cat([candidates, rows[:, n_grouped:]], 1).topk(k, dim=1).values
 
 
 def count_rows(mask: Tensor) -> Tensor:

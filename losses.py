@@ -353,7 +353,9 @@ def library_loss(name: str) -> tuple[type[nn.Module], list[str]]:
     known = {
         loss: kind
         for loss, kind in vars(library).items()
-        if isinstance(kind, type) and issubclass(kind, library.BaseMetricLossFunction)
+        if isinstance(kind, type)
+        and issubclass(kind, library.BaseMetricLossFunction)
+        and kind is not library.BaseMetricLossFunction
     }
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, 3, 0))

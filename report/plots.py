@@ -136,7 +136,7 @@ def format_axis(axis: Axes, n_values: int) -> None:
 
 def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
     """Draw the rows of log_probe.csv: what can be read from which embedding, a panel for each kind of label."""
-    kinds = [name.removesuffix(" by chance") for name in rows[0] if name.endswith(" by chance")]
+    kinds = [name.removesuffix(" by chance") for name in rows[-1] if name.endswith(" by chance")]
     looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "_")}
     labels = {"Class": "from the Class embedding", "Shared": "from the Shared embedding", "": "by chance"}
     epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
@@ -147,7 +147,7 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
         axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
         for axis, kind in zip(axes.flat, kinds):
             for task, (colour, line, marker) in looks.items():
-                values = [row[f"{kind} from {task}" if task else f"{kind} by chance"] for row in rows]
+                values = [row.get(f"{kind} from {task}" if task else f"{kind} by chance") for row in rows]
                 look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
                 axis.plot(epochs, values, line, **look, label=labels[task])
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind))

@@ -199,7 +199,8 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
-    name = args.savename or f"{args.dataset}_{args.arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    arch = args.arch.replace("/", "_")  # of timm/NAME
+    name = args.savename or f"{args.dataset}_{arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return Path(args.save_path) / args.dataset / name
 
 

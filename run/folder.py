@@ -404,14 +404,15 @@ def name_taken(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
     try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"--go_on: another process trains {folder}; wait for it, or stop it first") from error
-    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise InputError(f"--go_on: another process trains {folder}; wait for it, or stop it first") from error
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
         for parent in made:
             with contextlib.suppress(OSError):  # a run is in it
                 parent.rmdir()

@@ -81,8 +81,12 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, t
 def test_a_signal_before_anything_is_stored_leaves_nothing(class_folders, tmp_path):
     argv = small_flags(class_folders, tmp_path / "results", "--go_on", "--arch", "resnet50", "--img_size", 128)
     taken = tmp_path / "results" / "tiny" / ".run.lock"  # is there as long as the start takes
-    stop = when(taken.exists, lambda process: os.kill(process.pid, signal.SIGTERM))
-    process = run_in_process(run, argv, meanwhile=stop)
+
+    def stop(process):
+        time.sleep(0.2)  # it may have made the file and not hold it yet
+        os.kill(process.pid, signal.SIGTERM)
+
+    process = run_in_process(run, argv, meanwhile=when(taken.exists, stop))
     assert (process.returncode, process.stderr) == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
     assert not (tmp_path / "results").exists()
 

@@ -295,8 +295,7 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
             time.sleep(0.05)
         seconds.append(time.monotonic() - start)
 
-    n_workers = 0 if told == 1 else 2  # they look every 5 s whether their owner lives
-    argv = flags_of(class_folders, tmp_path, "--kernels", n_workers, "--n_epochs", 9000)
+    argv = flags_of(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 9000)
     process = run_in_processes(n_processes, run, argv, meanwhile=when_logged(path, 1, stop, "log_val_Class.csv"))
     assert process.returncode != 0
     assert seconds[0] < 60

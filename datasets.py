@@ -3,6 +3,8 @@
 As a command it says what a data set holds, or what is wrong with it, without training.
 """
 
+import functools
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -237,14 +239,19 @@ def make_loader(
         generator=torch.Generator(),
         # Shares decoded images with the workers instead of copying them
         multiprocessing_context="fork" if n_workers and sys.platform == "linux" else None,
-        worker_init_fn=leave_signals_to_the_owner,
+        worker_init_fn=functools.partial(leave_signals_to_the_owner, os.getpid()),
     )
 
 
-def leave_signals_to_the_owner(_: int) -> None:
-    """Let a loader's worker ignore Ctrl-C, which its owner answers, and end at SIGTERM, which its owner sends."""
+def leave_signals_to_the_owner(owner: int, _: int) -> None:
+    """Let a loader's worker ignore Ctrl-C, which its owner answers, and end at SIGTERM and with its owner.
+
+    owner: its process id. PyTorch's own watch over the owner starts too late where that is killed just after the fork.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGKILL"):
+        processes.end_with(owner, signal.SIGKILL)
 
 
 class Loaders(NamedTuple):

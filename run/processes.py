@@ -52,14 +52,21 @@ def rank() -> int:
     return distributed.get_rank() if count() > 1 else 0
 
 
+def end_with(owner: int, signum: int) -> None:
+    """Let Linux send this process a signal when its parent, whose id is `owner`, has died, even if it was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
+        if os.getppid() != owner:  # it died before
+            signal.raise_signal(signum)
+
+
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
     """Connect the processes, over NCCL for GPUs and Gloo for CPUs; only the first one prints."""
     if launched() == 1:
         yield
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: end with torchrun, even if it is killed
+    end_with(os.getppid(), signal.SIGTERM)  # torchrun
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries write to it up to the end

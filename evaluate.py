@@ -291,11 +291,12 @@ def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.n
 
     Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
     to what is right by chance, by always guessing the most frequent label; of known factors, Class is to lose them and
-    Shared to hold them. embeddings: "Class" and "Shared" to (N, D). labels: "Class", "Mined" and the known factors to
-    (N,) int.
+    Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels: "Class", "Mined" where
+    labels are mined, and the known factors to (N,) int.
     """
     read = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
     read += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
+    read = [(what, task) for what, task in read if what in labels and task in embeddings]
     scores = {f"{what} from {task}": nearest_neighbour_accuracy(embeddings[task], labels[what]) for what, task in read}
     return scores | {
         f"{what} by chance": float(np.bincount(values).max() / len(values)) for what, values in labels.items()

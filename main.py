@@ -106,6 +106,9 @@ def get_args_parser() -> OneLineParser:
     add("--task_p", type=PROBABILITY, default=[1.0, 0.8], **pair, help="probability that a task takes its step in an "
         "iteration; 1 0 trains on classes only and mines nothing, but keeps the adversarial term: --adv_weights 0 too "
         "is the plain baseline")
+    add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains: the "
+        "backbone too, as published, or its head only, which leaves the backbone to the Class task and to the "
+        "adversarial term")
     add("--bs", type=whole(1), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
         "batch; forced to 1 for proxynca")
@@ -365,16 +368,39 @@ def evaluate_epoch(
             start = time.time()
             log("shared", start, {"scores": evaluate.score_sets("Shared", embeddings, tests, **scoring)})
         if len(loaders.probe.dataset):
-            start, probed = time.time(), loaders.probe.dataset.indices
-            features = evaluate.extract_features(network, loaders.probe, TASKS, args.amp)
-            read = {"Class": labels["Class"], "Mined": labels["Shared"]} | loaders.train.dataset.images.factors
-            log(
-                "probe", start, evaluate.probe_scores(features, {name: values[probed] for name, values in read.items()})
-            )
+            start = time.time()
+            log("probe", start, probe_epoch(args, network, loaders, labels, embeddings))
     run.keep_best(network, labels)
     rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
     bests = run.best_indices()
     run.plot(epoch, lambda folder: report.draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
+
+
+def probe_epoch(
+    args: argparse.Namespace,
+    network: netlib.EmbeddingNetwork,
+    loaders: datasets.Loaders,
+    labels: Mapping[str, np.ndarray],
+    embeddings: Mapping[str, Mapping[str, np.ndarray]],
+) -> dict[str, float]:
+    """Return what is read from the embeddings of training images, and of each test set whose factors are known.
+
+    embeddings: {test set: {task: (N, D)}}.
+    """
+    tasks = TASKS if "Shared" in labels else TASKS[:1]  # without mining the Shared head is not trained
+    features = evaluate.extract_features(network, loaders.probe, tasks, args.amp)
+    mined = {"Mined": labels["Shared"]} if "Shared" in labels else {}
+    known = {"Class": labels["Class"]} | mined | loaders.train.dataset.images.factors
+    probed = loaders.probe.dataset.indices
+    scores = evaluate.probe_scores(features, {name: values[probed] for name, values in known.items()})
+    for test_set, images in ((name, loader.dataset.images) for name, loader in loaders.tests.items()):
+        if images.factors:
+            probed = evaluate.probe_subset(images.labels, args.seed)
+            features = {task: embeddings[test_set][task][probed] for task in tasks}
+            known = {"Class": images.labels} | images.factors
+            found = evaluate.probe_scores(features, {name: values[probed] for name, values in known.items()})
+            scores |= {f"{test_set or 'Test'} {name}": value for name, value in found.items()}
+    return scores
 
 
 def begin(
@@ -431,7 +457,7 @@ def train(args: argparse.Namespace) -> Path:
         images,
         tests,
         tasks,
-        probed=evaluate.probe_subset(images.labels, args.seed) if args.task_p[1] > 0 else [],
+        probed=evaluate.probe_subset(images.labels, args.seed) if args.task_p[1] > 0 or images.factors else [],
         batch_size=args.bs,
         random_pick_p=args.random_cluster_pick_p,
         img_size=args.img_size,
@@ -447,6 +473,7 @@ def train(args: argparse.Namespace) -> Path:
             weights_file=args.weights if run.is_new else None,
             freeze_batchnorm=args.bn == "frozen",
             img_size=args.img_size,
+            detached_heads=["Shared"] if args.shared_gradient == "head" else [],
         ).to(device)
     run.flags.setdefault("started_from", network.started_from)
     if args.make_graph and run.is_new:

@@ -131,11 +131,19 @@ class EmbeddingNetwork(nn.Module):
     embed_sizes: task name to embedding dimension D, e.g. {"Class": 128, "Shared": 128}.
     freeze_batchnorm: keep the running statistics of all BatchNorm layers (evaluation mode) also in training; their
     scale and shift are trained either way.
+    detached_heads: tasks whose heads pass no gradient on to the backbone.
     """
 
-    def __init__(self, backbone: nn.Module, embed_sizes: dict[str, int], freeze_batchnorm: bool):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        embed_sizes: dict[str, int],
+        freeze_batchnorm: bool,
+        detached_heads: Sequence[str] = (),
+    ):
         super().__init__()
         self.backbone = backbone
+        self.detached_heads = tuple(detached_heads)
         self.freeze_batchnorm = freeze_batchnorm
         self.started_from = "random weights"
         self.heads = nn.ModuleDict({task: nn.Linear(backbone.out_features, d) for task, d in embed_sizes.items()})
@@ -175,7 +183,8 @@ class EmbeddingNetwork(nn.Module):
             with torch.autocast(images.device.type, enabled=False):
                 for task, head in self.heads.items():
                     if task in outputs:
-                        features[task] = F.normalize(head(features["Pooled"]), dim=1)
+                        read = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
+                        features[task] = F.normalize(head(read), dim=1)
         return {name: features[name] for name in outputs}
 
 
@@ -199,15 +208,16 @@ def build_network(
     weights_file: str | Path | None = None,
     freeze_batchnorm: bool,
     img_size: int = 224,
+    detached_heads: Sequence[str] = (),
 ) -> EmbeddingNetwork:
     """Build the network for a name of BACKBONES or "timm/NAME", in channels_last memory format.
 
     pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead,
     the backbone's own or this program's; heads that the file holds in the right size are taken too. img_size: side of
-    the images, for backbones of timm. `started_from` says which weights these are.
+    the images, for backbones of timm. detached_heads: see EmbeddingNetwork. `started_from` says which weights these are.
     Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
-    network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm)
+    network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm, detached_heads)
     if weights_file is not None:
         state, source = weights.read_state_dict(weights_file), f"--weights {weights_file}"
         network.started_from = f"{weights_file}, SHA-256 {weights.sha256(weights_file)[:12]}"

@@ -30,10 +30,11 @@ SERIES = {
     "dim": ("embed_sizes", "0 64 128 256 512 1024", "of the Shared embedding; 0 is the plain margin-loss baseline"),
     "adversarial": ("adv_weights", "0 on", "on is the weight of the set-up"),
     "standardise": ("cluster_mode", "no_norm mean mstd", "what of each class is taken out before the first clustering"),
-    "mining": (None, "margin margin_steps mic no_adversarial no_norm", "whether mining helps: margin is the plain "
+    "mining": (None, "margin margin_steps mic no_adversarial no_norm shared_head", "whether mining helps: margin is the plain "
                "margin-loss baseline, margin_steps the same with as many steps of the optimiser as MIC takes, in more "
-               "epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm; ends with "
-               "the differences to the first of them, paired by seed"),
+               "epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm, "
+               "shared_head MIC with --shared_gradient head; ends with the differences to the first of them, paired by "
+               "seed"),
 }  # fmt: skip
 """A series' flag, its values, and what they are; mining sets several flags."""
 
@@ -120,6 +121,7 @@ def get_setup_parser() -> OneLineParser:
     add("--adv_weights", type=float, nargs="+", default=[2500.0])
     add("--cluster_mode", default="mean")
     add("--scheduler", default="step")
+    add("--shared_gradient", default="backbone")
     return parser
 
 
@@ -137,6 +139,7 @@ def mining_flags(flags: Sequence[str]) -> dict[str, list[str]]:
         "--adv_weights: takes one weight per direction of --adversarial": n_weights != len(setup.adversarial),
         "--adv_weights 0: is no_adversarial, one of the series mining; give weights above 0": 0 in setup.adv_weights,
         "--cluster_mode no_norm: is one of the series mining; give mean or mstd": setup.cluster_mode == "no_norm",
+        "--shared_gradient head: is shared_head, one of the series mining": setup.shared_gradient == "head",
         "--scheduler exp: would decay further in margin_steps; give step or none": setup.scheduler == "exp",
     }
     for message in (message for message, applies in refusals.items() if applies):
@@ -150,6 +153,7 @@ def mining_flags(flags: Sequence[str]) -> dict[str, list[str]]:
         "mic": [],
         "no_adversarial": no_adversarial,
         "no_norm": ["--cluster_mode", "no_norm"],
+        "shared_head": ["--shared_gradient", "head"],
     }
 
 

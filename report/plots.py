@@ -147,11 +147,14 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
         axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
         for axis, kind in zip(axes.flat, kinds):
             for task, (colour, line, marker) in looks.items():
-                values = [row.get(f"{kind} from {task}" if task else f"{kind} by chance") for row in rows]
+                column = f"{kind} from {task}" if task else f"{kind} by chance"
+                if column not in rows[-1]:  # mined labels of test images, the Shared embedding of a plain baseline
+                    continue
+                values = [row.get(column) for row in rows]
                 look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
                 axis.plot(epochs, values, line, **look, label=labels[task])
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind))
-            wanted = "Shared" if kind == "Class" else "Class"
+            wanted = "Shared" if kind.split(" ")[-1] == "Class" else "Class"
             axis.set_title(f"{what} (wanted low from {wanted})", loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)

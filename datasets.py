@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import readers
-from data.images import ImageSet, Splits, read_image
+from data.images import ImageSet, Splits
 from data.shapes import render_shapes
 from run import processes
 from run.errors import InputError, OneLineParser, first_few, guard_output
@@ -92,23 +92,6 @@ class ImageDataset(Dataset):
         image = self.transform(image)
         torch.set_rng_state(state)
         return image, label
-
-
-class FolderDataset(Dataset):
-    """Image files of any kind; one that cannot be decoded is black, and comes with the reason instead of with ""."""
-
-    def __init__(self, paths: Sequence[str], img_size: int):
-        self.paths, self.img_size, self.transform = paths, img_size, test_transform(img_size)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
-        """Return (image (3, S, S) uint8, reason)."""
-        try:
-            return self.transform(read_image(self.paths[index])), ""
-        except InputError as error:
-            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), str(error)
 
 
 class TaskDataset(Dataset):
@@ -286,7 +269,7 @@ def build_loaders(
     tasks: the flags of each task, see flags.PAIRS; one that never takes a step has no batches. probed: indices of the
     training images of the probe. random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
     """
-    loading = {"n_workers": n_workers, "pin_memory": pin_memory}
+    make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
     samplers, augmented = {}, {}
     for i, (name, task) in enumerate(tasks.items()):
         if task.task_p > 0:
@@ -301,15 +284,15 @@ def build_loaders(
         """Return a loader of all items once, or of the process's share of them in whole batches."""
         size = min(batch_size, SCORING_BATCH_SIZE)
         share = processes.own_share(len(dataset), size) if processes.count() > 1 else None
-        return make_loader(dataset, batch_size=size, share=share, **loading)
+        return make(dataset, batch_size=size, share=share)
 
     plain = ImageDataset(train, test_transform(img_size))
     return Loaders(
-        sampler,
-        make_loader(TaskDataset(augmented), batch_sampler=sampler, **loading),
-        in_order(plain),
-        {name: in_order(ImageDataset(images, test_transform(img_size))) for name, images in tests.items()},
-        in_order(Subset(plain, probed)),
+        sampler=sampler,
+        batches=make(TaskDataset(augmented), batch_sampler=sampler),
+        train=in_order(plain),
+        tests={name: in_order(ImageDataset(images, test_transform(img_size))) for name, images in tests.items()},
+        probe=in_order(Subset(plain, probed)),
     )
 
 
@@ -317,12 +300,13 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     """Return a line for counts that differ from the published ones, classes that both train and test, images that a
     split holds twice, and what the reader found."""
     sets, warnings = {"train": train, **tests}, []
-    counts = {split: row[:2] for split, row in split_table(train, tests).items()}
-    counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, (classes, n) in readers.PUBLISHED[name].counts.items() if name in readers.PUBLISHED else ():
-        if counts[split] != (classes, n):
-            found = "{} classes with {} images".format(*counts[split])
-            warnings.append(f"{name}, {split}: {found}; officially {classes} with {n}")
+    found = {split: row[:2] for split, row in split_table(train, tests).items()}
+    found["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
+    published = readers.PUBLISHED[name].counts if name in readers.PUBLISHED else {}
+    for split, (n_classes, n_images) in published.items():
+        if found[split] != (n_classes, n_images):
+            counts = "{} classes with {} images".format(*found[split])
+            warnings.append(f"{name}, {split}: {counts}; officially {n_classes} with {n_images}")
     for split, images in sets.items():
         where = f"{name}, {split or 'test'}"
         both = set(images.class_names).intersection(train.class_names)
@@ -332,7 +316,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
         if n_twice:
             warnings.append(f"{where}: {n_twice} of {len(images)} images are listed before in the same split")
         warnings += images.warnings
-    return [warning.encode(errors="backslashreplace").decode() for warning in warnings]
+    return warnings
 
 
 def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int, ...]]:
@@ -350,13 +334,21 @@ def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tup
     return table
 
 
-def decoding_error(images: ImageSet, index: int) -> str | None:
-    """Return why an image cannot be decoded, None for a sound one."""
-    try:
-        images.read(index)
-    except InputError as error:
-        return str(error)
-    return None
+def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
+    """Decode all images of some sets; return for each in order why it cannot be decoded, None for a sound one."""
+
+    def error_of(images: ImageSet, index: int) -> str | None:
+        """Return why one image cannot be decoded."""
+        try:
+            images.read(index)
+        except InputError as error:
+            return str(error)
+        return None
+
+    sources = [(images, index) for images in image_sets for index in range(len(images))]
+    with ThreadPoolExecutor() as pool:
+        bar = {"total": len(sources), "desc": "decoding", "unit": "img", "disable": None}
+        return list(tqdm(pool.map(error_of, *zip(*sources)), **bar))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -378,10 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {warning}")
     if not args.check:
         return 0
-    sources = [(images, index) for images in (train, *tests.values()) for index in range(len(images))]
-    with ThreadPoolExecutor() as pool:
-        errors = list(tqdm(pool.map(decoding_error, *zip(*sources)), total=len(sources), unit="img", disable=None))
-    broken = [error for error in errors if error is not None]
+    broken = [error for error in decoding_errors([train, *tests.values()]) if error is not None]
     print("\n".join([*broken, f"{len(broken)} images cannot be decoded"]))
     return 2 if broken else 0
 

@@ -8,7 +8,7 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 import argparse
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from data.images import VALIDATION, ImageSet, hold_out_classes
 from report import compare
 from run import errors, folder, processes, weights
 from run.errors import DivergedError, InputError, StoppedError
+from run.flags import whole
 
 Scores = dict[str, float | None]
 """Scores of one test set by name; None for what was left out."""
@@ -38,7 +39,7 @@ PROBE_IMAGES = 1000
 @torch.inference_mode()
 def extract_features(
     network: netlib.EmbeddingNetwork,
-    loader: DataLoader,
+    loader: Iterable[tuple[Tensor, Tensor]],
     outputs: Sequence[str],
     amp: str = "none",
     everywhere: bool = True,
@@ -291,8 +292,8 @@ def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.n
 
     Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
     to what is right by chance, by always guessing the most frequent label; of known factors, Class is to lose them and
-    Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels: "Class", "Mined" where
-    labels are mined, and the known factors to (N,) int.
+    Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels: "Class", "Mined"
+    where labels are mined, and the known factors to (N,) int.
     """
     read = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
     read += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
@@ -347,16 +348,7 @@ def score_run(args: argparse.Namespace) -> None:
         path = own if own in found else found[0]
         stored = weights.read_checkpoint(path)
         flags, rows = stored["flags"], stored["progress"]["rows"]
-        loader = datasets.make_loader(
-            datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
-            batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
-            n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
-            pin_memory=device.type == "cuda",
-        )
-        auxiliaries.set_seeds(flags["seed"])
-        auxiliaries.set_tf32(flags["tf32"] and device.type == "cuda", device)
-        network = netlib.load(path).to(device)
-        embeddings = extract_features(network, loader, [args.embedding], flags["amp"])[args.embedding]
+        embeddings = embed(path, images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{f', {name}' if name else ''}")
         # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
@@ -367,37 +359,51 @@ def score_run(args: argparse.Namespace) -> None:
             save_embeddings(stores[name], embeddings, images)
 
 
-@torch.inference_mode()
+def embed(
+    checkpoint: Path, images: ImageSet, embedding: str, n_workers: int | None, device: torch.device
+) -> np.ndarray:
+    """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
+
+    embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError, DivergedError.
+    """
+    flags = weights.read_checkpoint(checkpoint)["flags"]
+    loader = datasets.make_loader(
+        datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
+        batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
+        n_workers=auxiliaries.n_workers(flags["kernels"] if n_workers is None else n_workers),
+        pin_memory=device.type == "cuda",
+    )
+    auxiliaries.set_seeds(flags["seed"])
+    auxiliaries.set_tf32(flags["tf32"] and device.type == "cuda", device)
+    network = netlib.load(checkpoint).to(device)
+    bar = tqdm(loader, desc="embedding", unit="batch", leave=False, disable=None)
+    return extract_features(network, bar, [embedding], flags["amp"])[embedding]
+
+
 def embed_folder(args: argparse.Namespace) -> None:
     """Store the embeddings of every image below a folder, in any layout, and their paths.
 
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
-    paths = sorted(str(path) for path in Path(args.embed).rglob("*") if path.suffix.lower() in readers.IMAGES)
+    root = Path(args.embed)
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in readers.IMAGES and not path.is_dir()]
+    paths = [str(path) for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
     if not paths:
-        raise InputError(f"--embed {args.embed}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
-    checkpoint = checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    flags, device = weights.read_checkpoint(checkpoint)["flags"], auxiliaries.pick_device(args.gpu)
-    network = netlib.load(checkpoint).to(device)
-    loader = datasets.make_loader(
-        datasets.FolderDataset(paths, flags["img_size"]),
-        batch_size=datasets.SCORING_BATCH_SIZE,
-        n_workers=auxiliaries.n_workers(flags["kernels"] if args.kernels is None else args.kernels),
-        pin_memory=device.type == "cuda",
-    )
-    embeddings, reasons = [], []
-    with tqdm(total=len(paths), desc="embedding", unit="img", disable=None) as bar:
-        for images, of_batch in loader:
-            with netlib.autocast(device, flags["amp"]):
-                embeddings.append(network(images.to(device), [args.embedding])[args.embedding].cpu().numpy())
-            reasons += of_batch
-            bar.update(len(images))
-    is_sound = np.array([not reason for reason in reasons])
-    with folder.replaced_file(Path(args.save_embeddings)) as file:
-        np.savez(file, embeddings=np.concatenate(embeddings)[is_sound], paths=np.array(paths)[is_sound])
-    print("\n".join([*filter(None, reasons), f"stored {args.save_embeddings}: {is_sound.sum()} embeddings"]))
-    if not is_sound.all():
-        raise StoppedError(f"{(~is_sound).sum()} of {len(paths)} images cannot be decoded and were left out")
+        raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
+    (checkpoint,) = checkpoints_of(Path(args.run[0]), args.checkpoint)[:1]
+    weights.read_checkpoint(checkpoint)  # what is wrong with it shows before all images are decoded
+    reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
+    sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
+    n_broken = len(paths) - len(sound)
+    print("".join(f"{reason}\n" for reason in reasons if reason), end="")
+    if sound:
+        images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
+        embeddings = embed(checkpoint, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
+        with folder.replaced_file(Path(args.save_embeddings)) as file:
+            np.savez(file, embeddings=embeddings, paths=np.array(sound))
+        print(f"stored {args.save_embeddings}: {len(sound)} embeddings")
+    if n_broken:
+        raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
 
 
 def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
@@ -470,8 +476,8 @@ def get_args_parser() -> errors.OneLineParser:
     add("--save_embeddings", metavar="FILE.npz", help="store embeddings, labels, paths and class names")
     add("--embed", metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any layout, and store "
         "embeddings and paths with --save_embeddings")
-    add("--gpu", type=int, default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
-    add("--kernels", type=int, metavar="N", help="data loader workers (default: as in the run)")
+    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
+    add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
     # fmt: on
     return parser
 
@@ -505,10 +511,6 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
         parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
-    if args.against == "":
-        parser.error("--against '': give the folder of one of the runs")
-    if args.kernels is not None and args.kernels < 0:
-        parser.error(f"--kernels {args.kernels}: give 0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

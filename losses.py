@@ -319,14 +319,21 @@ class LibraryLoss(nn.Module):
     """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
 
     n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
-    trains. Raises InputError, see library_loss.
+    trains. Raises InputError where the package is missing or has no such loss, and where the loss asks for more, or
+    cannot work on embeddings and labels alone.
     """
 
     def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()
-        kind, wanted = library_loss(name)
-        values = {"num_classes": n_classes, "embedding_size": embed_size}
-        self.loss, self.proxy_lr = kind(**{argument: values[argument] for argument in wanted}), proxy_lr
+        kind, self.proxy_lr = library_loss(name), proxy_lr
+        known = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
+        batch = F.normalize(torch.ones(4, embed_size).tril(), dim=1), torch.tensor([0, 0, 1, 1])
+        try:
+            self.loss = kind(**{argument: known[argument] for argument in known if asks_for(kind, argument)})
+            self(*batch)
+        except (TypeError, ValueError) as error:
+            reason = str(error).replace(f"{name}.__init__() ", "")
+            raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
@@ -339,34 +346,27 @@ class LibraryLoss(nn.Module):
         return [{"params": own, "lr": self.proxy_lr, "weight_decay": 0.0}] if own else []
 
 
-def library_loss(name: str) -> tuple[type[nn.Module], list[str]]:
-    """Return a loss class of pytorch-metric-learning and the arguments that it asks for.
+def asks_for(kind: type, argument: str) -> bool:
+    """Tell whether the constructor of a class, or one that it passes its arguments on to, has no default for this."""
+    signatures = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
+    found = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
+    return any(parameter.default is inspect.Parameter.empty for parameter in found)
 
-    Raises InputError where the package is missing, has no such loss, or the loss asks for what is not known here.
-    """
+
+def library_loss(name: str) -> type[nn.Module]:
+    """Return a loss class of pytorch-metric-learning. Raises InputError where it, or the package, is missing."""
     try:
         from pytorch_metric_learning import losses as library
     except ImportError as error:
-        raise InputError(
-            f"--losses pml/{name}: needs the package pytorch-metric-learning: pip install pytorch-metric-learning"
-        ) from error
-    known = {
-        loss: kind
-        for loss, kind in vars(library).items()
-        if isinstance(kind, type)
-        and issubclass(kind, library.BaseMetricLossFunction)
-        and kind is not library.BaseMetricLossFunction
-    }
+        package = "pytorch-metric-learning"
+        raise InputError(f"--losses pml/{name}: needs the package {package}: pip install {package}") from error
+    base = library.BaseMetricLossFunction
+    kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
+    known = {kind.__name__: kind for kind in kinds if kind is not base}
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
         raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
-    arguments = inspect.signature(known[name]).parameters.values()
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    wanted = [a.name for a in arguments if a.default is inspect.Parameter.empty and a.kind in named]
-    unknown = [argument for argument in wanted if argument not in ("num_classes", "embedding_size")]
-    if unknown:
-        raise InputError(f"--losses pml/{name}: asks for {', '.join(unknown)}, which this program does not give")
-    return known[name], wanted
+    return known[name]
 
 
 class Objective(nn.Module):
@@ -451,21 +451,11 @@ def build_objective(
     tasks: the flags of each task, see flags.PAIRS. n_classes: of each task. directions: "target-source" to weight.
     adv_dim: hidden width of the projection networks. lr: their learning rate.
     """
-    task_losses = {
-        name: build_loss(
-            task.losses,
-            task.sampling,
-            n_classes=n_classes[name],
-            embed_size=task.embed_sizes,
-            margin=task.margin,
-            beta=task.beta,
-            beta_lr=task.beta_lr,
-            nu=task.nu,
-            proxy_lr=task.proxy_lr,
-        )
-        for name, task in tasks.items()
-    }
-    adversaries = {}
+    task_losses, adversaries = {}, {}
+    for name, task in tasks.items():
+        own = {flag: getattr(task, flag) for flag in ("margin", "beta", "beta_lr", "nu", "proxy_lr")}
+        sizes = {"n_classes": n_classes[name], "embed_size": task.embed_sizes}
+        task_losses[name] = build_loss(task.losses, task.sampling, **sizes, **own)
     for direction, weight in directions.items():
         if weight > 0:
             target, source = (tasks[name].embed_sizes for name in direction.split("-"))

@@ -61,21 +61,16 @@ class TimmBackbone(nn.Module):
         super().__init__()
         try:
             self.layers = create_timm_model(name, img_size)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
-        config = self.layers.pretrained_cfg
-        classifiers = (
-            config["classifier"] if isinstance(config["classifier"], (list, tuple)) else [config["classifier"]]
-        )
-        self.mean, self.std, self.unused_weights = config["mean"], config["std"], tuple(f"{c}." for c in classifiers)
-        self.out_features = self.layers.head_hidden_size
-        reductions = [stage["reduction"] for stage in self.layers.feature_info]
-        self.early = reductions.index(4) if 4 in reductions else max(len(reductions) // 4, 1) - 1
-        try:
+            reductions = [stage["reduction"] for stage in self.layers.feature_info]
+            self.early = reductions.index(4) if 4 in reductions else max(len(reductions) // 4, 1) - 1
             with torch.no_grad():
                 self.eval()(torch.zeros(1, 3, img_size, img_size))
         except (AssertionError, ValueError, RuntimeError) as error:
             raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
+        config = self.layers.pretrained_cfg
+        self.mean, self.std, self.out_features = config["mean"], config["std"], self.layers.head_hidden_size
+        classifiers = [config["classifier"]] if isinstance(config["classifier"], str) else config["classifier"]
+        self.unused_weights = tuple(f"{name}." for name in classifiers)
 
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
@@ -214,7 +209,8 @@ def build_network(
 
     pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead,
     the backbone's own or this program's; heads that the file holds in the right size are taken too. img_size: side of
-    the images, for backbones of timm. detached_heads: see EmbeddingNetwork. `started_from` says which weights these are.
+    the images, for backbones of timm. detached_heads: see EmbeddingNetwork. `started_from` says which weights these
+    are.
     Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
     network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm, detached_heads)
@@ -231,31 +227,38 @@ def build_network(
             cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
         state = weights.download(lambda: pretrained_state(arch, img_size), arch, cache)
     if pretrained or weights_file is not None:
-        weights.load_strictly(network, with_own_heads(network, state, source), source, arch)
+        state, random_heads = with_own_heads(network, state)
+        weights.load_strictly(network, state, source, arch)
+        for task in random_heads:
+            print(f"{source}: has no {task} head of size {embed_sizes[task]}; it starts at random")
     return network.to(memory_format=torch.channels_last)
 
 
 def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
     """Return a pretrained state dict from the cache of torchvision or timm, or the network."""
     if arch.startswith("timm/"):
-        return create_timm_model(arch.removeprefix("timm/"), img_size, pretrained=True).state_dict()
+        name = arch.removeprefix("timm/")
+        if not imported_timm(name).is_model_pretrained(name):
+            raise InputError(f"--arch {arch}: timm has no weights of it; give --weights FILE or --not_pretrained")
+        return create_timm_model(name, img_size, pretrained=True).state_dict()
     return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
-def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Return a state dict, torchvision's or this program's, under the network's names, with the network's random
-    heads where it has none of the right size."""
+def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Return a state dict, torchvision's, timm's or this program's, under the network's names, with the network's own
+    heads where it has none of their size; and the tasks of these heads, where others of this program's were expected.
+    """
     is_ours = any(name.startswith(PREFIX) for name in state)
     if not is_ours:
         unused = network.backbone.unused_weights
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
+    random_heads = []
     for task, head in network.heads.items():
         own = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
         if any(name not in state or state[name].shape != values.shape for name, values in own.items()):
             state = state | own
-            if is_ours:
-                print(f"{source}: has no {task} head of size {head.out_features}; it starts at random")
-    return state
+            random_heads.append(task)
+    return state, random_heads if is_ours else []
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:

@@ -138,7 +138,7 @@ def test_the_flags_of_a_value(series, folder, name, dataset, values, flags, firs
 def test_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(series):
     code, error, calls, runs = series("mining", "shapes", "--seeds", 2, "--n_epochs", 10, "--tau", 5, 8)
     assert (code, error) == (0, "")
-    names = ["margin", "margin_steps", "mic", "no_adversarial", "no_norm"]
+    names = ["margin", "margin_steps", "mic", "no_adversarial", "no_norm", "shared_head"]
     of_values = {name: [" ".join(call) for call in calls if f"ablation_mining_{name}_seed2" in call] for name in names}
     flags = {name: text.split("--n_epochs 10 --tau 5 8")[1].split(" --seed")[0] for name, (text,) in of_values.items()}
     assert flags == {
@@ -147,9 +147,10 @@ def test_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(series):
         "mic": "",
         "no_adversarial": " --adv_weights 0",
         "no_norm": " --cluster_mode no_norm",
+        "shared_head": " --shared_gradient head",
     }
     table = pd.read_csv(runs / "ablation_mining.csv")
-    assert (table["run"] == "difference, mean of 2").sum() == 2 * 4  # best and last, none of margin to itself
+    assert (table["run"] == "difference, mean of 2").sum() == 2 * 5  # best and last, none of margin to itself
     assert "setting of ablation_mining_margin_seed1" in (runs / "ablation_mining.svg").read_text()
 
 
@@ -177,6 +178,7 @@ def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, cap
         (["--adv_weights", 0], "--adv_weights 0: is no_adversarial"),
         (["--adv_weights", 1, 2], "--adv_weights: takes one weight per direction"),
         (["--cluster_mode", "no_norm"], "--cluster_mode no_norm: is one of the series mining"),
+        (["--shared_gradient", "head"], "--shared_gradient head: is shared_head, one of the series mining"),
         (["--scheduler", "exp"], "--scheduler exp: would decay further"),
         (["--values", "margin", "mine"], "no value 'mine' of mining"),
     ],

@@ -14,7 +14,7 @@ from conftest import refused, run, small_flags, write_class_folders
 import datasets
 import evaluate
 import netlib
-from data.images import ImageSet
+from data.images import ImageSet, read_image
 
 GOLDEN = Path(__file__).parent / "golden"
 K_VALS = [1, 2, 5, 1000]
@@ -354,14 +354,25 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
         names = [str(Path(path).relative_to(tmp_path / "mine")) for path in kept["paths"]]
         assert names == ["a/b/two.JPG", "a/one.jpg", "three.jpg"]
         embeddings = kept["embeddings"]
-    dataset = datasets.FolderDataset([str(source / "class_04" / f"{i}.jpg") for i in (1, 0, 3)], 32)
+    transform = datasets.test_transform(32)
+    batch = torch.stack([transform(read_image(str(source / "class_04" / f"{i}.jpg"))) for i in (1, 0, 3)])
     with torch.no_grad():
-        expected = netlib.load(stored)(torch.stack([image for image, _ in dataset]))["Shared"]
+        expected = netlib.load(stored)(batch)["Shared"]
     np.testing.assert_allclose(embeddings, expected.numpy(), rtol=1e-4, atol=1e-5)
     assert "exists already" in refused(capsys, argv, evaluate)
     argv[-3] = tmp_path / "f.npz"
     argv[2] = tmp_path / "nowhere"
     assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, evaluate)
+    (tmp_path / "mine" / "a" / "folder.png").mkdir()
+    (tmp_path / "mine" / "._one.jpg").write_bytes(b"of another system")
+    argv[2] = tmp_path / "mine" / "c"
+    with pytest.raises(SystemExit) as stop:
+        run(argv, evaluate)
+    assert (stop.value.code, (tmp_path / "f.npz").exists()) == (1, False)
+    (tmp_path / "mine" / "c" / "broken.png").unlink()
+    argv[2] = tmp_path / "mine"
+    run(argv, evaluate)
+    assert len(np.load(tmp_path / "f.npz")["paths"]) == 3
     assert "--embed: give --save_embeddings FILE.npz" in refused(capsys, [stored, "--embed", tmp_path], evaluate)
 
 

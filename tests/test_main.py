@@ -21,6 +21,7 @@ import main
 import netlib
 from report import plots, sheets
 from run import flags
+from run.folder import LAST
 from run.weights import read_checkpoint
 
 RUN_FILES = {
@@ -338,8 +339,32 @@ def test_shapes_log_how_mined_labels_match_the_known_factors(tmp_path):
     for name in ("Class", "Mined", "background", "orientation", "size", "light"):
         columns = [f"{name} from Class", f"{name} from Shared", f"{name} by chance"]
         assert probe[columns].stack().between(0, 1).all()
+        if name != "Mined":
+            assert probe[[f"Test {column}" for column in columns]].stack().between(0, 1).all()
+    assert "Test Mined by chance" not in probe
     texts = {node.text for node in ElementTree.parse(folder / "InfoPlot_Probe.svg").iter() if node.tag.endswith("text")}
+    assert {"the class (wanted low from Shared)", "Test Class (wanted low from Shared)"} <= texts
     assert {f"{name} (wanted low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
+
+
+def test_known_factors_are_read_from_the_class_embedding_of_a_plain_baseline_too(tmp_path):
+    write_class_folders(tmp_path / "tiny")
+    images = sorted((tmp_path / "tiny" / "images").glob("*/*"))
+    lines = [f"{path.parent.name}/{path.name},{'left' if i % 2 else 'right'}" for i, path in enumerate(images)]
+    (tmp_path / "tiny" / "factors.csv").write_text("\n".join(["image,light", *lines]))
+    flags = ("--task_p", 1, 0, "--adv_weights", 0, "--n_epochs", 1)
+    probe = read_logs(run(small_flags(tmp_path, tmp_path / "results", *flags)))["log_probe.csv"]
+    columns = ["Class from Class", "light from Class", "Class by chance", "light by chance"]
+    assert list(probe) == ["Epochs", "Time", *columns, *(f"Test {column}" for column in columns)]
+
+
+@pytest.mark.parametrize(("directions", "trains_backbone"), [((0,), False), ((500,), True)])
+def test_shared_gradient_head_leaves_the_backbone_to_the_adversarial_term(tiny_run, directions, trains_backbone):
+    flags = ["--shared_gradient", "head", "--task_p", 0, 1, "--bn", "frozen", "--adv_weights", *directions]
+    states = [read_checkpoint(tiny_run(*flags, "--n_epochs", n), LAST)["state_dict"] for n in (1, 2)]
+    changed = {name.split(".")[0] for name in states[0] if not torch.equal(*(state[name] for state in states))}
+    assert ("backbone" in changed) == trains_backbone
+    assert not torch.equal(*(state["heads.Shared.weight"] for state in states))
 
 
 def test_local_weights_are_used_and_freeze_batchnorm(tiny_run, tmp_path):

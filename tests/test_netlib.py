@@ -94,6 +94,19 @@ def test_batchnorm_policy(frozen):
     assert (after["bias"] != before["bias"]).any()
 
 
+def test_a_detached_head_trains_alone():
+    torch.manual_seed(0)
+    network = netlib.build_network(
+        "googlenet", SIZES, pretrained=False, freeze_batchnorm=True, detached_heads=["Shared"]
+    )
+    for task, reaches_backbone in (("Shared", False), ("Class", True)):
+        network.zero_grad()
+        network(images(32))[task][:, 0].sum().backward()
+        assert network.heads[task].weight.grad.abs().sum() > 0
+        gradients = [parameter.grad for parameter in network.backbone.parameters()]
+        assert any(gradient is not None for gradient in gradients) == reaches_backbone
+
+
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_embeddings_are_float32_in_any_precision(network, amp):
     with torch.no_grad(), netlib.autocast(torch.device("cpu"), amp):

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 import evaluate
 import losses
 import netlib
+from run.errors import InputError
 from run.weights import read_checkpoint
 
 SIZES = {"Class": 8, "Shared": 6}
@@ -133,6 +134,11 @@ def test_names_and_sizes_that_cannot_be_are_one_line(timm, class_folders, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
+def test_a_timm_model_without_pretrained_weights_says_so(timm):
+    with pytest.raises(InputError, match="timm has no weights of it; give --weights FILE or --not_pretrained"):
+        netlib.build_network("timm/test_vit4", SIZES, pretrained=True, freeze_batchnorm=True, img_size=64)
+
+
 def batch(n_classes=5):
     generator = torch.Generator().manual_seed(1)
     embeddings = normalize(torch.randn(20, 8, generator=generator), dim=1).requires_grad_()
@@ -155,6 +161,19 @@ def test_values_and_gradients_are_those_of_the_librarys_own_call(library, name):
     assert_equal(*found, name)
     groups = ours.param_groups()
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.5, 0.0)] * (name == "ProxyAnchorLoss")
+
+
+@pytest.mark.parametrize("name", ["CosFaceLoss", "SubCenterArcFaceLoss", "P2SGradLoss", "SoftTripleLoss", "MarginLoss"])
+def test_losses_get_the_sizes_that_they_or_their_bases_ask_for(library, name):
+    loss = losses.LibraryLoss(name, n_classes=5, embed_size=8)
+    assert torch.isfinite(loss(*batch()))
+    expected = {
+        "CosFaceLoss": (8, 5),
+        "SubCenterArcFaceLoss": (8, 15),
+        "P2SGradLoss": (8, 5),
+        "SoftTripleLoss": (8, 50),
+    }
+    assert [tuple(values.shape) for values in loss.parameters()] == ([expected[name]] if name in expected else [])
 
 
 @pytest.mark.parametrize("name", LIBRARY_LOSSES)
@@ -188,7 +207,8 @@ def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, c
     [
         ("ContrastivLoss", "pytorch-metric-learning has no such loss; near it: ContrastiveLoss"),
         ("SelfSupervisedLoss", "pml/SelfSupervisedLoss: "),
-        ("GenericPairLoss", "asks for mat_based_loss, which this program does not give"),
+        ("GenericPairLoss", "needs more than embeddings and labels (missing 1 required positional argument: 'mat"),
+        ("VICRegLoss", "needs more than embeddings and labels (labels are ref_labels are not supported"),
     ],
 )
 def test_losses_that_cannot_be_are_one_line(library, class_folders, tmp_path, capsys, name, message):

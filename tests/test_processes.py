@@ -274,6 +274,20 @@ def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders,
     assert pd.read_csv(cut / "log_val_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("arch", "more"),
+    [("timm/test_efficientnet", []), ("timm/test_vit", ["--adv_weights", 0, 0, "--shared_gradient", "head"])],
+)
+def test_a_backbone_of_timm_trains_in_two_processes_as_in_one(class_folders, tmp_path, arch, more):
+    pytest.importorskip("timm")
+    flags = [*more, "--arch", arch, "--img_size", 64, "--n_epochs", 1, "--lr", 1e-5]
+    assert_ended_well(run_in_processes(2, run, flags_of(class_folders, tmp_path / "two", *flags)))
+    with one_thread():
+        run(flags_of(class_folders, tmp_path / "one", *flags))
+    logs = [pd.read_csv(tmp_path / name / "tiny" / "run" / "log_train_Class.csv") for name in ("two", "one")]
+    pd.testing.assert_frame_equal(*(log.drop(columns="Time") for log in logs), rtol=2e-3)
+
+
 def pids(option, number):
     """Return the ids of processes in order, as pgrep finds them."""
     return sorted(map(int, subprocess.run(["pgrep", option, str(number)], capture_output=True).stdout.split()))

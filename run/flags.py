@@ -159,9 +159,10 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
     try:
         if args.arch.startswith("timm/"):
             netlib.imported_timm(args.arch.removeprefix("timm/"))
-        for name in (name for name in args.losses if name.startswith("pml/")):
-            losses.library_loss(name.removeprefix("pml/"))
-            if "sampling" in parser.given:
+        library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
+        for name, embed_size in library_losses.items():
+            losses.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
+            if "sampling" in parser.given and processes.is_first():
                 print(f"--sampling: does not apply to --losses {name}")
     except InputError as error:
         parser.error(str(error))

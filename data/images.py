@@ -5,19 +5,19 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from PIL import Image
 
-from run.errors import InputError
+from run.errors import InputError, first_line
 
 try:
-    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
 except ImportError:  # deprecated there since 0.29; Pillow gives the same pixels, more slowly
-    decode_image = None
+    decode_jpeg = None
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -28,7 +28,7 @@ class ImageSet:
     """The images of one split.
 
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
-    pixels: decoded images, (N, H, W, 3) uint8 or a cache.PixelStore; None where `names` are files to decode.
+    pixels: decoded images, (N, H, W, 3) uint8 or (N,) views of any size; None where `names` are files to decode.
     factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
     is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
     image is searched in all others. warnings: what its reader found odd, a line each.
@@ -37,7 +37,7 @@ class ImageSet:
     names: list[str]
     labels: np.ndarray
     class_names: list[str]
-    pixels: Sequence[np.ndarray] | None = None
+    pixels: np.ndarray | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
     is_query: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
@@ -95,15 +95,13 @@ def read_image(path: str) -> torch.Tensor:
 
     JPEG goes through torchvision's decoder (the pixels of Pillow in less time), everything else through Pillow.
     """
-    if decode_image is not None and path.lower().endswith((".jpg", ".jpeg")):
+    if decode_jpeg is not None and path.lower().endswith((".jpg", ".jpeg")):
         # Pillow reads more kinds of JPEG, other formats under that name, and says better what is wrong with a file.
         # A UnicodeEncodeError comes from names that are not UTF-8.
         with contextlib.suppress(RuntimeError, UnicodeEncodeError):
-            image = decode_image(path, mode=ImageReadMode.RGB)
-            if image.dtype == torch.uint8 and image.shape[:-2] == (3,):
-                return image
+            return decode_jpeg(read_file(path), ImageReadMode.RGB)
     with opened_image(path) as image:
-        return torch.from_numpy(np.array(with_8_bits(image, path).convert("RGB"))).permute(2, 0, 1)
+        return torch.from_numpy(np.array(with_8_bits(image).convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -118,27 +116,20 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except InputError:
-        raise
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot decode the image {path} ({reason}); repair or remove it") from error
+        raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
 
 
-def with_8_bits(image: Image.Image, path: str) -> Image.Image:
-    """Return grey of 16 bits or of floats in 0..1 as 8 bits, which convert() would clip; other images as they are.
+def with_8_bits(image: Image.Image) -> Image.Image:
+    """Return grey of 16 bits as 8 bits, which convert() would clip; other images as they are.
 
-    Raises InputError for floats beyond 0..1 and integers of 32 bits, whose black and white are not known.
+    Raises ValueError for floats and integers of 32 bits, whose black and white are not known.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode not in ("I", "F"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "I" or not (values.min() >= 0 and values.max() <= 1):
-        kind = "signed or 32-bit integers" if image.mode == "I" else "floats that are not all in 0..1"
-        raise InputError(f"cannot decode the image {path} ({kind}); save it with 8 or 16 bits per channel")
-    return Image.fromarray((255 * values).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits per channel, save it with 8 or 16")
+    return image
 
 
 def file_status(path: str) -> os.stat_result:
@@ -146,19 +137,20 @@ def file_status(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        raise InputError(f"cannot read the image {path} ({error.strerror}); repair or remove it") from error
+        raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
 
 
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
     """Return {set: {class name: digest}}: 12 hex digits for the class's files, 8 for their places in the set.
 
     A file counts with its name, without folder, its size and whether it is a query; rendered images with their names.
-    Sets are called "train" and as the test sets. Raises InputError for a file that has gone.
+    Sets are called "train" and as the test sets; {"": digest} called "factors" stands for those of a factors.csv.
+    Raises InputError for a file that has gone.
     """
-    digests = {}
+    digests, factors = {}, []
     for split, images in image_sets.items():
+        is_rendered = images.pixels is not None
         files, places = [hashlib.sha256() for _ in images.class_names], [0] * len(images.class_names)
-        is_rendered = isinstance(images.pixels, np.ndarray)
         for i, (name, label) in enumerate(zip(images.names, images.labels)):
             size = "" if is_rendered else file_status(name).st_size
             is_query = "" if images.is_query is None else bool(images.is_query[i])
@@ -167,25 +159,31 @@ def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
         digests[split] = {
             name: f"{file.hexdigest()[:12]}{place:08x}" for name, file, place in zip(images.class_names, files, places)
         }
-    return digests
+        if not is_rendered:
+            factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
+    return digests | ({"factors": {"": digest(factors)}} if factors else {})
 
 
 def describe_change(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> str | None:
     """Return None where two `contents` are equal, else a clause that names the first difference."""
     for split in dict.fromkeys([*before, *now]):
         old, new = before.get(split, {}), now.get(split, {})
-        changes = [f"class {name!r} is missing" for name in old if name not in new]
-        changes += [f"class {name!r} is new" for name in new if name not in old]
-        changes += [f"class {name!r} has other files" for name in old if old[name][:12] != new.get(name, "")[:12]]
-        if list(old.items()) != list(new.items()):
-            of_what = "classes" if list(old) != list(new) else "images"
-            changes.append(f"the {of_what} are in another order")
-        if changes:
-            where = {"train": "training images", "": "test images"}.get(split, f"test images of {split}")
-            return f"{where}: {changes[0]}"
+        if list(old.items()) == list(new.items()):
+            continue
+        if split == "factors":
+            return "the known factors in factors.csv are others"
+        where = {"train": "training images", "": "test images"}.get(split, f"test images of {split}")
+        for name in [*old, *new]:
+            if name not in new:
+                return f"{where}: class {name!r} is missing"
+            if name not in old:
+                return f"{where}: class {name!r} is new"
+            if old[name][:12] != new[name][:12]:
+                return f"{where}: class {name!r} has other files"
+        return f"{where}: the {'images' if list(old) == list(new) else 'classes'} are in another order"
     return None
 
 
-def digest(contents: Mapping[str, Mapping[str, str]]) -> str:
-    """Return 12 hex digits that stand for all of the contents."""
-    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:12]
+def digest(value: object) -> str:
+    """Return 12 hex digits that stand for all of the contents, or for another value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

@@ -2,10 +2,8 @@
 
 import multiprocessing
 import os
-import pickle
 import resource
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from conftest import write_class_folders
 from PIL import Image
 
 import datasets
-from data.cache import PixelStore, cached, free_memory
+from data.cache import cached, free_memory, image_views
 from data.images import ImageSet, hold_out_classes
 from run.errors import InputError
 
@@ -33,17 +31,13 @@ def assert_same_pixels(one, other):
     assert all((one.read(i) == other.read(i)).all() for i in range(len(one)))
 
 
-def test_a_store_is_indexed_like_a_list_of_images():
+def test_views_share_the_memory_of_the_flat_array():
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 6, (7, 2))
     images = [rng.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
-    store = PixelStore(np.concatenate([image.ravel() for image in images]), sizes)
-    chosen = np.array([5, 0, 6, 5])
-    part = store[chosen][np.array([3, 1, 2])]
-    assert all((store[i] == images[i]).all() for i in range(7))
-    assert all((part[i] == images[j]).all() for i, j in enumerate((5, 0, 6)))
-    assert np.shares_memory(part.flat, store.flat)
-    assert all((pickle.loads(pickle.dumps(part))[i] == part[i]).all() for i in range(3))
+    flat = np.concatenate([image.ravel() for image in images])
+    views = image_views(flat, sizes)
+    assert all((views[i] == images[i]).all() and np.shares_memory(views[i], flat) for i in range(7))
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
@@ -206,13 +200,3 @@ def test_an_image_that_cannot_be_decoded_is_named(images, tmp_path, kind):
     assert f"cannot decode the image {images.names[4]}" in refusal(images, tmp_path / "cache", kind)
     os.unlink(images.names[4])
     assert f"the image {images.names[4]}" in refusal(images, tmp_path / "cache", kind)
-
-
-def test_a_disk_cache_goes_to_spawned_workers_by_its_path(images, tmp_path):
-    for _ in range(2):  # built, then reused
-        kept = build(images, tmp_path)
-        for store in (kept.pixels, hold_out_classes(replace(kept, class_names=list("abcd")), 0.5)[0].pixels):
-            sent = pickle.dumps(store)
-            assert len(sent) < 2000 < store.flat.nbytes
-            assert (pickle.loads(sent)[7] == store[7]).all()
-    assert Path(store.flat.filename).parent == tmp_path

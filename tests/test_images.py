@@ -10,7 +10,7 @@ from conftest import write_class_folders
 from PIL import Image
 
 import datasets
-from data.cache import PixelStore
+from data.cache import image_views
 from data.images import ImageSet, contents, describe_change, digest, hold_out_classes, image_size, read_image
 from run.errors import InputError
 
@@ -41,27 +41,13 @@ def test_sixteen_bits_of_grey_keep_their_range(tmp_path, suffix):
     assert (read_image(str(path)).numpy() == ramp >> 8).all()
 
 
-def test_floats_from_0_to_1_keep_their_range(tmp_path):
-    ramp = np.linspace(0, 1, 256).astype(np.float32).reshape(4, 64)
-    Image.fromarray(ramp).save(tmp_path / "ramp.tif")
-    assert (read_image(str(tmp_path / "ramp.tif")).numpy() == np.arange(256).reshape(4, 64)).all()
-
-
-@pytest.mark.parametrize(
-    ("values", "kind"),
-    [
-        (np.float32([[0, 255]]), "floats that are not all in 0..1"),
-        (np.float32([[-0.5, 1]]), "floats that are not all in 0..1"),
-        (np.float32([[0, np.nan]]), "floats that are not all in 0..1"),
-        (np.int32([[0, 1]]), "signed or 32-bit integers"),
-    ],
-)
-def test_images_whose_white_is_not_known_are_refused(tmp_path, values, kind):
+@pytest.mark.parametrize("values", [np.float32([[0, 255]]), np.int32([[0, 1]])])
+def test_images_whose_white_is_not_known_are_refused(tmp_path, values):
     path = tmp_path / "deep.tif"
     Image.fromarray(values).save(path)
     with pytest.raises(InputError) as error:
         read_image(str(path))
-    assert str(error.value) == f"cannot decode the image {path} ({kind}); save it with 8 or 16 bits per channel"
+    assert f"cannot decode the image {path} (32 bits per channel, save it with 8 or 16)" in str(error.value)
 
 
 def test_other_formats_under_the_name_of_jpeg(tmp_path):
@@ -82,18 +68,18 @@ def test_broken_images_are_named(tmp_path, content):
         content = (write_class_folders(tmp_path) / "images" / "class_00" / "0.jpg").read_bytes()[:700]
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=r"cannot decode the image .*broken\.jpg \(.+\); repair or remove it") as error:
+    with pytest.raises(InputError, match=r"cannot decode .*broken\.jpg \(.+\); repair it or put it back") as error:
         read_image(str(path))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["array", "store"])
+@pytest.mark.parametrize("kind", ["array", "views"])
 def test_classes_are_held_out_whole_and_relabelled(kind):
     labels = np.array([0, 1, 2, 3, 4, 4, 3, 2, 0])
     values = np.arange(9, dtype=np.uint8)
-    pixels = (
-        values.repeat(3).reshape(9, 1, 1, 3) if kind == "array" else PixelStore(values.repeat(3), np.ones((9, 2), int))
-    )
+    pixels = values.repeat(3).reshape(9, 1, 1, 3)
+    if kind == "views":
+        pixels = image_views(values.repeat(3), np.ones((9, 2), int))
     images = ImageSet(list("abcdefghi"), labels, list("vwxyz"), pixels, {"light": labels * 2})
     kept, held = hold_out_classes(images, 0.4)
     assert (kept.names, kept.labels.tolist(), kept.class_names) == (list("abchi"), [0, 1, 2, 2, 0], list("vwx"))
@@ -156,6 +142,24 @@ def test_another_order_and_other_queries_are_changes(class_folders, shapes):
     assert "'class_01' has other files" in describe_change(contents({"": queries}), contents({"": other}))
     rendered = contents({"train": shapes[0]})
     assert describe_change(rendered, contents({"train": replace(shapes[0], pixels=shapes[0].pixels + 1)})) is None
+
+
+def test_other_known_factors_are_a_change(class_folders):
+    path = class_folders / "tiny" / "factors.csv"
+    rows = [f"class_{label:02d}/{i}.jpg,{'abc'[i % 3]}" for label in range(4) for i in range(5)]
+
+    def contents_with(*lines):
+        path.write_text("\n".join(["image,light", *lines]))
+        return contents_of(class_folders)
+
+    before = contents_with(*rows)
+    assert describe_change(before, contents_with(*rows[::-1])) is None
+    others = contents_with(*rows[:-1], "class_03/4.jpg,a")
+    assert describe_change(before, others) == "the known factors in factors.csv are others"
+    assert digest(before) != digest(others)
+    path.unlink()
+    for pair in ((before, contents_of(class_folders)), (contents_of(class_folders), before)):
+        assert describe_change(*pair) == "the known factors in factors.csv are others"
 
 
 def test_a_file_that_has_gone_is_named(class_folders):

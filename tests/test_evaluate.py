@@ -432,7 +432,7 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
         (["a", "--save_embeddings", "x.txt"], "ends in .npz"),
         (["a", "--save_embeddings", "nowhere/x.npz"], "there is no folder nowhere"),
         (["a", "--compare", "--csv", "nowhere/x.csv"], "there is no folder nowhere"),
-        (["a", "--kernels", "-1"], "give 0 or more"),
+        (["a", "--kernels", "-1"], "'-1' is not a whole number of at least 0"),
         (["a", "--embedding", "Other"], "invalid choice: 'Other'"),
         ([], "the following arguments are required: RUN"),
     ],

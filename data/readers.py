@@ -2,12 +2,12 @@
 
 import csv
 import os
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy.io import loadmat
 
 from data.images import ImageSet, Splits
@@ -107,7 +107,7 @@ def advise(known: Published, name: str, source: Path, present: list[Path]) -> st
         for child in folders:
             if is_data_set(folder / child, known):
                 return f"it lies one level off: rename or move {folder / child} to {target}"
-        has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child).files)
+        has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
         if has_images and known.layout.startswith("images/<class>"):
             return f"move the class folders from {folder} to {target / 'images'}"
     return "give the folder that holds the data set's folder as --source_path"
@@ -120,26 +120,19 @@ def is_data_set(folder: Path, known: Published) -> bool:
 
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    names = [name for names in listing(folder) for name in names]
+    names = sum(listing(folder), [])
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
-class Listing(NamedTuple):
-    """The sorted names in a folder, without hidden ones. files: all but folders, dead links too."""
-
-    folders: list[str]
-    files: list[str]
-
-
-def listing(folder: Path) -> Listing:
-    """Return what a folder holds. Raises InputError."""
+def listing(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
             is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
     except OSError as error:
         raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
     names = sorted(is_folder)
-    return Listing([name for name in names if is_folder[name]], [name for name in names if not is_folder[name]])
+    return [name for name in names if is_folder[name]], [name for name in names if not is_folder[name]]
 
 
 def read_class_folders(root: Path) -> Splits:
@@ -150,25 +143,25 @@ def read_class_folders(root: Path) -> Splits:
     """
     images = root / "images"
     folders, files = listing(images)
-    per_class = {name: [f"{name}/{file}" for file in listing(images / name).files] for name in folders}
+    per_class = {name: [f"{name}/{file}" for file in listing(images / name)[1]] for name in folders}
     dead = [name for name in files if not os.path.exists(images / name)]
     if dead:
         raise InputError(f"{images}: {len(dead)} dead links: {first_few(dead)}; mend or remove them")
-    train, tests = split_halves(f"{images}/<class>/<image>", images, per_class)
-    train, test = with_factors(root / "factors.csv", images, train, tests[""])
+    factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
+    train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
     empty = [name for name in folders if not per_class[name]]
     note = f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}"
-    return replace(train, warnings=(note,) if empty else ()), {"": test}
+    return replace(train, warnings=(note,) if empty else ()), tests
 
 
-def with_factors(path: Path, images: Path, train: ImageSet, test: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Return image sets with the known characteristics of a file factors.csv, if there is one.
+def read_factors(path: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Return the known characteristics of N images, name to (N,) int64 levels; of a missing factors.csv none.
 
-    Its columns: image, the path below the folder of images, and one for each characteristic, of any text. Raises
-    InputError for a malformed file, an image without a row, a row without an image, a column of one value.
+    Its columns: image, the path below the folder of images as in `names`, and one for each characteristic, of any text.
+    Raises InputError for a malformed file, an image without a row, a row without an image, a column of one value.
     """
     if not os.path.lexists(path):
-        return train, test
+        return {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -180,7 +173,6 @@ def with_factors(path: Path, images: Path, train: ImageSet, test: ImageSet) -> t
             f"{path}, line 1: expected image and a column for each characteristic, none called class, Class or Mined, "
             f"found {','.join(columns)[:80]!r}"
         )
-    names = [os.path.relpath(name, images).replace(os.sep, "/") for name in (*train.names, *test.names)]
     row_of = {row["image"]: row for row in rows}
     for odd, what in (
         ([row["image"] for row in rows if None in row or None in row.values()], "rows are not as long as the first"),
@@ -195,16 +187,16 @@ def with_factors(path: Path, images: Path, train: ImageSet, test: ImageSet) -> t
         values, factors[column] = np.unique([row_of[name][column] for name in names], return_inverse=True)
         if len(values) < 2:
             raise InputError(f"{path}: the column {column} has one value, {str(values[0])!r}; leave it out")
-    return (
-        replace(train, factors={name: levels[: len(train)] for name, levels in factors.items()}),
-        replace(test, factors={name: levels[len(train) :] for name, levels in factors.items()}),
-    )
+    return factors
 
 
-def split_halves(source: str | Path, folder: Path, per_class: dict[str, list[str]]) -> Splits:
+def split_halves(
+    source: str | Path, folder: Path, per_class: dict[str, list[str]], factors: Mapping[str, np.ndarray] | None = None
+) -> Splits:
     """Return the first half of the classes with images to train and the rest to test; paths are below the folder.
 
-    source: what names the classes. Raises InputError when there are fewer than two classes on either side.
+    source: what names the classes. factors: levels of all images in turn. Raises InputError when there are fewer than
+    two classes on either side.
     """
     names = [name for name, files in per_class.items() if files]
     if len(names) < 4:
@@ -215,6 +207,7 @@ def split_halves(source: str | Path, folder: Path, per_class: dict[str, list[str
         names=[os.path.join(folder, file) for name in names for file in per_class[name]],
         labels=np.repeat(np.arange(len(names)), [len(per_class[name]) for name in names]),
         class_names=names,
+        factors=dict(factors or {}),
     )
     half = len(names) // 2
     return images.classes(0, half), {"": images.classes(half, len(names))}
@@ -241,45 +234,41 @@ def read_cars(root: Path) -> Splits:
 
 
 def read_online_products(root: Path) -> Splits:
-    """Read Stanford Online Products by its two lists, `image_id class_id super_class_id path` under a header."""
+    """Read Stanford Online Products by its two lists, of which the classes and the paths count."""
     images = root / "images" if os.path.isdir(root / "images") else root
-    row = ("image_id class_id super_class_id path, ids as whole numbers", r"(\d+)\s+(\d+)\s+(\d+)\s+(.+)")
-    header = ("the header image_id class_id super_class_id path", r"image_id\s+class_id\s+super_class_id\s+path")
+    columns = {"image_id": int, "class_id": int, "super_class_id": int, "path": str}
     splits = {}
     for split in ("train", "test"):
         path = first_existing(root, f"Info_Files/Ebay_{split}.txt", f"Ebay_{split}.txt")
-        _, *rows = read_list(path, row, header)
-        splits[split] = listed_split(path, images, [row[3] for row in rows], [int(row[1]) for row in rows])
+        table = read_list(path, columns)
+        splits[split] = listed_split(path, images, table["path"], table["class_id"])
     return splits["train"], {"": splits["test"]}
 
 
 def read_in_shop(root: Path) -> Splits:
-    """Read In-Shop Clothes: list_eval_partition.txt, a count, a header and `image_name item_id evaluation_status`."""
+    """Read In-Shop Clothes by its list, whose first line is a count; queries are searched in the gallery."""
     images = root if os.path.isdir(root / "img") else root / "Img"
     path = first_existing(root, "Eval/list_eval_partition.txt", "list_eval_partition.txt")
-    row = ("image_name item_id evaluation_status: train, query or gallery", r"(.+?)\s+(\S+)\s+(train|query|gallery)")
-    header = ("the header image_name item_id evaluation_status", r"image_name\s+item_id\s+evaluation_status")
-    (count,), _, *rows = read_list(path, row, ("the number of images", r"(\d+)"), header)
-    for status in {"query", "gallery"}.difference(row[2] for row in rows):
-        raise InputError(f"{path}: lists no image with the status {status}")
+    table = read_list(path, {"image_name": str, "item_id": str, "evaluation_status": str}, skiprows=1)
+    statuses = sorted(set(table["evaluation_status"]))
+    if statuses != ["gallery", "query", "train"]:
+        raise InputError(f"{path}: expected each status of train, query and gallery, found {first_few(statuses)}")
+    is_train = table["evaluation_status"] == "train"
     train, test = (
-        listed_split(path, images, [row[0] for row in side], [row[1] for row in side])
-        for side in ([row for row in rows if row[2] == "train"], [row for row in rows if row[2] != "train"])
+        listed_split(path, images, part["image_name"], part["item_id"]) for part in (table[is_train], table[~is_train])
     )
-    if int(count) != len(rows):
-        train = replace(train, warnings=(f"{path}: lists {len(rows)} images; its first line says {int(count)}",))
-    return train, {"": replace(test, is_query=np.array([row[2] == "query" for row in rows if row[2] != "train"]))}
+    is_query = (table["evaluation_status"] == "query")[~is_train]
+    return train, {"": replace(test, is_query=is_query.to_numpy())}
 
 
 def read_vehicle_id(root: Path) -> Splits:
-    """Read PKU VehicleID: lists of `image_number vehicle_id`, one to train and three test sets scored separately."""
-    row = ("image_number vehicle_id, ids as whole numbers", r"(\d+)\s+(\d+)")
+    """Read PKU VehicleID by its lists without headers, one to train and three test sets that are scored separately."""
     splits = {}
     for split, file in (("train", "train_list"), *((f"Set {i}", f"test_list_{800 * i}") for i in (1, 2, 3))):
         path = first_existing(root, f"train_test_split/{file}.txt", f"{file}.txt")
-        rows = read_list(path, row)
-        files = [f"image/{int(number):07d}.jpg" for number, _ in rows]
-        splits[split] = listed_split(path, root, files, [int(vehicle) for _, vehicle in rows])
+        table = read_list(path, {"image_number": int, "vehicle_id": int}, names=["image_number", "vehicle_id"])
+        files = [f"image/{number:07d}.jpg" for number in table["image_number"]]
+        splits[split] = listed_split(path, root, files, table["vehicle_id"])
     return splits.pop("train"), splits
 
 
@@ -292,41 +281,35 @@ def first_existing(root: Path, *options: str) -> Path:
     raise InputError(f"list file missing: looked for {looked_for}; {root} holds {describe(root)}")
 
 
-def read_list(path: Path, row: tuple[str, str], *above: tuple[str, str]) -> list[tuple[str, ...]]:
-    """Return the columns of each line of a list file, first of the lines above its rows, then of the rows.
+def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.DataFrame:
+    """Return the rows of a list file, whose columns are separated by spaces. Raises InputError for other content.
 
-    row, above: what such a line is, in words, and its pattern, whose groups are the columns. Blank lines are skipped.
-    Raises InputError that names a line of another form.
+    columns: name to type. layout: of what is above the rows, see pandas.read_csv; by default a line of their names.
     """
-    columns = []
-    # A mark that Windows' editors put first is dropped; names in another encoding come out as the disk has them
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for place, line in enumerate(map(str.strip, file), start=1):
-            if not line:
-                continue
-            expected, pattern = above[len(columns)] if len(columns) < len(above) else row
-            match = re.fullmatch(pattern, line, re.ASCII)
-            if match is None:
-                raise InputError(f"{path}, line {place}: expected {expected}, found {line[:80]!r}")
-            columns.append(match.groups())
-    if len(columns) <= len(above):
-        raise InputError(f"{path}: holds no images")
-    return columns
+    expected = f"{path}: expected complete rows of {' '.join(columns)}"
+    layout |= {"sep": r"\s+", "index_col": False, "quoting": csv.QUOTE_NONE}
+    try:  # names of files in another encoding are read as the disk has them
+        table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{expected} ({first_line(error)})") from error
+    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None):
+        raise InputError(f"{expected}, found {len(table)} rows of {' '.join(table.columns)[:80]!r}")
+    return table
 
 
-def listed_split(list_path: Path, folder: Path, files: list[str], ids: list[str] | list[int]) -> ImageSet:
+def listed_split(list_path: Path, folder: Path, files: Sequence[str], ids: Sequence[str] | Sequence[int]) -> ImageSet:
     """Return the ImageSet of listed files below a folder; classes are the distinct ids, sorted.
 
     Raises InputError when fewer than two classes or images that are not on disk are listed.
     """
     require_images(list_path, folder, files)
-    class_ids, labels = np.unique(ids, return_inverse=True)
+    class_ids, labels = np.unique(np.array(ids), return_inverse=True)
     if len(class_ids) < 2:
         raise InputError(f"{list_path}: lists {len(class_ids)} classes of a split; at least 2 are needed")
     return ImageSet([os.path.join(folder, file) for file in files], labels, [str(name) for name in class_ids])
 
 
-def require_images(list_path: Path, folder: Path, files: list[str]) -> None:
+def require_images(list_path: Path, folder: Path, files: Sequence[str]) -> None:
     """Raise InputError that names the first listed files that are not on disk, and says how many there are."""
     missing = [file for file in files if not os.path.isfile(os.path.join(folder, file))]
     if missing:

@@ -31,35 +31,23 @@ shift
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 published=(--seed 0 --random_cluster_pick_p 0.2 --cluster_update_freq 3)
 
-run() { # in place of this shell, so that a signal reaches the run; report/ablation.py asks for the flags only
-    [[ -n ${MIC_PRINT_SETUP:-} ]] || exec "${PYTHON:-python}" "$here/main.py" "$@"
-    printf '%s\0' "$@"
+run() { # SET-UP [more flags], in place of this shell, so that a signal reaches the run
+    local setup=$1 flags
+    shift
+    case $setup in
+        cub200) flags=(--shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 --tau 50 --n_epochs 100) ;;
+        cars196) flags=(--shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 --tau 60 --n_epochs 110) ;;
+        in-shop) flags=(--shared_num_classes 150 --adv_weights 250 --task_p 1 0.8 --tau 50 --n_epochs 70) ;;
+        online_products | vehicle_id)
+            flags=(--shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 --tau 20 35 --n_epochs 45)
+            ;;
+    esac
+    exec "${PYTHON:-python}" "$here/main.py" --dataset "$setup" "${published[@]}" "${flags[@]}" "$@"
 }
 
-cub200() {
-    run --dataset cub200 "${published[@]}" --shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 \
-        --tau 50 --n_epochs 100 "$@"
-}
-cars196() {
-    run --dataset cars196 "${published[@]}" --shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 \
-        --tau 60 --n_epochs 110 "$@"
-}
-online_products() {
-    run --dataset online_products "${published[@]}" --shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 \
-        --tau 20 35 --n_epochs 45 "$@"
-}
-in-shop() {
-    run --dataset in-shop "${published[@]}" --shared_num_classes 150 --adv_weights 250 --task_p 1 0.8 \
-        --tau 50 --n_epochs 70 "$@"
-}
-vehicle_id() {
-    run --dataset vehicle_id "${published[@]}" --shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 \
-        --tau 20 35 --n_epochs 45 "$@"
-}
-demo() {
-    # Without a GPU, so that everyone sees the same figures
-    CUDA_VISIBLE_DEVICES='' run --dataset shapes --not_pretrained --img_size 64 --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 \
-        --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
+demo() { # without a GPU, so that everyone sees the same figures
+    CUDA_VISIBLE_DEVICES='' exec "${PYTHON:-python}" "$here/main.py" --dataset shapes --not_pretrained --img_size 64 \
+        --amp bf16 --lr 1e-3 --bs 56 --n_epochs 16 --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
 }
 
 case $name in
@@ -67,10 +55,11 @@ case $name in
         # Not python -m, which would import the user's own run.py from the folder where this is started
         PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$here/report/ablation.py" "$@"
         ;;
-    demo | cub200 | cars196 | online_products | in-shop | vehicle_id) "$name" "$@" ;;
+    demo) demo "$@" ;;
+    cub200 | cars196 | online_products | in-shop | vehicle_id) run "$name" "$@" ;;
     all)
         failed=()
-        for each in cub200 cars196 online_products in-shop vehicle_id; do ("$each" "$@") || failed+=("$each"); done
+        for each in cub200 cars196 online_products in-shop vehicle_id; do (run "$each" "$@") || failed+=("$each"); done
         if [[ ${#failed[@]} -gt 0 ]]; then
             echo "Result_Runs.sh: failed: ${failed[*]}" >&2
             exit 1

@@ -16,7 +16,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from report.compare import compare_runs
-from run.errors import InputError, Interrupted, OneLineParser, guard_output, one_line_errors, signals_stop
+from run.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
+from run.flags import whole
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,9 +31,9 @@ SERIES = {
     "dim": ("embed_sizes", "0 64 128 256 512 1024", "of the Shared embedding; 0 is the plain margin-loss baseline"),
     "adversarial": ("adv_weights", "0 on", "on is the weight of the set-up"),
     "standardise": ("cluster_mode", "no_norm mean mstd", "what of each class is taken out before the first clustering"),
-    "mining": (None, "margin margin_steps mic no_adversarial no_norm shared_head", "whether mining helps: margin is the plain "
-               "margin-loss baseline, margin_steps the same with as many steps of the optimiser as MIC takes, in more "
-               "epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm, "
+    "mining": (None, "margin margin_steps mic no_adversarial no_norm shared_head", "whether mining helps: margin is "
+               "the plain margin-loss baseline, margin_steps the same with as many steps of the optimiser as MIC takes "
+               "in more epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm, "
                "shared_head MIC with --shared_gradient head; ends with the differences to the first of them, paired by "
                "seed"),
 }  # fmt: skip
@@ -64,10 +65,10 @@ def get_args_parser() -> OneLineParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("series", metavar="SERIES")
+    add("series", metavar="SERIES", choices=SERIES)
     add("dataset", metavar="DATASET")
-    add("--seeds", default="1", metavar="N", help="seeds for each value, from 0 for the published set-ups, else from 1 "
-        "(default: 1)")  # fmt: skip
+    add("--seeds", type=whole(1), default=1, metavar="N", help="seeds for each value, from 0 for the published "
+        "set-ups, else from 1 (default: 1)")  # fmt: skip
     add("--values", nargs="+", metavar="V", help="values other than those of the series")
     add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
     add("--savename", metavar="NAME", help="first word of the runs' names (default: ablation_SERIES)")
@@ -78,21 +79,15 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     """Return the series' own flags and those of main.py; refuses what does not fit in one line, with exit code 2."""
     parser = get_args_parser()
     args, flags = parser.parse_known_args(argv)
-    if args.series not in SERIES:
-        parser.error(f"no series '{args.series}'; one of {', '.join(SERIES)}")
     for flag in flags:
         if flag.split("=")[0] in ("--seed", "--dataset", "--resume"):
             parser.error(f"{flag} does not go with an ablation: give --seeds N, --values V ..., --save_path FOLDER, "
                          "--savename NAME")  # fmt: skip
-    if not args.seeds.isdecimal() or int(args.seeds) < 1:
-        parser.error(f"--seeds '{args.seeds}': give how many runs to train for each value")
-    if args.save_path == "" or args.savename == "":
-        parser.error("--save_path and --savename take a value")
     known = SERIES[args.series][1].split()
     args.values, args.savename = args.values or known, args.savename or f"ablation_{args.series}"
-    for value in args.values:
-        if args.series == "mining" and value not in known:
-            parser.error(f"no value '{value}' of mining; some of {', '.join(known)}")
+    unknown = [value for value in args.values if args.series == "mining" and value not in known]
+    if unknown:
+        parser.error(f"no value '{unknown[0]}' of mining; some of {', '.join(known)}")
     return args, flags
 
 
@@ -110,43 +105,20 @@ def value_flags(series: str, value: str) -> list[str]:
     return [] if (series, value) == ("adversarial", "on") else [f"--{SERIES[series][0]}", value]
 
 
-def get_setup_parser() -> OneLineParser:
-    """Return a parser of the flags of main.py, with its defaults, that the series mining depends on."""
-    parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
-    add = parser.add_argument
-    add("--n_epochs", type=int, default=130)
-    add("--tau", type=int, nargs="+", default=[80])
-    add("--task_p", type=Fraction, nargs=2, default=[Fraction(1), Fraction("0.8")])
-    add("--adversarial", nargs="+", default=["Class-Shared"])
-    add("--adv_weights", type=float, nargs="+", default=[2500.0])
-    add("--cluster_mode", default="mean")
-    add("--scheduler", default="step")
-    add("--shared_gradient", default="backbone")
-    return parser
+def mining_flags(setup: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags of each value of the series mining. setup: the flags of the set-up, the others as in main.py.
 
-
-def mining_flags(flags: Sequence[str]) -> dict[str, list[str]]:
-    """Return the flags of each value of the series mining, for a set-up with these flags.
-
-    margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks. Refuses set-ups with
-    which two of the values would be the same.
+    margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks.
     """
-    parser = get_setup_parser()
-    setup, _ = parser.parse_known_args(flags)
-    n_weights = len(setup.adv_weights)
-    refusals = {
-        "--task_p: the series mining needs steps of both tasks": 0 in setup.task_p,
-        "--adv_weights: takes one weight per direction of --adversarial": n_weights != len(setup.adversarial),
-        "--adv_weights 0: is no_adversarial, one of the series mining; give weights above 0": 0 in setup.adv_weights,
-        "--cluster_mode no_norm: is one of the series mining; give mean or mstd": setup.cluster_mode == "no_norm",
-        "--shared_gradient head: is shared_head, one of the series mining": setup.shared_gradient == "head",
-        "--scheduler exp: would decay further in margin_steps; give step or none": setup.scheduler == "exp",
-    }
-    for message in (message for message, applies in refusals.items() if applies):
-        parser.error(message)
-    no_adversarial = ["--adv_weights", *["0"] * n_weights]
+    parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
+    parser.add_argument("--n_epochs", type=int, default=130)
+    parser.add_argument("--tau", type=int, nargs="+", default=[80])
+    parser.add_argument("--task_p", type=Fraction, nargs=2, default=[Fraction(1), Fraction("0.8")])
+    parser.add_argument("--adv_weights", nargs="+", default=["2500"])
+    args, _ = parser.parse_known_args(setup)
+    no_adversarial = ["--adv_weights", *["0"] * len(args.adv_weights)]
     margin = ["--task_p", "1", "0", *no_adversarial]
-    n_epochs, *tau = (str(math.ceil(sum(setup.task_p) * epoch)) for epoch in (setup.n_epochs, *setup.tau))
+    n_epochs, *tau = (str(math.ceil(sum(args.task_p) * epoch)) for epoch in (args.n_epochs, *args.tau))
     return {
         "margin": margin,
         "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],
@@ -158,12 +130,12 @@ def mining_flags(flags: Sequence[str]) -> dict[str, list[str]]:
 
 
 def setup_flags(dataset: str, flags: Sequence[str]) -> list[str]:
-    """Return all flags of a data set's set-up, the given ones last."""
+    """Return the flags of a data set's set-up that Result_Runs.sh gives to Python, the given ones last."""
     words = command(dataset, flags)
     if words[0] != "bash":
-        return words[2:]
-    printed = subprocess.run(words, env=os.environ | {"MIC_PRINT_SETUP": "1"}, stdout=subprocess.PIPE, check=True)
-    return os.fsdecode(printed.stdout).split("\0")[:-1]
+        return list(flags)
+    echo = os.environ | {"PYTHON": "echo"}
+    return subprocess.run(words, env=echo, stdout=subprocess.PIPE, check=True, text=True).stdout.split()
 
 
 def train(words: Sequence[str]) -> int:
@@ -187,12 +159,9 @@ def trained_folder(folder: Path) -> Path | None:
 
 def compare_series(series: str, values: Sequence[str], folders: Mapping[tuple[str, str], Path], table: str) -> None:
     """Compare the runs of a series and replace its table and plot. folders: of the runs, by value and seed."""
-    if not folders:
-        raise InputError("no run has stored anything to compare")
     shown = {"over": SERIES[series][0]}
     if series == "mining":
-        first = [folder for (value, _), folder in folders.items() if value == values[0]]
-        shown = {"against": next((path for path in first if (path / "log_val_Class.csv").exists()), None)}
+        shown = {"against": next((folder for (value, _), folder in folders.items() if value == values[0]), None)}
         if shown["against"] is None:
             print(f"no run of {values[0]} to compare with")
     compare_runs(list(folders.values()), **shown, csv=f"{table}.csv", plot=f"{table}.svg")
@@ -206,15 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = parse_args(argv)
     os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
     table = os.path.join(args.save_path, args.dataset, args.savename)
-    for path in (f"{table}.csv", f"{table}.svg"):
-        if os.path.exists(path) and not glob.glob(f"{glob.escape(table)}_*_seed*"):
-            raise InputError(f"{path} exists already, and is of no series")
     mining = mining_flags(setup_flags(args.dataset, flags)) if args.series == "mining" else None
     first_seed = 0 if args.dataset in PUBLISHED else 1
     failed, folders = [], {}
     for value in args.values:
         ablated = mining[value] if mining else value_flags(args.series, value)
-        for seed in map(str, range(first_seed, first_seed + int(args.seeds))):
+        for seed in map(str, range(first_seed, first_seed + args.seeds)):
             print(f"== {args.series} {value}, seed {seed}")
             name = f"{args.savename}_{value}_seed{seed}"
             own = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
@@ -226,16 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = trained_folder(Path(args.save_path, args.dataset, name))
             if folder:
                 folders[value, seed] = folder
-    try:
+    if folders:
         compare_series(args.series, args.values, folders, table)
-    except InputError as error:
-        if not failed:
-            raise
-        print(f"{PROG}: error: {error}", file=sys.stderr)
     if failed:
         sys.exit(f"{PROG}: failed: {' '.join(failed)}")
 
 
 if __name__ == "__main__":
-    guard_output(PROG)
+    set_up_output()
     main()

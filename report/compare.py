@@ -1,7 +1,6 @@
 """Stored runs against each other and against the paper."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,20 +52,30 @@ NO_SETTING += ("eval_shared", "tensorboard")
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in the seed only.
+    """Runs on a data set that differ in the seed only.
 
-    label: data set, test set and the flags that make the setting, as text. flags: the same as they are typed. counted:
-    the runs that count for means and differences, one of each seed.
+    flags: those in which the settings differ, as they are typed. counted: the runs that count for means and
+    differences, by seed.
     """
 
-    label: str
     flags: dict[str, str]
     runs: list[StoredRun]
-    counted: list[StoredRun]
+    counted: dict[str, StoredRun]
+
+    @property
+    def test_sets(self) -> list[str]:
+        """The test sets on which the runs were scored."""
+        return list(self.runs[0].rows[0]["scores"])
+
+    def name(self, base: "Setting | None" = None) -> str:
+        """Return the flags as text, without those that are as in another setting."""
+        same = base.flags.items() if base else ()
+        return ", ".join(" ".join(flag) for flag in self.flags.items() if flag not in same) or "all runs"
 
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
         """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
-        return pd.DataFrame({seed_of(run): scores_at(run, test_set, at)[1] for run in self.counted}, dtype=float).T
+        by_seed = {seed: scores_at(run, test_set, at)[1] for seed, run in self.counted.items()}
+        return pd.DataFrame(by_seed, dtype=float).T
 
     def differences(self, base: "Setting", test_set: str, at: str) -> pd.DataFrame:
         """Return the scores less those of another setting, of the seeds that both have.
@@ -74,6 +83,13 @@ class Setting:
         Runs of a seed have the first weights and the order of the images in common.
         """
         return (self.scores(test_set, at) - base.scores(test_set, at)).dropna(how="all")
+
+    def curve(self, test_set: str) -> pd.DataFrame:
+        """Return Recall@1 of the runs that count, (epochs that all of them have scored, runs)."""
+        recalls = [
+            {row["Epochs"]: row["scores"][test_set]["Recall @ 1"] for row in run.rows} for run in self.counted.values()
+        ]
+        return pd.DataFrame(recalls).T.dropna().sort_index()
 
 
 def paper_scores(dataset: str) -> dict[str, dict[str, float]]:
@@ -95,61 +111,62 @@ def compare_runs(
     runs; give the differences to its setting too. csv, plot: files that take the table, and the curves over the epochs
     or what `over` or `against` ask for. Raises InputError where there is nothing to compare.
     """
-    runs, reference = read_runs(roots, against)
-    counted = runs_that_count(runs)
-    if plot and not counted:
+    runs = read_runs(roots)
+    reference = runs.get(Path(against).resolve()) if against else None
+    if against and reference is None:
+        raise InputError(f"--against {against}: not the folder of one of the runs that are compared")
+    if over and not any(over in run.flags for run in runs.values()):
+        raise InputError(f"--over {over}: no run has this flag")
+    tables, curves, lines, points, reference_name = [], {}, {}, {}, ""
+    datasets = dict.fromkeys(run.flags["dataset"] for run in runs.values())
+    for dataset in datasets:
+        settings = settings_of([run for run in runs.values() if run.flags["dataset"] == dataset])
+        for test_set in dict.fromkeys(name for setting in settings for name in setting.test_sets):
+            scored = [setting for setting in settings if test_set in setting.test_sets]
+            base = next((setting for setting in scored if reference in setting.runs), None)
+            title = f"{dataset} {test_set}".rstrip()
+            tables.append(table_of(scored, base, dataset, test_set))
+            print(f"\n{title}\n{table_text(tables[-1])}")
+            prefix = f"{title}, " if test_set or len(datasets) > 1 else ""
+            curves |= {prefix + setting.name(): setting.curve(test_set) for setting in scored if setting.counted}
+            if over:
+                lines |= ablation_lines(scored, dataset, test_set, over, prefix)
+            if base:
+                points |= points_to_draw(scored, base, test_set, prefix)
+                reference_name = f"{dataset}, {base.name()}"
+    if plot and not curves:
         raise InputError(f"--plot {plot}: no run is through with its epochs")
-    with_flag = runs_with_flag(counted, over) if over else []
-    tables, curves, lines, points = [], {}, {}, {}
-    for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
-        in_dataset = [run for run in runs if run.flags["dataset"] == dataset]
-        if against:
-            name_unpaired(settings_of(in_dataset, counted, dataset), reference, dataset)
-        for test_set in dict.fromkeys(name for run in in_dataset for name in run.rows[0]["scores"]):
-            scored = [run for run in in_dataset if test_set in run.rows[0]["scores"]]
-            settings = settings_of(scored, counted, f"{dataset} {test_set}".rstrip())
-            base = setting_of(reference, settings)
-            table = table_of(settings, base, dataset, test_set)
-            print(f"\n{dataset} {test_set}".rstrip())
-            print(table_text(table))
-            tables.append(table)
-            curves |= {setting.label: curve(setting.counted, test_set) for setting in settings if setting.counted}
-            points |= points_to_draw(base, settings, test_set)
-            lines |= ablation_lines([run for run in scored if run in with_flag], dataset, test_set, over)
+    if against and not points:
+        print(f"--against {against}: no differences: no other setting has a finished run of its data set and seeds")
     if csv:
         with replaced_file(Path(csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
-    values = sorted({value for line in lines.values() for value in line}, key=by_number)
+    over_table = ablation_table(lines)
     if over:
         print(f"\nRecall @ 1 over --{over}, mean and standard deviation over runs")
-        print(ablation_table(lines, values).to_string())
+        print(over_table.map(mean_text).to_string())
     if plot and over:
-        plots.draw_ablation(Path(plot), over, values, lines)
+        plots.draw_ablation(Path(plot), over, over_table)
     elif plot and points:
-        plots.draw_differences(Path(plot), points, str(against))
+        plots.draw_differences(Path(plot), points, reference_name)
     elif plot:
         plots.draw_comparison(Path(plot), curves)
 
 
-def read_runs(roots: Sequence[str | Path], against: str | Path | None) -> tuple[list[StoredRun], StoredRun | None]:
-    """Return the runs in some folders, or in folders of runs, and the one `against`; what cannot be read is named.
+def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
+    """Return the runs in some folders, or in folders of runs, by their resolved paths; what cannot be read is named.
 
-    Raises InputError where nothing can be read, or not the run `against`.
+    Raises InputError where nothing can be read.
     """
-    runs, reasons = {}, {}
+    runs = {}
     for resolved, folder in {path.resolve(): path for root in roots for path in run_folders(Path(root))}.items():
         try:
             runs[resolved] = read_run(folder)
         except InputError as error:
             print(f"skipped {error}")
-            reasons[resolved] = str(error)
     if not runs:
         raise InputError(f"--compare: no run to read among {', '.join(map(str, roots))}")
-    reference = Path(against).resolve() if against else None
-    if reference and reference not in runs:
-        reason = reasons.get(reference, "not the folder of one of the runs that are compared")
-        raise InputError(f"--against {against}: {reason}")
-    return list(runs.values()), runs.get(reference)
+    return runs
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -157,6 +174,44 @@ def run_folders(root: Path) -> list[Path]:
     if (root / "hypa.pkl").exists() or not root.is_dir():
         return [root]
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
+
+
+def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
+    """Return the settings of the runs on a data set.
+
+    Finished runs count for means and differences, of each seed the first by name; the others are named. A run that
+    does not tell how many epochs it has is finished.
+    """
+    settings = []
+    for flags, members in grouped(runs, [described(run) for run in runs]):
+        counted: dict[str, StoredRun] = {}
+        for run in sorted(members, key=lambda run: run.folder.name):
+            done, seed = epochs_done(run), seed_of(run)
+            if done != run.flags.get("n_epochs", done):
+                print(f"left out of the means: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
+            elif seed in counted:
+                print(f"left out of the means: {run.folder}, repeats seed {seed} of {counted[seed].folder}")
+            else:
+                counted[seed] = run
+        settings.append(Setting(flags, members, counted))
+    return settings
+
+
+def grouped(
+    runs: Sequence[StoredRun], descriptions: Sequence[Mapping[str, str]]
+) -> list[tuple[dict[str, str], list[StoredRun]]]:
+    """Group runs that are described alike; return for each group those of its entries in which groups differ."""
+    table = pd.DataFrame(list(descriptions), dtype=object).fillna("None")
+    table = table.loc[:, table.nunique() > 1]
+    if table.empty:
+        return [({}, list(runs))]
+    groups = [members for _, members in table.groupby(list(table), sort=False)]
+    return [(members.iloc[0].to_dict(), [runs[i] for i in members.index]) for members in groups]
+
+
+def described(run: StoredRun, left_out: Sequence[str] = ()) -> dict[str, str]:
+    """Return the flags that make a run's setting, as they are typed."""
+    return {name: shown(value) for name, value in run.flags.items() if name not in (*NO_SETTING, *left_out)}
 
 
 def seed_of(run: StoredRun) -> str:
@@ -167,83 +222,6 @@ def seed_of(run: StoredRun) -> str:
 def epochs_done(run: StoredRun) -> int:
     """Return how many epochs of a run were through when it was scored last."""
     return run.rows[-1]["Epochs"] + 1
-
-
-def runs_that_count(runs: Sequence[StoredRun]) -> list[StoredRun]:
-    """Return the runs that count for means and differences: finished ones, of each setting and seed the first by name.
-
-    The others are named. A run that does not tell how many epochs it has is finished.
-    """
-    counted = []
-    for _, members in grouped(runs, described):
-        first: dict[str, Path] = {}
-        for run in sorted(members, key=lambda run: run.folder.name):
-            done, seed = epochs_done(run), seed_of(run)
-            if done != run.flags.get("n_epochs", done):
-                print(f"left out of the means: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
-            elif seed in first:
-                print(f"left out of the means: {run.folder}, repeats seed {seed} of {first[seed]}")
-            else:
-                first[seed] = run.folder
-                counted.append(run)
-    return counted
-
-
-def runs_with_flag(runs: Sequence[StoredRun], flag: str) -> list[StoredRun]:
-    """Return the runs that have a flag; the others are named. Raises InputError where there is none."""
-    for run in runs:
-        if flag not in run.flags:
-            print(f"left out of --over: {run.folder}, which has no flag {flag}")
-    with_flag = [run for run in runs if flag in run.flags]
-    if not with_flag:
-        raise InputError(f"--over {flag}: no run has this flag and is through with its epochs")
-    return with_flag
-
-
-def described(run: StoredRun, left_out: Sequence[str] = ()) -> dict[str, str]:
-    """Return the flags that make a run's setting, as they are typed."""
-    return {name: shown(value) for name, value in run.flags.items() if name not in (*NO_SETTING, *left_out)}
-
-
-def grouped(
-    runs: Sequence[StoredRun], describe: Callable[[StoredRun], dict[str, str]]
-) -> list[tuple[dict[str, str], list[StoredRun]]]:
-    """Group runs that are described alike; return for each group those of its entries in which groups differ."""
-    descriptions = [describe(run) for run in runs]
-    names = dict.fromkeys(name for entries in descriptions for name in entries)
-    differing = [name for name in names if len({entries.get(name, "None") for entries in descriptions}) > 1]
-    groups: dict[tuple, tuple[dict[str, str], list[StoredRun]]] = {}
-    for run, entries in zip(runs, descriptions):
-        own = {name: entries.get(name, "None") for name in differing}
-        groups.setdefault(tuple(own.values()), (own, []))[1].append(run)
-    return list(groups.values())
-
-
-def settings_of(runs: Sequence[StoredRun], counted: Sequence[StoredRun], title: str) -> list[Setting]:
-    """Return the settings of some runs of a data set; title: the first words of their labels."""
-    return [
-        Setting(", ".join([title, *map(" ".join, flags.items())]), flags, members, [r for r in members if r in counted])
-        for flags, members in grouped(runs, described)
-    ]
-
-
-def setting_of(run: StoredRun | None, settings: Sequence[Setting]) -> Setting | None:
-    """Return the setting that a run has; None where it is not among them."""
-    return next((setting for setting in settings if run in setting.runs), None)
-
-
-def name_unpaired(settings: Sequence[Setting], reference: StoredRun, dataset: str) -> None:
-    """Print which runs of a data set that count have no part in the differences to the reference, and why."""
-    base = setting_of(reference, settings)
-    if base is None:
-        print(f"--against {reference.folder}: no differences on {dataset}, of which it is no run")
-        return
-    if len(settings) == 1:
-        print(f"--against {reference.folder}: no differences on {dataset}, where all runs have its setting")
-    seeds = [seed_of(run) for run in base.counted]
-    for run in (run for setting in settings for run in setting.counted):
-        if seed_of(run) not in seeds:
-            print(f"left out of the differences: {run.folder}, no run to compare with has its seed")
 
 
 def scores_at(run: StoredRun, test_set: str, at: str) -> tuple[int, dict[str, float]]:
@@ -275,92 +253,79 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
 
 def summary_rows(
     setting: Setting, base: Setting | None, paper: Mapping[str, float], test_set: str, at: str
-) -> dict[str, Mapping[str, float]]:
+) -> dict[str, pd.Series]:
     """Return the rows of the table below the runs of a setting, by their names; none where no run counts."""
     scores, rows = setting.scores(test_set, at), {}
     means = scores.mean(skipna=False)
     if len(scores) > 1:
         rows[f"mean of {len(scores)}"] = means
         rows["standard deviation"] = scores.std(skipna=False)
-    if base and setting is not base:
-        differences = setting.differences(base, test_set, at)
-        if len(differences):
-            rows[f"difference, mean of {len(differences)}"] = differences.mean(skipna=False)
+    differences = setting.differences(base, test_set, at) if base and setting is not base else []
+    if len(differences):
+        mean, half = mean_and_half_interval(differences)
+        rows[f"difference, mean of {len(differences)}"] = mean
         if len(differences) > 1:
-            low, high = confidence_interval(differences.to_numpy())
-            rows["95 % interval from"] = pd.Series(low, differences.columns)
-            rows["95 % interval to"] = pd.Series(high, differences.columns)
+            rows |= {"95 % interval from": mean - half, "95 % interval to": mean + half}
     if paper and len(scores):
-        rows["gap to the paper"] = {name: means[name] - value for name, value in paper.items() if name in means}
+        rows["gap to the paper"] = (means - pd.Series(paper)).dropna()
     return rows
 
 
-def confidence_interval(values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ends of the confidence interval of the mean of values (n, ...), by Student's t.
+def mean_and_half_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Return the mean of each column, and half the width of its 95 % confidence interval by Student's t.
 
-    Of one value it is empty, from the value to the value.
+    A column with a gap has neither, and a single row no interval: there it is NaN.
     """
-    n = len(values)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * stats.sem(values) if n > 1 else 0
-    return values.mean(0) - half, values.mean(0) + half
+    half = values.sem(skipna=False) * stats.t.ppf(0.975, len(values) - 1)
+    return values.mean(skipna=False), half
 
 
 def table_text(table: pd.DataFrame) -> str:
     """Return a table as it is printed: whole epochs, scores with four digits, nothing for what is not there."""
-    shown_columns = {}
-    for name, column in table.drop(columns=["data set", "test set"]).items():
-        digits = 0 if name in ("epoch", "epochs done") else 4
-        texts = [f"{value:.{digits}f}" if isinstance(value, float) else str(value) for value in column]
-        shown_columns[name] = ["" if text == "nan" else text for text in texts]
-    return pd.DataFrame(shown_columns).to_string(index=False)
-
-
-def curve(runs: Sequence[StoredRun], test_set: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the epochs (E,) that all runs have scored, and their Recall@1 (runs, E)."""
-    recalls = [{row["Epochs"]: row["scores"][test_set]["Recall @ 1"] for row in run.rows} for run in runs]
-    epochs = sorted(set.intersection(*map(set, recalls)))
-    return np.array(epochs), np.array([[by_epoch[epoch] for epoch in epochs] for by_epoch in recalls])
+    whole = dict.fromkeys(["epoch", "epochs done"], "{:.0f}".format)
+    table = table.drop(columns=["data set", "test set"])
+    return table.to_string(index=False, na_rep="", formatters=whole, float_format="{:.4f}".format)
 
 
 def points_to_draw(
-    base: Setting | None, settings: Sequence[Setting], test_set: str
-) -> dict[tuple[str, str, str], tuple[np.ndarray, float, float]]:
+    settings: Sequence[Setting], base: Setting, test_set: str, prefix: str
+) -> dict[tuple[str, str, str], tuple[np.ndarray, float]]:
     """Return the differences of the other settings to the base as plots.draw_differences draws them.
 
-    The name of a setting begins with that of its series: what its runs are called before "_seed1", "_seed2", .... A
-    score that some seed lacks is left out.
+    A setting is named by the flags in which it differs from the base, behind the prefix. A score that some seed lacks
+    is left out.
     """
     points = {}
-    for setting in (setting for setting in settings if base and setting is not base):
-        series = {re.sub(r"_seed\d+(_\d+)?$", "", run.folder.name) for run in setting.runs}
-        has_name = len(series) == 1 and "_seed" in setting.runs[0].folder.name
-        name = f"{series.pop()}, {setting.label}" if has_name else setting.label
+    for setting in (setting for setting in settings if setting is not base):
+        name = prefix + setting.name(base)
         for at in ("best", "last"):
             differences = setting.differences(base, test_set, at).dropna(axis=1)
-            for score in [score for score in ("Recall @ 1", "NMI", "mAP @ R") if score in differences]:
-                values = differences[score].to_numpy()
-                if len(values):
-                    points[score, name, at] = (values, *confidence_interval(values))
+            half = mean_and_half_interval(differences)[1]
+            for score in ("Recall @ 1", "NMI", "mAP @ R"):
+                if score in differences and len(differences):
+                    points[score, name, at] = (differences[score].to_numpy(), half[score])
     return points
 
 
 def ablated_value(run: StoredRun, flag: str) -> str:
-    """Return a run's value of a flag as it is typed; of a pair that of the Shared task.
+    """Return a run's value of a flag as it is typed, None where it has no such flag; of a pair that of the Shared task.
 
     A run without the Shared task has a Shared embedding of size 0.
     """
     if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
         return "0"
-    value = run.flags[flag][-1] if flag in PAIRS else run.flags[flag]
-    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    value = run.flags.get(flag)
+    if isinstance(value, list) and (flag in PAIRS or len(value) == 1):
+        value = value[-1]
     return f"{value:g}" if isinstance(value, float) else shown(value)
 
 
 def ablation_lines(
-    runs: Sequence[StoredRun], dataset: str, test_set: str, flag: str
+    settings: Sequence[Setting], dataset: str, test_set: str, flag: str, prefix: str
 ) -> dict[str, dict[str, list[float]]]:
     """Return lines of Recall@1 over a flag, {name: {value of the flag: of each run}}: at the best epoch, at the last,
-    and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines.
+    and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines,
+    which are named by these flags behind the prefix.
     """
 
     def describe(run: StoredRun, *left_out: str) -> dict[str, str]:
@@ -368,39 +333,34 @@ def ablation_lines(
         of_class = {f"{flag} of Class": shown(run.flags[flag][0])} if flag in PAIRS else {}
         return described(run, (flag, *left_out)) | of_class
 
+    runs = [run for setting in settings for run in setting.counted.values()]
     # A run without the Shared task, of an embedding of size 0, belongs to every line
     without = [run for run in runs if flag == "embed_sizes" and ablated_value(run, flag) == "0"]
+    runs = [run for run in runs if run not in without] or without
     lines: dict[str, dict[str, list[float]]] = {}
-    for flags, members in grouped([run for run in runs if run not in without] or without, describe):
+    for flags, members in grouped(runs, [describe(run) for run in runs]):
         mining = ("task_p", "adv_weights")
         members += [r for r in without if r not in members and describe(r, *mining) == describe(members[0], *mining)]
         for at in ("best", "last"):
-            words = [dataset, test_set, *map(" ".join, flags.items()), at, "epoch"]
-            points = lines.setdefault(" ".join(filter(None, words)), {})
+            points = lines.setdefault(prefix + " ".join([*map(" ".join, flags.items()), at, "epoch"]), {})
             for run in members:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
     paper = PAPER_ABLATIONS.get(flag, {}).get(dataset, {})
-    if lines and paper and not test_set:
+    if paper and not test_set:
         lines[f"paper, {dataset}"] = {value: [recall] for value, recall in paper.items()}
     return lines
 
 
-def by_number(value: str) -> tuple[float, str]:
-    """Return the key that sorts values of a flag: numbers by size, then words."""
-    try:
-        return float(value), value
-    except ValueError:
-        return float("inf"), value
+def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> pd.DataFrame:
+    """Return ablation_lines with a row for each value of the flag, numbers by size, then words; NaN for no runs."""
+    table = pd.DataFrame({name: pd.Series(points, dtype=object) for name, points in lines.items()})
+    return table.sort_index(key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
 
 
-def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]], values: Sequence[str]) -> pd.DataFrame:
-    """Return ablation_lines as text: a row for each value of the flag, a column for each line."""
-
-    def cell(recalls: Sequence[float]) -> str:
-        """Return the mean, with standard deviation and number where there are several runs."""
-        spread = f" +- {np.std(recalls, ddof=1):.4f} ({len(recalls)} runs)" if len(recalls) > 1 else ""
-        return f"{np.mean(recalls):.4f}{spread}" if len(recalls) else ""
-
-    columns = {name: [cell(points.get(value, [])) for value in values] for name, points in lines.items()}
-    return pd.DataFrame(columns, index=list(values))
+def mean_text(recalls: Sequence[float] | float) -> str:
+    """Return the mean, with standard deviation and number where there are several runs, and nothing for NaN."""
+    if isinstance(recalls, float):
+        return ""
+    spread = f" +- {np.std(recalls, ddof=1):.4f} ({len(recalls)} runs)" if len(recalls) > 1 else ""
+    return f"{np.mean(recalls):.4f}{spread}"

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from run.errors import InputError, first_line
 from run.folder import replaced_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 """Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
 
-MARKERS = "osD^vP*X"
+MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")
 
 STYLE = {
     "svg.hashsalt": "mic",
@@ -32,8 +32,6 @@ STYLE = {
     "axes.spines.right": False,
 }
 
-COMPARISON_STYLE = {"svg.hashsalt": "mic", "font.size": 11}
-
 BEST_MARK = {"marker": "*", "markersize": 17, "color": "#e69f00", "markeredgecolor": "black", "linestyle": "none"}
 
 Row = Mapping[str, float | None]
@@ -41,9 +39,9 @@ Row = Mapping[str, float | None]
 
 
 @contextlib.contextmanager
-def saved_figure(path: Path, style: Mapping = STYLE, **options) -> Iterator[Figure]:
+def saved_figure(path: Path, **options) -> Iterator[Figure]:
     """Yield a new figure to draw on; write it in the format of the path's ending, .svg, .png or .pdf, and undated."""
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(**options)
         yield figure
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
@@ -165,70 +163,59 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
         figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=3, frameon=False)
 
 
-def draw_comparison(path: Path, curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     """Draw Recall@1 over the epochs: of each setting the mean, in a band of one standard deviation.
 
-    curves: setting to (epochs (E,), recall (runs, E)).
+    curves: setting to recall (epochs, runs).
     """
-    with saved_figure(path, COMPARISON_STYLE, figsize=(9, 5.5), layout="constrained") as figure:
+    with saved_figure(path, figsize=(9, 5.5), layout="constrained") as figure:
         axis = figure.subplots()
-        for i, (setting, (epochs, recalls)) in enumerate(curves.items()):
-            mean, colour = recalls.mean(0), COLOURS[i % 8]
-            deviation = recalls.std(0, ddof=min(1, len(recalls) - 1))  # 0 of one run
-            label = f"{plain(setting, 70)} ({len(recalls)} run{'s' if len(recalls) > 1 else ''})"
-            line = ("-", "--", ":", "-.")[i // 8 % 4]
-            axis.plot(epochs, mean, line, color=colour, marker=MARKERS[i % 8], markersize=4, label=label)
-            axis.fill_between(epochs, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.grid(alpha=0.3)
+        for i, (setting, recalls) in enumerate(curves.items()):
+            label = f"{plain(setting, 70)} ({recalls.shape[1]} run{'s' if recalls.shape[1] > 1 else ''})"
+            look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": LINES[i // 8 % 4], "markersize": 4}
+            draw_means(axis, recalls.index, recalls.to_numpy(), look, label)
+        format_axis(axis, 8)
         axis.set(xlabel="epoch", ylabel="Recall @ 1 on the test classes")
-        axis.set_title("mean over runs, band: one standard deviation", fontsize=10)
+        axis.set_title("mean over runs, band: one standard deviation", loc="left", fontsize=10)
         axis.legend(fontsize=9)
 
 
-def draw_ablation(
-    path: Path, flag: str, values: Sequence[str], lines: Mapping[str, Mapping[str, Sequence[float]]]
-) -> None:
+def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
     """Draw Recall@1 over a flag: the mean of the runs in a band of one standard deviation, runs as dots.
 
-    values: of the flag as they are typed, in the order in which they are drawn at equal distances. lines: name to
-    {value: Recall@1 of each run}; a name that starts with "paper" is drawn as published numbers.
+    table: the lists of Recall@1 of the runs at each value of the flag (rows), for each line (columns), NaN where there
+    is none. Values are drawn at equal distances. A line whose name starts with "paper" has published numbers.
     """
-    below, height = 0.6 + 0.25 * len(lines), 4.6 + 0.25 * len(lines)  # inches: room for the legend
-    with saved_figure(path, figsize=(8.4, height)) as figure:
+    with saved_figure(path, figsize=(8.4, 4.6 + 0.25 * len(table.columns)), layout="constrained") as figure:
         axis = figure.subplots()
-        figure.subplots_adjust(left=0.09, right=0.97, top=1 - 0.35 / height, bottom=below / height)
-        for i, (name, recalls) in enumerate(lines.items()):
-            places = [place for place, value in enumerate(values) if value in recalls]
+        for i, name in enumerate(table):
+            places = np.flatnonzero(table[name].notna())
             look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": "-:"[i % 2]}
             look["markersize"] = (9, 5)[i % 2]  # where two lines coincide both are seen
             look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
-            draw_means(axis, places, [np.asarray(recalls[values[place]]) for place in places], look, plain(name, 90))
-        axis.set_xticks(range(len(values)), values)
+            recalls = list(table[name].dropna())
+            draw_means(axis, places, recalls, look, plain(name, 90))
+            dots = [(x, y) for x, values in zip(places, recalls) if len(values) > 1 for y in values]
+            axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3) if dots else None
+        axis.set_xticks(range(len(table)), table.index)
         axis.set(xlabel=f"--{flag}", ylabel="Recall @ 1 on the test classes")
         axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.25)
-        figure.legend(loc="lower center", frameon=False)
+        figure.legend(loc="outside lower center", frameon=False)
 
 
-def draw_means(axis: Axes, places: Sequence[int], runs: Sequence[np.ndarray], look: Mapping, label: str) -> None:
-    """Draw one line of draw_ablation: the runs at each place, their means, and where there are several their spread."""
-    means = np.array([recalls.mean() for recalls in runs])
-    axis.plot(places, means, **look, label=label)
-    if max(map(len, runs)) > 1:
-        spreads = np.array([recalls.std(ddof=min(1, len(recalls) - 1)) for recalls in runs])
-        axis.fill_between(places, means - spreads, means + spreads, color=look["color"], alpha=0.15, linewidth=0)
-        dots = [(place, recall) for place, recalls in zip(places, runs) for recall in recalls]
-        axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3)
+def draw_means(axis: Axes, places: Sequence[float], runs: Sequence[Sequence[float]], look: Mapping, label: str) -> None:
+    """Draw the means of the runs at each place as a line, in a band of one standard deviation, 0 of a single run."""
+    means = np.array([np.mean(values) for values in runs])
+    deviations = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in runs])
+    axis.plot(places, means, label=label, **look)
+    axis.fill_between(places, means - deviations, means + deviations, color=look["color"], alpha=0.2, linewidth=0)
 
 
-def draw_differences(
-    path: Path, points: Mapping[tuple[str, str, str], tuple[np.ndarray, float, float]], reference: str
-) -> None:
-    """Draw the differences of settings to a reference: a panel for each score, a row for each setting.
+def draw_differences(path: Path, points: Mapping[tuple[str, str, str], tuple[np.ndarray, float]], base: str) -> None:
+    """Draw the differences of settings to a base setting: a panel for each score, a row for each setting.
 
-    points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), low, high)}, low to high being
-    the confidence interval of their mean. reference: the folder of a run that has the reference's setting.
+    points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), half their confidence interval)}.
     """
     scores, settings = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
     size = (3.4 + 2.9 * len(scores), 1.6 + 0.75 * len(settings))
@@ -244,26 +231,19 @@ def draw_differences(
             axis.xaxis.set_major_locator(MaxNLocator(5))
             axis.tick_params(axis="x", labelsize=9)
             axis.grid(alpha=0.3, axis="x")
-        axes[0].set_yticks(range(len(settings)), [wrapped_setting(setting) for setting in settings], fontsize=8)
+        labels = [textwrap.fill(plain(setting, 240), 40) for setting in settings]
+        axes[0].set_yticks(range(len(settings)), labels, fontsize=8)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
-        title = f"Differences to the setting of {plain(Path(reference).name, 60)}, same seeds; bars: 95 % interval"
+        title = textwrap.fill(f"Differences to {plain(base, 240)}, same seeds; bars: 95 % interval", 90)
         figure.suptitle(title, x=0.01, ha="left", fontsize=9)
 
 
-def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float, float]], **look: str) -> None:
-    """Draw rows of a panel of draw_differences, (place, values, low, high): bars, dots, and marks at the means."""
-    for place, values, low, high in rows:
-        axis.plot([low, high], [place] * 2, color=look["color"], linewidth=2)
+def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float]], **look: str) -> None:
+    """Draw rows of draw_differences, (place, values, half the interval): dots, and at their mean a mark with a bar."""
+    places, means = [place for place, *_ in rows], [values.mean() for _, values, _ in rows]
+    axis.errorbar(means, places, xerr=[half for *_, half in rows], linestyle="none", markersize=6, linewidth=2, **look)
+    for place, values, _ in rows:
         axis.scatter(values, [place] * len(values), s=9, color=look["color"], alpha=0.45)
-    axis.plot(
-        [values.mean() for _, values, *_ in rows], [row[0] for row in rows], markersize=6, linestyle="none", **look
-    )
-
-
-def wrapped_setting(setting: str) -> str:
-    """Return a setting in lines of 40 characters, broken between flags, not between a flag and its value."""
-    unbroken = shortened(setting, 240).replace(" ", "\N{NO-BREAK SPACE}").replace(",\N{NO-BREAK SPACE}", ", ")
-    return "\n".join(plain(line) for line in textwrap.wrap(unbroken, 40, break_on_hyphens=False))
 
 
 def shortened(name: str, length: int) -> str:
@@ -284,18 +264,10 @@ def missing_for_graphs() -> list[str]:
 
 
 def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
-    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs.
-
-    Raises InputError where the program dot fails.
-    """
-    import graphviz  # both are optional
-    import torchview
+    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs."""
+    import torchview  # optional
 
     device = next(network.parameters()).device
     image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
     graph = torchview.draw_graph(network, image, device=device, depth=2)
-    try:
-        return graph.visual_graph.pipe(format="svg", quiet=True)
-    except (graphviz.CalledProcessError, graphviz.ExecutableNotFound) as error:
-        message = "--make_graph: Graphviz's program dot fails; mend it, or leave the flag out"
-        raise InputError(f"{message} ({first_line(error)})") from error
+    return graph.visual_graph.pipe(format="svg", quiet=True)

@@ -41,20 +41,19 @@ def draw_recoveries(
     the set, the same for every embedding. A neighbour of the query's class has a solid green frame and a tick, one of
     another class a dashed orange frame and a cross.
     """
-    queries = np.arange(len(images.labels)) if images.is_query is None else np.flatnonzero(images.is_query)
-    n_gallery = len(images.labels) - (1 if images.is_query is None else len(queries))
-    queries = queries[np.linspace(0, len(queries) - 1, min(n_queries, len(queries))).round().astype(int)]
-    distances = (embeddings**2).sum(1) - 2 * embeddings[queries] @ embeddings.T  # squared, less the query's own norm
-    distances[np.arange(len(queries)), queries] = np.inf
+    queries = gallery = np.arange(len(images.labels))
     if images.is_query is not None:
-        distances[:, images.is_query] = np.inf
-    neighbours = np.argsort(distances, axis=1, kind="stable")[:, : min(n_neighbours, n_gallery)]
+        queries, gallery = np.flatnonzero(images.is_query), np.flatnonzero(~images.is_query)
+    queries = queries[np.linspace(0, len(queries) - 1, min(n_queries, len(queries))).round().astype(int)]
+    # squared, less the query's own norm
+    distances = (embeddings[gallery] ** 2).sum(1) - 2 * embeddings[queries] @ embeddings[gallery].T
+    distances[queries[:, None] == gallery] = np.inf
+    neighbours = gallery[np.argsort(distances, axis=1, kind="stable")[:, :n_neighbours]]
     rows = []
     for query, found in zip(queries, neighbours, strict=True):
-        rows.append([read_tile(images, query, "query")])
-        for index in found:
-            kind = "same" if images.labels[index] == images.labels[query] else "other"
-            rows[-1].append(read_tile(images, index, kind))
+        kinds = ["same" if images.labels[index] == images.labels[query] else "other" for index in found]
+        tiles = [read_tile(images, index, kind) for index, kind in zip(found, kinds) if index != query]
+        rows.append([read_tile(images, query, "query"), *tiles])
     legend = "left: query;  ✓ solid: of its class;  ✗ dashed: of another class"
     draw_sheet(path, [title, legend], [""] * len(rows), rows)
 
@@ -117,20 +116,21 @@ def largest_share(levels: np.ndarray) -> float:
 
 
 def read_tile(images: ImageSet, index: int, kind: str) -> Tile:
-    """Return the tile of an image, its class as the caption."""
-    return Tile(images.read(index).permute(1, 2, 0).numpy(), images.class_names[images.labels[index]], kind)
+    """Return the tile of an image, its class as the caption: one line that fits below it, in characters that exist."""
+    name = " ".join(images.class_names[images.labels[index]].encode(errors="replace").decode().split())
+    return Tile(images.read(index).permute(1, 2, 0).numpy(), shortened(name, 16), kind)
 
 
 def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> None:
     """Draw rows of tiles as a PNG, each row behind its heading of one line or several. lines: text above all rows."""
     step, row_height = TILE + 18, TILE + 36
-    heading_width = max(text_width(line, 13) for heading in headings for line in heading.split("\n"))
+    heading_width = max(sheet_font(13).getlength(line) for heading in headings for line in heading.split("\n"))
     left, top = EDGE + (heading_width + EDGE if heading_width else 0), EDGE + LINE * len(lines)
-    width = max(left + step * max(map(len, rows)), max(text_width(line, 17) for line in lines) + 2 * EDGE)
+    width = max(left + step * max(map(len, rows)), max(map(sheet_font(17).getlength, lines)) + 2 * EDGE)
     sheet = Image.new("RGB", (int(width), top + row_height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
-        pen.text((EDGE, EDGE / 2 + LINE * i), drawable(line), "black", sheet_font(17))
+        pen.text((EDGE, EDGE / 2 + LINE * i), line, "black", sheet_font(17))
     for i, (heading, row) in enumerate(zip(headings, rows, strict=True)):
         y = top + row_height * i
         pen.multiline_text((EDGE, y + TILE // 2), heading, "black", sheet_font(13), anchor="lm", spacing=6)
@@ -155,31 +155,10 @@ def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile
         pen.rectangle((x, y, x + 24, y + 24), colour)
         pen.text((x + 12, y + 12), mark, "white", sheet_font(19), anchor="mm")
     text_colour = "black" if tile.kind == "plain" else colour
-    caption = fitted(tile.caption, TILE + 12)
-    pen.text((x + TILE // 2, y + TILE + 15), caption, text_colour, sheet_font(13), anchor="mm")
+    pen.text((x + TILE // 2, y + TILE + 15), tile.caption, text_colour, sheet_font(13), anchor="mm")
 
 
 @functools.cache
 def sheet_font(size: int) -> ImageFont.FreeTypeFont:
     """Return the font of contact sheets, which Matplotlib brings."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
-
-
-def text_width(line: str, size: int) -> float:
-    """Return the width of a line of text in pixels."""
-    return sheet_font(size).getlength(drawable(line))
-
-
-def fitted(name: str, width: float) -> str:
-    """Return a caption as one line, cut to a width in pixels."""
-    name = " ".join(drawable(name).split())
-    if text_width(name, 13) <= width:
-        return name
-    while name and text_width(f"{name}…", 13) > width:
-        name = name[:-1]
-    return f"{name}…"
-
-
-def drawable(text: str) -> str:
-    """Return a text without what no font can draw: half characters of names that are not UTF-8."""
-    return text.encode("utf-8", "replace").decode()

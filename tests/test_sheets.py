@@ -1,7 +1,6 @@
 """Contact sheets: which images they show, where, and in which frames."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from data.images import ImageSet
@@ -58,7 +57,7 @@ def test_mined_clusters_have_a_row_each_and_say_what_they_are(tmp_path):
     images = grey_images([0, 1, 1, 2, 0, 0, 3], ["a", "b", "c", "d"], factors={"light": np.arange(N) % 2})
     mined, distances = np.array([7, 7, 7, 7, 2, 2, 5]), np.array([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.0])
     sheets.draw_clusters(tmp_path / "sheet.png", "run", 4, images, mined, distances)
-    width = max(sheets.text_width(line, 13) for line in ("cluster 7", "100 % alike in"))
+    width = max(sheets.sheet_font(13).getlength(line) for line in ("cluster 7", "100 % alike in"))
     left = int(2 * sheets.EDGE + width)
     assert tiles(tmp_path / "sheet.png", left) == [
         [("plain", 1), ("plain", 0), ("plain", 3)], [("plain", 5)], [("plain", 6)]
@@ -88,14 +87,16 @@ def test_of_many_clusters_the_largest_middle_and_smallest_are_shown():
     assert [int(caption.split()[1]) for caption, _ in shown] == [19, 18, 17, 12, 11, 10, 9, 3, 2, 1]
 
 
-def test_sheets_take_any_name(tmp_path):
-    tile = sheets.Tile(np.zeros((5, 9, 3), dtype=np.uint8), "two\nlines, \udcff and very long indeed", "other")
-    sheets.draw_sheet(tmp_path / "sheet.png", ["title \udcff"], ["a\nb"], [[tile, tile]])
+def test_captions_are_one_line_that_fits_whatever_the_name(tmp_path):
+    images = grey_images([0] * N, ["two\nlines, \udcff and very long indeed"])
+    tile = sheets.read_tile(images, 0, "other")
+    assert tile.caption == "two lines, ? an…"
+    sheets.draw_sheet(tmp_path / "sheet.png", ["title"], ["a\nb"], [[tile, tile]])
     Image.open(tmp_path / "sheet.png").verify()
 
 
-@pytest.mark.parametrize(("width", "is_cut"), [(400, False), (100, True), (20, True)])
-def test_captions_fit_below_their_image(width, is_cut):
-    fitted = sheets.fitted("a very  long\nname of a class", width)
-    assert fitted.endswith("…") if is_cut else fitted == "a very long name of a class"
-    assert sheets.text_width(fitted, 13) <= width
+def test_a_small_set_shows_no_image_as_its_own_neighbour(tmp_path):
+    sheets.draw_recoveries(
+        tmp_path / "sheet.png", grey_images([0] * N, ["a"]), np.arange(N, dtype=np.float32)[:, None], "", 1, N
+    )
+    assert sorted(grey for _, grey in tiles(tmp_path / "sheet.png")[0]) == list(range(N))

@@ -101,7 +101,11 @@ def read_image(path: str) -> torch.Tensor:
         with contextlib.suppress(RuntimeError, UnicodeEncodeError):
             return decode_jpeg(read_file(path), ImageReadMode.RGB)
     with opened_image(path) as image:
-        return torch.from_numpy(np.array(with_8_bits(image).convert("RGB"))).permute(2, 0, 1)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip 16 bits of grey
+        elif image.mode in ("I", "F"):
+            raise ValueError("32 bits per channel, whose black and white are not known: save it with 8 or 16")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path: str) -> tuple[int, int]:
@@ -118,18 +122,6 @@ def opened_image(path: str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
-
-
-def with_8_bits(image: Image.Image) -> Image.Image:
-    """Return grey of 16 bits as 8 bits, which convert() would clip; other images as they are.
-
-    Raises ValueError for floats and integers of 32 bits, whose black and white are not known.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits per channel, save it with 8 or 16")
-    return image
 
 
 def file_status(path: str) -> os.stat_result:

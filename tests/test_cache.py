@@ -88,12 +88,12 @@ def test_a_changed_image_rebuilds_the_same_file_and_no_other(class_folders, imag
     write_class_folders(class_folders / "more")
     for name in ("tiny", "more"):
         first = build(datasets.load_dataset(name, class_folders)[0], tmp_path / "cache")
-    before = {path.name: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert len(before) == 4
     os.replace(images.names[0], images.names[3])
     changed = replace(images, names=images.names[1:], labels=images.labels[1:])
     rebuilt = build(changed, tmp_path / "cache")
-    after = {path.name: path.stat().st_ino for path in (tmp_path / "cache").iterdir()}
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
     assert set(after) == set(before)
     assert sum(after[name] != before[name] for name in after) == 2
     assert_same_pixels(rebuilt, changed)

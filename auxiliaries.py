@@ -89,8 +89,8 @@ def n_cores() -> int:
 
 
 def n_workers(wanted: int) -> int:
-    """Return how many loader workers this process starts: as many as wanted, but at most one per CPU core it has."""
-    return min(wanted, max(n_cores() // processes.local(), 1))
+    """Return how many loader workers this process starts: its share of those wanted, which are one per core at most."""
+    return max(min(wanted, n_cores()) // processes.local(), min(wanted, 1))
 
 
 def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -98,10 +98,8 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
 
     points: (N, D), made float32. n_clusters: at most N.
     Returns labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the
-    points to their centres, whose sum is the inertia. Raises ValueError for more clusters than points.
+    points to their centres, whose sum is the inertia.
     """
-    if n_clusters > len(points):
-        raise ValueError(f"{n_clusters} clusters for {len(points)} points")
     points = np.ascontiguousarray(points, dtype=np.float32)
     clustering = faiss.Kmeans(
         points.shape[1],

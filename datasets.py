@@ -23,7 +23,7 @@ from data import readers
 from data.images import ImageSet, Splits
 from data.shapes import render_shapes
 from run import processes
-from run.errors import InputError, OneLineParser, first_few, guard_output
+from run.errors import InputError, OneLineParser, first_few, set_up_output
 
 READERS = {
     "cub200": readers.read_class_folders,
@@ -376,5 +376,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    guard_output("datasets.py", is_needed=True)
+    set_up_output()
     sys.exit(main())

@@ -528,5 +528,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    errors.guard_output("evaluate.py", is_needed=True)
+    errors.set_up_output()
     main()

@@ -109,7 +109,7 @@ def get_args_parser() -> OneLineParser:
     add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains: the "
         "backbone too, as published, or its head only, which leaves the backbone to the Class task and to the "
         "adversarial term")
-    add("--bs", type=whole(1), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
+    add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
         "batch; forced to 1 for proxynca")
     add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
@@ -525,5 +525,5 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    errors.guard_output("main.py")
+    errors.set_up_output()
     main()

@@ -9,10 +9,8 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import TextIO
 
 import torch
 from torch import distributed
@@ -24,12 +22,6 @@ from run import processes
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what is wrong, where, and what to do. Exit code 2."""
-
-    def __init__(self, message: str):
-        # The error of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message".
-        # Names of files need not be in the system's encoding.
-        message = message.strip().rsplit("InputError: ", 1)[-1]
-        super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 class StoppedError(RuntimeError):
@@ -87,12 +79,12 @@ def first_few(names: Sequence[str]) -> str:
 def stop_reason(error: BaseException) -> str | None:
     """Return why a run cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
     if isinstance(error, (InputError, StoppedError)):
-        return one_line(str(error))
+        # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
+        return one_line(str(error).rsplit("InputError: ", 1)[-1])
     if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):  # killed while it gave a batch
         return f"DataLoader worker has ended unexpectedly ({type(error).__name__})"
     if isinstance(error, OSError):
-        path = re.sub(r"\.([^/]+)\.[^./]+\.tmp$", r"\1", str(error.filename or "a file"))  # not the temporary name
-        return f"cannot read or write {path} ({error.strerror or first_line(error)})"
+        return f"cannot read or write {error.filename or 'a file or stdout'} ({error.strerror or first_line(error)})"
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
         return f"lost another process of the run ({cause})"
@@ -109,48 +101,37 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except Interrupted as error:
         end(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", 128 + error.signum)
     except Exception as error:
+        if processes.launched() > 1:  # torchrun reports it, whichever process it is of
+            get_error_handler().record_exception(error)
         reason = stop_reason(error)
-        report(error, reason)
         if reason is None:
             raise
         is_input = isinstance(error, InputError)
         end(f"{prog}: {'error' if is_input else 'stopped'}: {reason}", 2 if is_input else 1)
 
 
-def report(error: Exception, reason: str | None) -> None:
-    """Put an error into torchrun's report, whichever process it is of; one with a reason needs no traceback."""
-    if processes.launched() > 1:
-        try:
-            raise error if reason is None else StoppedError(reason) from None
-        except Exception as reported:
-            get_error_handler().record_exception(reported)
-
-
 def end(line: str, code: int) -> None:
     """Print a line and exit."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
     if processes.is_first():
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+        print(line, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader has gone, or its disk is full: Python's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def signals_stop(hint: str) -> Iterator[None]:
     """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def stop(signum: int, frame: FrameType | None) -> None:
         """Raise Interrupted. Workers that were told too may end now, which PyTorch would raise an error for."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, lambda *_: None)
-        if hasattr(signal, "setitimer") and must_not_raise(frame):
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        if must_not_raise(frame):
             signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
             signal.setitimer(signal.ITIMER_REAL, 0.02)
         else:
@@ -175,50 +156,6 @@ def must_not_raise(frame: FrameType | None) -> bool:
     return False
 
 
-class Output:
-    """stdout of a program that trains on, or ends with one line, where nothing can be printed any more.
-
-    A pipe whose reader has gone, a full disk. is_needed: what is printed is all that the program is for, so it ends.
-    """
-
-    def __init__(self, stream: TextIO, prog: str, is_needed: bool):
-        self.stream, self.prog, self.is_needed = stream, prog, is_needed
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write a text; see above."""
-        try:
-            return self.stream.write(text)
-        except OSError as error:
-            self._give_up(error)
-            return len(text)
-
-    def flush(self) -> None:
-        """Flush what was written; see above."""
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        """Send all further output nowhere, which Python's own flush at exit needs too."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        reason = f"stdout cannot be written to ({error.strerror})"
-        if self.is_needed:
-            end(f"{self.prog}: stopped: {reason}", 1)
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"{self.prog}: {reason}; the run goes on without\n")
-
-
-def guard_output(prog: str, is_needed: bool = False) -> None:
-    """Let stdout take every name and any end, and be written line by line: a killed run's output is whole in a file."""
-    is_closed = sys.stdout is None
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller: no other file is to get its number
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if is_closed and is_needed:
-        end(f"{prog}: stopped: stdout is closed", 1)
+def set_up_output() -> None:
+    """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    sys.stdout = Output(sys.stdout, prog, is_needed)

@@ -5,11 +5,9 @@
 
 import contextlib
 import io
-import itertools
 import os
 import pickle
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +36,10 @@ LOGS = {
 """The CSV files of a run folder, by the names of their rows in a checkpoint."""
 
 Row = dict[str, object]
-"""A row of a log. That of "val" and "shared" is {"Epochs", "Time", "scores": {test set: {score: value}}}."""
+"""A row of a log. That of "val" and "shared" is {"Epochs", "Time", "scores": Scores}."""
+
+Scores = Mapping[str, Mapping[str, float | None]]
+"""{test set: {score: value}}, None for what was left out."""
 
 
 def file_suffix(test_set: str) -> str:
@@ -53,11 +54,10 @@ def columns_of(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "scores"} | flat
 
 
-def scores_line(scores: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Return scores by test set as one line of text; those that were left out are not in it."""
-    return "  ".join(
-        f"{name} {value:.4f}" for name, value in columns_of({"scores": scores}).items() if value is not None
-    )
+def scores_line(scores: Scores) -> str:
+    """Return scores as one line of text; those that were left out are not in it."""
+    columns = columns_of({"scores": scores})
+    return "  ".join(f"{name} {value:.4f}" for name, value in columns.items() if value is not None)
 
 
 def best_index(rows: Sequence[Row], test_set: str, select: str) -> int:
@@ -76,44 +76,37 @@ class Run:
     that says how to go on. Of several processes, all keep the rows, and the first one writes files.
 
     folder: the wanted run folder, or the one to resume. flags: kept with the run. n_epochs: after which it is finished.
-    is_resumed: go on with the run in the folder. paper: published scores, {test set: {score: value}}. Raises InputError
-    where the run cannot be made or read, or where another process trains it.
+    is_resumed: go on with the run in the folder. paper: published scores. Raises InputError where the run cannot be
+    made or read, or where another process trains it.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        flags: Mapping[str, object],
-        n_epochs: int,
-        *,
-        is_resumed: bool = False,
-        paper: Mapping[str, Mapping[str, float]],
-    ):
+    def __init__(self, folder: Path, flags: Mapping[str, object], n_epochs: int, *, is_resumed: bool, paper: Scores):
         self.folder, self.flags, self.n_epochs, self.is_new = folder, dict(flags), n_epochs, not is_resumed
         self.paper, self.writes = paper, processes.is_first()
         self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.time(), 0
         self.rows: dict[str, list[Row]] = {name: [] for name in LOGS}
-        self.initial_scores: dict[str, dict[str, float | None]] = {}
+        self.initial_scores: Scores = {}
         self.stored: dict[str, dict] | None = None
         self.board, self.is_open = None, False
-        self.pending: list[tuple[int, Callable[[Path], Iterable[Path]]]] = []
+        self.pending: list[tuple[int, Callable[[Path], Iterable[Path] | None]]] = []
         self.stack = contextlib.ExitStack()
         if self.is_new:
             check_folder(folder)
-            return
+        else:
+            self._read_stored()
+
+    def _read_stored(self) -> None:
+        """Lock the folder, and take up flags, rows and time from last.pth.tar."""
         if self.writes:
-            self.stack.enter_context(locked(folder))
-        self.stored = stored = weights.read_checkpoint(folder, LAST)
-        self.flags = stored["flags"] | self.flags
-        if "training" not in stored:
-            raise InputError(f"{folder / LAST}: holds a network without the state of its training; nothing to resume")
-        self.epoch, seconds = stored["training"]["epoch"], stored["training"]["seconds"]
-        if len(set(processes.from_all((self.epoch, seconds)))) > 1:
-            raise InputError(f"--resume: {folder / LAST} is not the same for all processes; wait until all machines "
-                             "see its last state")  # fmt: skip
-        self.start -= seconds
-        self.stopwatch.seconds = dict(stored["training"]["spent"])
-        self.rows, self.initial_scores = stored["progress"]["rows"], stored["progress"]["initial_scores"]
+            self.stack.enter_context(locked(self.folder / ".lock", self.folder))
+        self.stored = weights.read_checkpoint(self.folder, LAST)
+        if "training" not in self.stored:
+            raise InputError(f"{self.folder / LAST}: holds a network without the state of its training")
+        training, progress = self.stored["training"], self.stored["progress"]
+        self.flags = self.stored["flags"] | self.flags
+        self.rows, self.initial_scores = progress["rows"], progress["initial_scores"]
+        self.epoch, self.stopwatch.seconds = training["epoch"], dict(training["spent"])
+        self.start -= training["seconds"]
 
     @property
     def is_finished(self) -> bool:
@@ -133,11 +126,13 @@ class Run:
         if self.is_new:
             self.folder = processes.computed_by_first(lambda: make_folder(self.folder))
             if self.writes:
-                self.stack.enter_context(locked(self.folder))
-        with contextlib.ExitStack() as stack:
-            stack.push(self)  # what stops it while files are written ends as in the block
+                self.stack.enter_context(locked(self.folder / ".lock", self.folder))
+        try:
             self._write_first_files()
-            stack.pop_all()
+        except BaseException as error:  # ends as in the block
+            self.__exit__(type(error), error, None)
+            raise
+        self.stack.enter_context(signals_stop(""))
         return self
 
     def _write_first_files(self) -> None:
@@ -154,7 +149,6 @@ class Run:
         self.is_open = True
         for step, draw in self.pending:
             self.plot(step, draw)
-        self.stack.enter_context(signals_stop(""))
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         """Let go of the folder; raise Interrupted or StoppedError with how to go on, where the run was stopped."""
@@ -171,11 +165,12 @@ class Run:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():
             return "nothing had been stored to go on with"
-        n_local, arguments = processes.local(), f"main.py --resume {shlex.quote(str(self.folder))}"
-        if processes.launched() > n_local:
-            return f"go on with the last complete epoch: torchrun as before, {arguments}"
+        n_local = processes.local()
         program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
-        return f"the last complete epoch is safe; go on with: {program} {arguments}"
+        if processes.launched() > n_local:  # on several machines
+            program = "torchrun as before,"
+        resume = f"main.py --resume {shlex.quote(str(self.folder))}"
+        return f"the last complete epoch is safe; go on with: {program} {resume}"
 
     def epochs(self) -> Iterator[int]:
         """Yield the epochs to train; each is done when the next one is asked for, or the last one is over."""
@@ -187,16 +182,17 @@ class Run:
         self.rows[name].append(row)
         if self.is_open and self.writes:
             self._write_log(name)
-            self._add_to_board(name, row)
+            if self.board:
+                self._add_to_board(name, row)
 
-    def plot(self, step: int, draw: Callable[[Path], Iterable[Path]]) -> None:
+    def plot(self, step: int, draw: Callable[[Path], Iterable[Path] | None]) -> None:
         """Let a function draw into the folder, as soon as there is one; TensorBoard gets the PNG files it returns."""
         if not self.is_open:
             self.pending.append((step, draw))
         elif self.writes:
             with self.stopwatch.measure("drawing"):
-                pictures = list(draw(self.folder))
-            for path in pictures if self.board else ():
+                pictures = draw(self.folder)
+            for path in (pictures or []) if self.board else []:
                 with Image.open(path) as picture:
                     self.board.add_image(path.stem, np.asarray(picture), step, dataformats="HWC")
 
@@ -220,8 +216,6 @@ class Run:
 
     def _add_to_board(self, name: str, row: Row) -> None:
         """Write a row to TensorBoard."""
-        if self.board is None:
-            return
         step = row["Before Epoch"] if name == "mining" else row["Epochs"]
         for column, value in columns_of(row).items():
             if value is not None and column not in ("Epochs", "Before Epoch"):
@@ -230,14 +224,7 @@ class Run:
 
     def keep_file(self, name: str, content: bytes) -> None:
         """Write a file into the folder, as soon as there is one."""
-
-        def write(folder: Path) -> list[Path]:
-            """Write the file."""
-            with replaced_file(folder / name) as file:
-                file.write(content)
-            return []
-
-        self.plot(self.epoch, write)
+        self.plot(self.epoch, lambda folder: write_file(folder / name, content))
 
     def best_indices(self) -> dict[str, int]:
         """Return which row of "val" is the best of each test set so far."""
@@ -246,11 +233,11 @@ class Run:
 
     def best_line(self) -> str:
         """Return the best Recall@1 of each test set so far as text."""
-        bests = {name: self.rows["val"][index] for name, index in self.best_indices().items()}
-        return ", ".join(
-            f"{name} {best['scores'][name]['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip()
-            for name, best in bests.items()
-        )
+        texts = []
+        for name, index in self.best_indices().items():
+            best = self.rows["val"][index]
+            texts.append(f"{name} {best['scores'][name]['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
+        return ", ".join(texts)
 
     def keep_best(self, network: torch.nn.Module, labels: Mapping[str, np.ndarray]) -> None:
         """Store the network for each test set whose best epoch the last evaluation is of.
@@ -258,14 +245,19 @@ class Run:
         On resume, an epoch that last.pth.tar does not hold is trained again and overwrites its checkpoint.
         """
         last = len(self.rows["val"]) - 1
-        for name in (name for name, index in self.best_indices().items() if index == last and self.writes):
-            path = self.folder / f"checkpoint{file_suffix(name)}.pth.tar"
-            save_checkpoint(path, network, self.flags, self._progress(labels))
+        for name, index in self.best_indices().items():
+            if index == last and self.writes:
+                self._store(f"checkpoint{file_suffix(name)}.pth.tar", network, labels)
 
-    def _progress(self, labels: Mapping[str, np.ndarray]) -> dict[str, object]:
-        """Return what every checkpoint keeps of the run so far."""
+    def _store(self, name: str, network: torch.nn.Module, labels: Mapping[str, np.ndarray], **more: object) -> None:
+        """Write a checkpoint of tensors and plain values only, see weights.read_checkpoint."""
         shared = torch.from_numpy(labels["Shared"]) if "Shared" in labels else None
-        return {"rows": self.rows, "initial_scores": self.initial_scores, "shared_labels": shared}
+        progress = {"rows": self.rows, "initial_scores": self.initial_scores, "shared_labels": shared}
+        content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
+        content |= {"flags": self.flags, "progress": progress}
+        buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
+        torch.save(content | more, buffer)
+        write_file(self.folder / name, buffer.getbuffer())
 
     def save(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray], epoch: int) -> None:
         """Store all that `restore` needs to go on with an epoch, as last.pth.tar.
@@ -279,13 +271,10 @@ class Run:
         training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
         training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
         training |= {"random": auxiliaries.random_states(network.mean.device), "contents": self.contents}
-        save_checkpoint(self.folder / LAST, network, self.flags, self._progress(labels), training)
+        self._store(LAST, network, labels, training=training)
 
     def restore(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Set the parts and all random states to what `save` stored, and return the labels with the mined ones.
-
-        Raises InputError where the checkpoint does not fit.
-        """
+        """Set parts and random states to what `save` stored; return all labels. Raises InputError where they misfit."""
         training, shared = self.stored["training"], self.stored["progress"]["shared_labels"]
         try:
             parts["network"].load_state_dict(self.stored["state_dict"])
@@ -301,10 +290,10 @@ class Run:
 
     def summarise(self) -> str:
         """Write Curr_Summary_Class.txt and return its text."""
-        lines = score_lines(self.rows["val"], self.initial_scores, self.paper)
         seconds, spent = time.time() - self.start, self.stopwatch.seconds
         parts = {**spent, "all else": max(seconds - sum(spent.values()), 0.0)}
-        lines += [
+        lines = [
+            score_table(self.rows["val"], self.initial_scores, self.paper),
             f"started from: {self.flags['started_from']}",
             f"epochs done: {self.rows['val'][-1]['Epochs'] + 1}",
             f"seconds: {seconds:.1f}",
@@ -313,165 +302,103 @@ class Run:
         ]
         text = "\n".join(lines) + "\n"
         if self.writes:
-            with replaced_file(self.folder / "Curr_Summary_Class.txt", "w") as file:
-                file.write(text)
+            write_file(self.folder / "Curr_Summary_Class.txt", text.encode())
         return text
 
 
-def score_lines(
-    rows: Sequence[Row],
-    initial: Mapping[str, Mapping[str, float | None]],
-    paper: Mapping[str, Mapping[str, float]],
-) -> list[str]:
+def score_table(rows: Sequence[Row], initial: Scores, paper: Scores) -> str:
     """Return a table of the best value of each score with its epoch, the last, that before training, and the paper's.
 
     rows: of "val", at least one. A score that was left out of all rows is left out here.
     """
-    history = [columns_of(row) for row in rows]
-    first, published = columns_of({"scores": initial}), columns_of({"scores": paper})
-    scores = [name for name in history[-1] if name not in ("Epochs", "Time")]
-    scores = [name for name in scores if any(row[name] is not None for row in history)]
-    width = max(len(name) for name in scores)
-    lines = [f"{'score':<{width}}    best  epoch    last  before training"]
-    lines[0] += "   paper  best - paper" if paper else ""
-
-    def shown(value: float | None) -> str:
-        """Return a score as text."""
-        return "     -" if value is None else f"{value:.4f}"
-
-    for name in scores:
-        best = max((row for row in history if row[name] is not None), key=lambda row: row[name])
-        line = f"{name:<{width}}  {best[name]:.4f}  {best['Epochs']:5d}  {shown(history[-1][name])}"
-        line += f"  {shown(first.get(name)):>15}"
-        if name in published:
-            line += f"  {published[name]:.4f}  {best[name] - published[name]:+12.4f}"
-        lines.append(line)
-    return lines + (["paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"] if paper else [])
+    history = pd.DataFrame([columns_of(row) for row in rows]).set_index("Epochs").drop(columns="Time")
+    history = history.astype(float).dropna(axis="columns", how="all")
+    first, published = (pd.Series(columns_of({"scores": scores}), dtype=float) for scores in (initial, paper))
+    table = pd.DataFrame({"best": history.max(), "epoch": history.idxmax(), "last": history.iloc[-1]})
+    table["before training"] = first
+    if paper:
+        table["paper"] = published
+        table["best - paper"] = table["best"] - table["paper"]
+    text = table.rename_axis(columns="score").to_string(float_format="{:.4f}".format, na_rep="-")
+    return f"{text}\npaper: MIC with margin loss, ResNet50 (arXiv 1909.11574)" if paper else text
 
 
 def check_folder(folder: Path) -> None:
     """Raise InputError where a folder could not be made, as far as that shows without making anything."""
-    try:
-        existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    except OSError as error:
-        raise InputError(f"--save_path: cannot look into {folder.parent} ({error.strerror})") from error
-    if not existing.is_dir():
-        raise InputError(f"--save_path: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--save_path: {existing} is not writable")
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"--save_path: {existing} is a file, or a folder that is not writable")
 
 
 def make_folder(wanted: Path) -> Path:
-    """Create and return a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
+    """Create and return a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    folder, counter = wanted, 0
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+        counter += 1
+        folder = wanted.with_name(f"{wanted.name}_{counter}")
 
-    Raises InputError where it cannot be created.
+
+def locked(file: Path, folder: Path) -> contextlib.AbstractContextManager:
+    """Lock a file for the run in a folder, and return a context that ends with letting go of it.
+
+    A process that has died holds no lock. Raises InputError where another process holds it.
     """
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        for counter in itertools.count():
-            folder = wanted.with_name(f"{wanted.name}_{counter}") if counter else wanted
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder
-    except OSError as error:
-        raise InputError(f"--save_path: cannot create {wanted} ({error.strerror})") from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. Raises InputError where another process trains it; a dead one has no lock."""
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
+        return filelock.FileLock(file).acquire(timeout=0)
     except filelock.Timeout as error:
         raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be locked ({error.strerror})") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
-@contextlib.contextmanager
-def name_taken(folder: Path) -> Iterator[None]:
+def name_taken(folder: Path) -> contextlib.AbstractContextManager:
     """Hold the name of a run, be there a folder of it or not. Raises InputError where another process holds it."""
     if not processes.is_first():
-        yield
-        return
+        return contextlib.nullcontext()
     check_folder(folder)
-    made = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise InputError(f"--go_on: another process trains {folder}; wait for it, or stop it first") from error
-        yield
-    finally:
-        if lock.is_locked:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-        for parent in made:
-            with contextlib.suppress(OSError):  # a run is in it
-                parent.rmdir()
+    return locked(folder.parent / f".{folder.name}.lock", folder)
 
 
 @contextlib.contextmanager
 def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that takes the place of `path` when the block ends well: readers see the old or the new one whole."""
-    encoding = None if "b" in mode else "utf-8"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, mode, encoding=encoding, newline="" if encoding else None) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
-            error.filename = str(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
         raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Write a whole file, see replaced_file."""
+    with replaced_file(path) as file:
+        file.write(content)
 
 
 def write_flags(folder: Path, flags: Mapping[str, object]) -> None:
     """Write all flags as hypa.pkl, a pickled dict of plain values, and as readable Parameter_Info.txt."""
-    with replaced_file(folder / "hypa.pkl") as file:
-        pickle.dump(dict(flags), file)
-    width = max(len(name) for name in flags)
-    with replaced_file(folder / "Parameter_Info.txt", "w") as file:
-        for name, value in flags.items():
-            shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            file.write(f"{name:<{width}}  {shown}\n")
-
-
-def save_checkpoint(
-    path: Path,
-    network: torch.nn.Module,
-    flags: Mapping[str, object],
-    progress: Mapping[str, object],
-    training: Mapping[str, object] | None = None,
-) -> None:
-    """Write tensors and plain values only, for torch.load(weights_only=True); see weights.read_checkpoint."""
-    content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
-    content |= {"flags": dict(flags), "progress": dict(progress)}
-    buffer = io.BytesIO()  # a full disk is an OSError of the file then, not whatever the archive's writer makes of it
-    torch.save(content if training is None else content | {"training": dict(training)}, buffer)
-    with replaced_file(path) as file:
-        file.write(buffer.getbuffer())
+    write_file(folder / "hypa.pkl", pickle.dumps(dict(flags)))
+    width, lines = max(map(len, flags)), []
+    for name, value in flags.items():
+        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        lines.append(f"{name:<{width}}  {shown}\n")
+    write_file(folder / "Parameter_Info.txt", "".join(lines).encode())
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads pickles of plain values (dict, list, str, numbers) and refuses everything that would run code."""
 
     def find_class(self, module: str, name: str) -> None:
-        """Refuse every class and function."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -503,7 +430,7 @@ def read_run(folder: Path) -> StoredRun:
         table = pd.read_csv(folder / LOGS["val"])
         recalls = [name for name in table if name.endswith("Recall @ 1")]
         table = table.dropna(subset=["Epochs", *recalls]).astype(float).astype({"Epochs": int})
-    except (OSError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError) as error:
         raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:
         raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
@@ -517,5 +444,5 @@ def with_scores(row: Row, test_sets: Sequence[str]) -> Row:
     for column, value in row.items():
         if column not in ("Epochs", "Time"):
             owner = next((name for name in test_sets if name and column.startswith(f"{name} ")), "")
-            scores.setdefault(owner, {})[column.removeprefix(f"{owner} " if owner else "")] = value
+            scores[owner][column.removeprefix(owner).strip()] = value
     return {"Epochs": int(row["Epochs"]), "Time": row.get("Time"), "scores": scores}

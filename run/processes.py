@@ -101,12 +101,11 @@ def from_all(value: Computed) -> list[Computed]:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Let the first process run a block, then the first of each other machine, then the rest, who find their files."""
-    turn = 0 if is_first() else 1 if local_rank() == 0 else 2
-    for _ in range(turn):
+    """Let the first process of each machine run a block, then the others, who find its files."""
+    if local_rank() > 0:
         from_all(None)
     yield
-    for _ in range(2 - turn):
+    if local_rank() == 0:
         from_all(None)
 
 
@@ -115,24 +114,14 @@ def gather_rows(rows: np.ndarray, everywhere: bool = True) -> np.ndarray | None:
 
     A process without rows may give any D. everywhere: False leaves them to the first process, and None to the others.
     """
-    if count() == 1:
-        return rows
-    shapes = from_all(rows.shape)
-    if not everywhere and not is_first():
-        if len(rows):
-            distributed.send(torch.from_numpy(rows), 0)
-        return None
-    dims = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
-    gathered = np.empty((sum(shape[0] for shape in shapes), *dims), rows.dtype)
-    parts = np.split(gathered, np.cumsum([shape[0] for shape in shapes])[:-1])
-    if len(rows):
-        parts[rank()][:] = rows
-    for number, part in enumerate(parts):
-        if len(part) and everywhere:
-            distributed.broadcast(torch.from_numpy(part), number)
-        elif len(part) and number != rank():
-            distributed.recv(torch.from_numpy(part), number)
-    return gathered
+    if everywhere or count() == 1:
+        parts = from_all(rows)
+    else:
+        parts = [None] * count() if is_first() else None
+        distributed.gather_object(rows, parts)
+        if parts is None:
+            return None
+    return np.concatenate([part for part in parts if len(part)] or [rows])
 
 
 class GatherShares(torch.autograd.Function):
@@ -170,10 +159,6 @@ def share_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
 
     They are equal but for the order in which a GPU adds up; the parameters must stay equal to the last bit.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if count() == 1 or not gradients:
-        return
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    distributed.broadcast(flat, 0)
-    for gradient, values in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(values.view_as(gradient))
+    for parameter in parameters:
+        if count() > 1 and parameter.grad is not None:
+            distributed.broadcast(parameter.grad, 0)

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several test processes on the same cores wait for each other
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in all processes that are started: they share few cores
 
 import numpy as np
 import pandas as pd

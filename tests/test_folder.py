@@ -1,6 +1,5 @@
 """A run on disk: killed and resumed, its images and flags, lock, logs, checkpoints and summary."""
 
-import json
 import os
 import pickle
 import random
@@ -30,7 +29,6 @@ from conftest import (
     write_class_folders,
 )
 
-import auxiliaries
 import evaluate
 from run import folder
 from run.errors import InputError
@@ -136,7 +134,6 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
     [
         (["--lr", "1e-3"], "--lr: a resumed run keeps its flags"),
         (["--not_pretrained"], "--not_pretrained: a resumed run keeps its flags"),
-        (["--n_epochs", "2"], "--n_epochs 2: the run has 3; give at least as many"),
         (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
     ],
 )
@@ -253,8 +250,8 @@ def test_of_two_starts_of_one_name_the_second_is_refused(whole, tmp_path):
     assert sorted(process.returncode for process in both) == [0, 2], both
     (refusal,) = [process.stderr for process in both if process.returncode == 2]
     path = tmp_path / "tiny" / "run"
-    assert refusal == f"main.py: error: --go_on: another process trains {path}; wait for it, or stop it first\n"
-    assert list((tmp_path / "tiny").iterdir()) == [path]
+    assert refusal == f"main.py: error: {path}: is being trained by another process; wait for it, or stop it first\n"
+    assert {entry.name for entry in (tmp_path / "tiny").iterdir()} == {"run", ".run.lock"}
     assert_same_run(path, whole[1])
 
 
@@ -266,17 +263,14 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     (top / "run").mkdir()  # was stopped before anything was stored: it stays as it is
     process = killed_run(named, top / "run_1", 2)
     assert process.returncode == -signal.SIGKILL
-    for flags, message in [
-        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
-        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
-    ]:
-        assert message in refused(capsys, [*named, *flags])
+    message = "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"
+    assert message in refused(capsys, [*named, "--lr", "1e-4"])
     assert run([*named, "--kernels", 1]) == top / "run_1"
     assert_same_run(top / "run_1", expected)
     capsys.readouterr()
     run(named)
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
-    assert sorted(path.name for path in top.iterdir()) == ["run", "run_1", "run_7"]
+    assert sorted(path.name for path in top.iterdir()) == [".run.lock", "run", "run_1", "run_7"]
     assert not list((top / "run").iterdir())
 
 
@@ -385,12 +379,8 @@ def test_runs_of_one_name_get_counters(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--save_path: .*/file is a file, not a folder"):
+    with pytest.raises(InputError, match="--save_path: .*/file is a file, or a folder that is not writable"):
         folder.check_folder(tmp_path / "file" / "below" / "run")
-    with pytest.raises(InputError, match="--save_path: cannot look into"):
-        folder.check_folder(tmp_path / ("x" * 300) / "run")
-    with pytest.raises(InputError, match="--save_path: cannot create"):
-        folder.make_folder(tmp_path / "file" / "run")
     folder.check_folder(tmp_path / "new" / "deeper" / "run")
     assert os.listdir(tmp_path) == ["file"]
 
@@ -436,23 +426,13 @@ def test_rows_are_columns_by_test_set_and_read_again(tmp_path):
 
 def test_summary_compares_best_and_last_with_before_training_and_the_paper():
     paper = {"Set 1": {"Recall @ 1": 0.661}}
-    lines = folder.score_lines(ROWS, {"Set 1": {"NMI": 0.1, "Recall @ 1": 0.05}}, paper)
-    assert " ".join(lines[0].split()) == "score best epoch last before training paper best - paper"
-    assert lines[1].split() == ["Set", "1", "NMI", "0.5000", "0", "0.4500", "0.1000"]
-    assert lines[2].split()[2:] == ["Recall", "@", "1", "0.6000", "2", "0.6000", "0.0500", "0.6610", "-0.0610"]
-    assert lines[-1] == "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
-    assert "paper" not in "".join(folder.score_lines(ROWS, {}, {}))
-
-
-def test_random_states_are_plain_and_restored():
-    cpu = torch.device("cpu")
-    before = auxiliaries.random_states(cpu)
-    assert json.loads(json.dumps(before["numpy"])) == list(before["numpy"])
-
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(2).tolist()
-
-    drawn = draw()
-    assert draw() != drawn
-    auxiliaries.set_random_states(before, cpu)
-    assert draw() == drawn
+    table = folder.score_table(ROWS, {"Set 1": {"NMI": 0.1, "Recall @ 1": 0.05}}, paper)
+    lines = [" ".join(line.split()) for line in table.splitlines()]
+    assert lines == [
+        "score best epoch last before training paper best - paper",
+        "Set 1 NMI 0.5000 0 0.4500 0.1000 - -",
+        "Set 1 Recall @ 1 0.6000 2 0.6000 0.0500 0.6610 -0.0610",
+        "Val Recall @ 1 0.5000 4 0.5000 - - -",
+        "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)",
+    ]
+    assert "paper" not in folder.score_table(ROWS, {}, {})

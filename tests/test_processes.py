@@ -330,13 +330,13 @@ def test_a_broken_image_in_the_share_of_another_process_is_in_torchruns_report(c
     image.write_bytes(b"no image")
     process = torchrun(flags_of(class_folders, tmp_path / "results"))
     assert process.returncode != 0
-    assert f"StoppedError: cannot decode the image {image} (" in process.stderr
+    assert f"InputError: cannot decode the image {image} (" in process.stderr
     assert len(own_lines(process.stderr)) == 1  # of the first one, which lost another
     assert not (tmp_path / "results").exists()
 
 
 def test_what_the_first_process_finds_is_told_once(runs):
-    with folder.locked(runs[1]):
+    with folder.locked(runs[1] / ".lock", runs[1]):
         process = run_in_processes(2, run, ["--resume", runs[1], "--n_epochs", 2])
     assert process.returncode != 0
     (line,) = own_lines(process.stderr)

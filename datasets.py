@@ -49,13 +49,8 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """
     if name == "shapes":
         return render_shapes()
-    root = readers.locate(name, Path(source_path))
-    if name not in READERS:
-        return readers.read_class_folders(root)
-    try:
-        return READERS[name](root)
-    except InputError as error:
-        raise InputError(f"{error}\n  get it at   {readers.PUBLISHED[name].url}") from error
+    read = READERS.get(name, readers.read_class_folders)
+    return read(readers.locate(name, Path(source_path)))
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -163,7 +163,7 @@ def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, n
         path.write_text(malformed, encoding="latin-1")
         message = message_of(name, tmp_path)
         assert message.startswith(f"{path}: expected complete rows of image_"), malformed
-        assert message.count("\n") == 1, message
+        assert "\n" not in message
     path.write_text(content)
     train, tests = datasets.load_dataset(name, tmp_path)
     victims = (tests["Set 2"] if name == "vehicle_id" else train).names[:4]
@@ -171,7 +171,7 @@ def test_list_files_that_are_missing_malformed_or_name_absent_images(tmp_path, n
         os.unlink(victim)
     message = message_of(name, tmp_path)
     assert f"{path}: 4 of " in message
-    assert ", ...\n  get it at   http" in message
+    assert message.endswith(", ...")
     assert os.path.basename(victims[0]) in message
 
 

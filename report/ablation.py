@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -105,17 +105,21 @@ def value_flags(series: str, value: str) -> list[str]:
     return [] if (series, value) == ("adversarial", "on") else [f"--{SERIES[series][0]}", value]
 
 
-def mining_flags(setup: Sequence[str]) -> dict[str, list[str]]:
-    """Return the flags of each value of the series mining. setup: the flags of the set-up, the others as in main.py.
+def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags of each value of the series mining, for the set-up of a data set with these flags.
 
     margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks.
     """
+    words = command(dataset, flags)
+    if words[0] == "bash":  # Result_Runs.sh prints the flags of the set-up
+        echoed = subprocess.run(words, env=os.environ | {"PYTHON": "echo"}, stdout=subprocess.PIPE, check=True)
+        words = os.fsdecode(echoed.stdout).split()
     parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
     parser.add_argument("--n_epochs", type=int, default=130)
     parser.add_argument("--tau", type=int, nargs="+", default=[80])
     parser.add_argument("--task_p", type=Fraction, nargs=2, default=[Fraction(1), Fraction("0.8")])
     parser.add_argument("--adv_weights", nargs="+", default=["2500"])
-    args, _ = parser.parse_known_args(setup)
+    args, _ = parser.parse_known_args(words)
     no_adversarial = ["--adv_weights", *["0"] * len(args.adv_weights)]
     margin = ["--task_p", "1", "0", *no_adversarial]
     n_epochs, *tau = (str(math.ceil(sum(args.task_p) * epoch)) for epoch in (args.n_epochs, *args.tau))
@@ -127,15 +131,6 @@ def mining_flags(setup: Sequence[str]) -> dict[str, list[str]]:
         "no_norm": ["--cluster_mode", "no_norm"],
         "shared_head": ["--shared_gradient", "head"],
     }
-
-
-def setup_flags(dataset: str, flags: Sequence[str]) -> list[str]:
-    """Return the flags of a data set's set-up that Result_Runs.sh gives to Python, the given ones last."""
-    words = command(dataset, flags)
-    if words[0] != "bash":
-        return list(flags)
-    echo = os.environ | {"PYTHON": "echo"}
-    return subprocess.run(words, env=echo, stdout=subprocess.PIPE, check=True, text=True).stdout.split()
 
 
 def train(words: Sequence[str]) -> int:
@@ -157,14 +152,14 @@ def trained_folder(folder: Path) -> Path | None:
     return next((path for path in (folder, *counted) if (path / "last.pth.tar").exists()), None)
 
 
-def compare_series(series: str, values: Sequence[str], folders: Mapping[tuple[str, str], Path], table: str) -> None:
-    """Compare the runs of a series and replace its table and plot. folders: of the runs, by value and seed."""
+def compare_series(series: str, first: str, folders: Sequence[tuple[str, Path]], table: str) -> None:
+    """Compare the runs of a series and replace its table and plot. first: its first value. folders: values and runs."""
     shown = {"over": SERIES[series][0]}
     if series == "mining":
-        shown = {"against": next((folder for (value, _), folder in folders.items() if value == values[0]), None)}
+        shown = {"against": next((folder for value, folder in folders if value == first), None)}
         if shown["against"] is None:
-            print(f"no run of {values[0]} to compare with")
-    compare_runs(list(folders.values()), **shown, csv=f"{table}.csv", plot=f"{table}.svg")
+            print(f"no run of {first} to compare with")
+    compare_runs([folder for _, folder in folders], **shown, csv=f"{table}.csv", plot=f"{table}.svg")
     print(f"table: {table}.csv, plot: {table}.svg")
 
 
@@ -175,9 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, flags = parse_args(argv)
     os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
     table = os.path.join(args.save_path, args.dataset, args.savename)
-    mining = mining_flags(setup_flags(args.dataset, flags)) if args.series == "mining" else None
+    mining = mining_flags(args.dataset, flags) if args.series == "mining" else None
     first_seed = 0 if args.dataset in PUBLISHED else 1
-    failed, folders = [], {}
+    failed, folders = [], []
     for value in args.values:
         ablated = mining[value] if mining else value_flags(args.series, value)
         for seed in map(str, range(first_seed, first_seed + args.seeds)):
@@ -191,9 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 failed.append(f"{value}_seed{seed}")
             folder = trained_folder(Path(args.save_path, args.dataset, name))
             if folder:
-                folders[value, seed] = folder
+                folders.append((value, folder))
     if folders:
-        compare_series(args.series, args.values, folders, table)
+        compare_series(args.series, args.values[0], folders, table)
     if failed:
         sys.exit(f"{PROG}: failed: {' '.join(failed)}")
 

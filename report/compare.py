@@ -86,10 +86,11 @@ class Setting:
 
     def curve(self, test_set: str) -> pd.DataFrame:
         """Return Recall@1 of the runs that count, (epochs that all of them have scored, runs)."""
-        recalls = [
-            {row["Epochs"]: row["scores"][test_set]["Recall @ 1"] for row in run.rows} for run in self.counted.values()
-        ]
-        return pd.DataFrame(recalls).T.dropna().sort_index()
+        by_seed = {
+            seed: {row["Epochs"]: row["scores"][test_set]["Recall @ 1"] for row in run.rows}
+            for seed, run in self.counted.items()
+        }
+        return pd.DataFrame(by_seed).dropna().sort_index()
 
 
 def paper_scores(dataset: str) -> dict[str, dict[str, float]]:
@@ -118,22 +119,19 @@ def compare_runs(
     if over and not any(over in run.flags for run in runs.values()):
         raise InputError(f"--over {over}: no run has this flag")
     tables, curves, lines, points, reference_name = [], {}, {}, {}, ""
-    datasets = dict.fromkeys(run.flags["dataset"] for run in runs.values())
-    for dataset in datasets:
-        settings = settings_of([run for run in runs.values() if run.flags["dataset"] == dataset])
-        for test_set in dict.fromkeys(name for setting in settings for name in setting.test_sets):
-            scored = [setting for setting in settings if test_set in setting.test_sets]
-            base = next((setting for setting in scored if reference in setting.runs), None)
-            title = f"{dataset} {test_set}".rstrip()
-            tables.append(table_of(scored, base, dataset, test_set))
-            print(f"\n{title}\n{table_text(tables[-1])}")
-            prefix = f"{title}, " if test_set or len(datasets) > 1 else ""
-            curves |= {prefix + setting.name(): setting.curve(test_set) for setting in scored if setting.counted}
-            if over:
-                lines |= ablation_lines(scored, dataset, test_set, over, prefix)
-            if base:
-                points |= points_to_draw(scored, base, test_set, prefix)
-                reference_name = f"{dataset}, {base.name()}"
+    parts = parts_of(list(runs.values()))
+    for dataset, test_set, settings in parts:
+        base = next((setting for setting in settings if reference in setting.runs), None)
+        title = f"{dataset} {test_set}".rstrip()
+        prefix = f"{title}, " if len(parts) > 1 else ""
+        tables.append(table_of(settings, base, dataset, test_set))
+        print(f"\n{title}\n{table_text(tables[-1])}")
+        curves |= {prefix + setting.name(): setting.curve(test_set) for setting in settings if setting.counted}
+        if over:
+            lines |= ablation_lines(settings, dataset, test_set, over, prefix)
+        if base:
+            points |= points_to_draw(settings, base, test_set, prefix)
+            reference_name = f"{dataset}, {base.name()}"
     if plot and not curves:
         raise InputError(f"--plot {plot}: no run is through with its epochs")
     if against and not points:
@@ -141,12 +139,12 @@ def compare_runs(
     if csv:
         with replaced_file(Path(csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
-    over_table = ablation_table(lines)
+    ablation = ablation_table(lines)
     if over:
         print(f"\nRecall @ 1 over --{over}, mean and standard deviation over runs")
-        print(over_table.map(mean_text).to_string())
+        print(ablation.map(mean_text).to_string())
     if plot and over:
-        plots.draw_ablation(Path(plot), over, over_table)
+        plots.draw_ablation(Path(plot), over, ablation)
     elif plot and points:
         plots.draw_differences(Path(plot), points, reference_name)
     elif plot:
@@ -174,6 +172,16 @@ def run_folders(root: Path) -> list[Path]:
     if (root / "hypa.pkl").exists() or not root.is_dir():
         return [root]
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
+
+
+def parts_of(runs: Sequence[StoredRun]) -> list[tuple[str, str, list[Setting]]]:
+    """Return each data set, test set of it, and the settings scored on that."""
+    parts = []
+    for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
+        settings = settings_of([run for run in runs if run.flags["dataset"] == dataset])
+        for test_set in dict.fromkeys(name for setting in settings for name in setting.test_sets):
+            parts.append((dataset, test_set, [setting for setting in settings if test_set in setting.test_sets]))
+    return parts
 
 
 def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import math
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,20 +63,20 @@ def draw_progress(
     best: index of the best epoch in val_rows. mined_before, rate_steps: the epochs that begin with new mined labels,
     and with another learning rate. All are marked.
     """
-    names = [name for name in train_rows[0] if name.endswith("Loss") and name != "Train Loss"]
-    parts = [name for name in names if known_points(train_rows, name)]
+    losses, scores = (known_values(rows) for rows in (train_rows, val_rows))
+    parts = [name for name in losses if name.endswith("Loss") and name != "Train Loss"]
     best_epoch, best_recall = val_rows[best]["Epochs"], val_rows[best]["Recall @ 1"]
-    last = max(train_rows[-1]["Epochs"], val_rows[-1]["Epochs"])
+    last = max(losses.index[-1], scores.index[-1])
     with saved_figure(path, figsize=(12.8, 6.4)) as figure:
         grid = figure.add_gridspec(max(len(parts), 1), 1, left=0.075, right=0.41, bottom=0.16, top=0.86, hspace=0.4)
         loss_axes = [figure.add_subplot(place) for place in grid]
         for i, (axis, name) in enumerate(zip(loss_axes, parts)):
-            draw_curves(axis, train_rows, [name], first_look=i)
+            draw_curves(axis, losses[[name]], first_look=i)
             axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
             if i < len(parts) - 1:
                 axis.set_xticks([])
         score_axis = figure.add_subplot(figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)[0])
-        draw_curves(score_axis, val_rows, [name for name in val_rows[0] if name not in ("Epochs", "Time")])
+        draw_curves(score_axis, scores)
         lines = sorted(score_axis.lines, key=lambda line: -line.get_ydata()[-1])
         score_axis.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
         score_axis.set(ylim=(0, 1))
@@ -92,37 +91,34 @@ def draw_progress(
         figure.suptitle(f"{plain(title)}\n{best_text}", fontsize=12, y=0.98)
 
 
+def known_values(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the rows of a log by epoch, float, without the columns that hold no value."""
+    return pd.DataFrame(rows).set_index("Epochs").drop(columns="Time").astype(float).dropna(axis=1, how="all")
+
+
 def mark_epochs(axis: Axes, last: int, mined_before: Sequence[int], rate_steps: Sequence[int], best: int) -> list:
     """Mark epochs up to the last one, see draw_progress; return the marks that are there, for a legend."""
     axis.set_xlim(-0.7, last + 0.7)
     marks = []
-    for epochs, label, look, side in [
-        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}, -0.004),
-        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}, 0.004),
+    for epochs, label, look in [
+        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}),
+        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
     ]:
-        # Beside each other where both happen
-        places = [epoch - 0.5 + side * (last + 1) for epoch in epochs if epoch <= last + 1]
-        width, low = (1.2 if len(places) < 20 else 0.6), (0 if len(places) <= 40 else 0.96)  # many: short, at the top
-        axis.vlines(places, low, 1, **look, linewidth=width, zorder=0, transform=axis.get_xaxis_transform())
-        marks += [Line2D([], [], **look, linewidth=1.2, label=label)] if places else []
+        places = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
+        low = 0 if len(places) <= 40 else 0.96  # many would hide the curves: short ones at the top
+        axis.vlines(places, low, 1, **look, linewidth=1, zorder=0, transform=axis.get_xaxis_transform())
+        marks += [Line2D([], [], **look, linewidth=1, label=label)] if places else []
     axis.axvline(best, color="#e69f00", linewidth=5, alpha=0.3, zorder=0)
     return [*marks, Line2D([], [], **BEST_MARK, label="best epoch")]
 
 
-def draw_curves(axis: Axes, rows: Sequence[Row], names: Sequence[str], first_look: int = 0) -> None:
-    """Draw columns of the rows over their epochs, told apart by colour and marker."""
-    for i, name in enumerate(names, start=first_look):
-        points = known_points(rows, name)
-        if points:
-            look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
-            axis.plot(*zip(*points), **look, markevery=max(1, len(points) // 25), label=name)
+def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
+    """Draw the columns of a table over its index, the epochs, told apart by colour and marker; without what is NaN."""
+    for i, name in enumerate(table, start=first_look):
+        points = table[name].dropna()
+        look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
+        axis.plot(points.index, points, **look, markevery=max(1, len(points) // 25), label=name)
     format_axis(axis, 4)  # ticks take most of the time of a plot
-
-
-def known_points(rows: Sequence[Row], name: str) -> list[tuple[float, float]]:
-    """Return (epoch, value) of the rows in which a value is known."""
-    known = [row for row in rows if row[name] is not None and not math.isnan(row[name])]
-    return [(row["Epochs"], row[name]) for row in known]
 
 
 def format_axis(axis: Axes, n_values: int) -> None:

@@ -59,12 +59,7 @@ def draw_recoveries(
 
 
 def draw_clusters(
-    path: Path,
-    run_name: str,
-    before_epoch: int,
-    images: ImageSet,
-    mined: np.ndarray,
-    squared_distances: np.ndarray,
+    path: Path, run_name: str, before_epoch: int, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray
 ) -> None:
     """Draw mined clusters as a PNG, see clusters_to_show. mined, squared_distances: (N,), of the training images."""
     clusters, n_clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors), len(set(mined))

@@ -184,13 +184,15 @@ def test_mining_refuses_what_it_cannot_take(series):
         assert error.count("\n") == 1
 
 
-def test_mining_knows_the_defaults_of_main():
+def test_mining_knows_the_defaults_of_main(folder):
     args = main.get_args_parser().parse_args(["--dataset", "shapes"])
     n_epochs, (tau,), steps = args.n_epochs, args.tau, sum(args.task_p)
-    values = ablation.mining_flags([])
+    values = ablation.mining_flags("own", [])
     assert values["no_adversarial"] == ["--adv_weights", *["0"] * len(args.adv_weights)]
     assert " ".join(values["margin_steps"][-4:]) == f"--n_epochs {n_epochs * steps:.0f} --tau {tau * steps:.0f}"
-    assert " ".join(ablation.mining_flags(["--n_epochs", "25"])["margin_steps"][-4:]) == "--n_epochs 45 --tau 144"
+    assert (
+        " ".join(ablation.mining_flags("own", ["--n_epochs", "25"])["margin_steps"][-4:]) == "--n_epochs 45 --tau 144"
+    )
 
 
 def test_a_series_goes_on_after_a_failure_and_stops_when_told(series):

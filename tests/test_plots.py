@@ -71,9 +71,9 @@ def test_the_legend_of_scores_is_sorted_and_beside_the_curves(tmp_path):
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_scores_of_some_epochs_only_are_drawn(missing):
-    rows = [{"Epochs": i, "NMI": 0.9 if i % 10 == 9 else missing, "F1": missing} for i in range(100)]
+    rows = [{"Epochs": i, "Time": 1, "NMI": 0.9 if i % 10 == 9 else missing, "F1": missing} for i in range(100)]
     axis = Figure().subplots()
-    plots.draw_curves(axis, rows, ["NMI", "F1"])
+    plots.draw_curves(axis, plots.known_values(rows))
     (line,) = axis.lines
     assert line.get_label() == "NMI"
     assert line.get_xdata().tolist() == list(range(9, 100, 10))

@@ -54,14 +54,13 @@ def pick_device(gpu: int) -> torch.device:
     Of several processes on a machine each takes its own GPU, from `gpu` on. Raises InputError for a GPU that does not
     exist.
     """
-    n_local = processes.local()
     among = f", in {processes.launched()} processes" if processes.launched() > 1 else ""
     if not torch.cuda.is_available():
         print(f"device: CPU (no CUDA GPU found){among}")
         return torch.device("cpu")
-    if not 0 <= gpu <= torch.cuda.device_count() - n_local:
-        wanted = f"--gpu {gpu}" + (f" with {n_local} processes on this machine" if n_local > 1 else "")
-        raise InputError(f"{wanted}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0")
+    n_gpus = torch.cuda.device_count()
+    if not 0 <= gpu <= n_gpus - processes.local():
+        raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
     torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
     print(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")

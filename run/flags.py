@@ -22,7 +22,6 @@ PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr",
 """Flags with a value for the Class and one for the Shared task."""
 
 K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
-NOT_KEPT = ("resume", "go_on")
 RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
 """Flags that may be given anew when a run is resumed, as they change no result."""
 
@@ -115,8 +114,6 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
         value = getattr(args, flag)
         if value == ".." or Path(value).name != value:
             parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
-    if not args.dataset:
-        parser.error("--dataset '': give the name of a data set")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -132,10 +129,8 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
     if len(set(args.adversarial)) != len(args.adversarial):
         parser.error(f"--adversarial {shown(args.adversarial)}: name each direction once")
     if len(args.adv_weights) != len(args.adversarial):
-        parser.error(
-            f"--adv_weights {shown(args.adv_weights)}: takes one weight per direction of --adversarial "
-            f"({shown(args.adversarial)})"
-        )
+        given, directions = shown(args.adv_weights), shown(args.adversarial)
+        parser.error(f"--adv_weights {given}: takes one weight per direction of --adversarial ({directions})")
 
 
 def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -194,7 +189,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def kept(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag not in NOT_KEPT}
+    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
 
 
 def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:

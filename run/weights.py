@@ -49,15 +49,11 @@ def read_file(path: str | Path, source: str) -> object:
         raise InputError(f"{source}: reading it needs a package: pip install safetensors") from error
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
         pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
+        kind = type(error).__name__
+        reason = f"cannot be read ({kind}); it is damaged or truncated, or was not written by torch.save"
         if pickled:
-            raise InputError(
-                f"{source}: holds a pickled object ({pickled[1][:80]}), which could run code when loaded; "
-                "store tensors and plain values only"
-            ) from error
-        raise InputError(
-            f"{source}: cannot be read ({type(error).__name__}); it is damaged or truncated, or was not written by "
-            "torch.save"
-        ) from error
+            reason = f"holds a pickled object ({pickled[1][:80]}), which could run code when loaded; store tensors only"
+        raise InputError(f"{source}: {reason}") from error
 
 
 def is_state_dict(value: object) -> bool:

@@ -23,7 +23,7 @@ from data import readers
 from data.images import ImageSet, Splits
 from data.shapes import render_shapes
 from run import processes
-from run.errors import InputError, OneLineParser, first_few, set_up_output
+from run.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
 
 READERS = {
     "cub200": readers.read_class_folders,
@@ -372,4 +372,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     set_up_output()
-    sys.exit(main())
+    with one_line_errors("datasets.py"):
+        sys.exit(main())

@@ -338,7 +338,7 @@ def ablation_lines(
 
     def describe(run: StoredRun, *left_out: str) -> dict[str, str]:
         """Return what a run's line is for: its other flags, and the Class task's value of this one."""
-        of_class = {f"{flag} of Class": shown(run.flags[flag][0])} if flag in PAIRS else {}
+        of_class = {f"{flag} of Class": shown(run.flags[flag][0])} if flag in PAIRS and flag in run.flags else {}
         return described(run, (flag, *left_out)) | of_class
 
     runs = [run for setting in settings for run in setting.counted.values()]

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,8 +135,8 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
     looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "_")}
     labels = {"Class": "from the Class embedding", "Shared": "from the Shared embedding", "": "by chance"}
     epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
-    n_lines = -(-len(kinds) // 3) if len(kinds) > 2 else 1
-    n_columns = -(-len(kinds) // n_lines)
+    n_lines = math.ceil(len(kinds) / 3)
+    n_columns = math.ceil(len(kinds) / n_lines)
     with saved_figure(path, figsize=(0.6 + 3.9 * n_columns, 1.1 + 3.0 * n_lines), layout="constrained") as figure:
         figure.suptitle(plain(title), fontsize=12)
         axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
@@ -191,8 +192,9 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
             look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
             recalls = list(table[name].dropna())
             draw_means(axis, places, recalls, look, plain(name, 90))
-            dots = [(x, y) for x, values in zip(places, recalls) if len(values) > 1 for y in values]
-            axis.scatter(*zip(*dots), s=12, color=look["color"], alpha=0.6, zorder=3) if dots else None
+            for place, values in zip(places, recalls):
+                if len(values) > 1:
+                    axis.scatter([place] * len(values), values, s=12, color=look["color"], alpha=0.6, zorder=3)
         axis.set_xticks(range(len(table)), table.index)
         axis.set(xlabel=f"--{flag}", ylabel="Recall @ 1 on the test classes")
         axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)

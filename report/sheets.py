@@ -75,7 +75,6 @@ def clusters_to_show(
     squared_distances: np.ndarray,
     labels: np.ndarray,
     factors: Mapping[str, np.ndarray],
-    n_rows: int = 10,
     n_images: int = 8,
 ) -> list[tuple[str, np.ndarray]]:
     """Return caption and images of clusters, largest first: all, or of many the largest, middle and smallest ones.
@@ -83,14 +82,13 @@ def clusters_to_show(
     Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
     number of classes, and where there are factors the one that most images have in common beyond what is so in all.
     clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
-    (N,) int levels. Returns (caption, indices (at most n_images,)) for at most n_rows clusters.
+    (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10 clusters.
     """
     sizes = np.bincount(clusters)
     ordered = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
-    if len(ordered) > n_rows:
-        n_ends = n_rows // 3
-        start = (len(ordered) - n_rows) // 2 + n_ends
-        ordered = np.concatenate([ordered[:n_ends], ordered[start : start + n_rows - 2 * n_ends], ordered[-n_ends:]])
+    if len(ordered) > 10:
+        middle = len(ordered) // 2
+        ordered = np.concatenate([ordered[:3], ordered[middle - 2 : middle + 2], ordered[-3:]])
     shown = []
     for cluster in ordered:
         members = np.flatnonzero(clusters == cluster)

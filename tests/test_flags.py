@@ -190,7 +190,7 @@ def spoil_data_set(source, name, fault):
     if fault == "list malformed":
         lines = (root / file).read_bytes().splitlines()
         (root / file).write_bytes(b"\n".join([*lines[: (line or 1) - 1], b"one"]))
-        return f"{root / file}, line {line}: expected" if line else f"{root / file}: cannot be read as the annotations"
+        return f"{root / file}: {'expected complete rows' if line else 'cannot be read as the annotations'}"
     if fault == "image missing":
         images[-1].unlink()
         return f"1 of {16 if name == 'cars196' else 12 if name == 'vehicle_id' else 8 if file[0] == 'I' else 6} listed"
@@ -213,5 +213,5 @@ def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, caps
     more = ("--dataset", name, "--bs", 4, "--shared_num_classes", 2)
     error = refused(capsys, small_flags(tmp_path / "source", tmp_path / "results", *more))
     assert message in error
-    assert ("get it at http" in error) == (fault != "image broken")
+    assert ("get it at http" in error) == (fault in ("folder missing", "one level off"))
     assert not (tmp_path / "results").exists()

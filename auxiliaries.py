@@ -67,19 +67,21 @@ def pick_device(gpu: int) -> torch.device:
     return device
 
 
-def set_tf32(enabled: bool, device: torch.device) -> None:
+def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
 
-    Raises InputError where the device has no TF32.
+    Says where the device is a CPU that runs bfloat16 slower than float32. Raises InputError where it has no TF32.
     """
-    if enabled and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+    if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
+        print(f"warning: --amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
+    if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise InputError(
             "--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out, or "
             "resume a run that has it on such a GPU"
         )
     # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
-    torch.backends.cuda.matmul.allow_tf32 = enabled
-    torch.backends.cudnn.allow_tf32 = enabled
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def n_cores() -> int:

@@ -374,7 +374,7 @@ def embed(
         pin_memory=device.type == "cuda",
     )
     auxiliaries.set_seeds(flags["seed"])
-    auxiliaries.set_tf32(flags["tf32"] and device.type == "cuda", device)
+    auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
     network = netlib.load(checkpoint).to(device)
     bar = tqdm(loader, desc="embedding", unit="batch", leave=False, disable=None)
     return extract_features(network, bar, [embedding], flags["amp"])[embedding]

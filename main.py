@@ -439,7 +439,7 @@ def train(args: argparse.Namespace) -> Path:
     """Assemble all parts, start or resume the run, train it to its end, and return the run folder."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
-    auxiliaries.set_tf32(args.tf32, device)
+    auxiliaries.set_precision(device, args.tf32, args.amp)
     run = Run(
         Path(args.resume or flags.run_folder(args)),
         flags.kept(args),
@@ -510,6 +510,8 @@ def train(args: argparse.Namespace) -> Path:
             scheduler.step()
             run.save(parts, labels, epoch + 1)
     print(run.summarise(), end="")
+    if args.dataset == "shapes" and "Shared" in labels:
+        print(report.lesson(run.rows, run.initial_scores, run.folder))
     return run.folder
 
 

@@ -249,7 +249,7 @@ def built(build: Callable[[], Ours | Bare], device: torch.device) -> tuple[Ours 
 
 def compare(setting: str, argv: list[str], device: torch.device, n_steps: int, n_rounds: int) -> str:
     """Print the row of a setting and return its profile as a line."""
-    auxiliaries.set_tf32("--tf32" in argv, device)
+    auxiliaries.set_precision(device, "--tf32" in argv, "none")
     contenders, memory = {}, {}
     contenders["ours"], memory["ours"] = built(lambda: Ours(argv, device), device)
     for name, memory_format in BARE.items():

@@ -48,3 +48,21 @@ def plotted_scores(row: Mapping, test_set: str) -> dict[str, object]:
     held_out = row["scores"].get(VALIDATION)
     first = {f"{VALIDATION} Recall @ 1": held_out["Recall @ 1"]} if held_out else {}
     return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **row["scores"][test_set]}
+
+
+def lesson(rows: Mapping[str, Sequence[Mapping]], initial: Mapping[str, Mapping[str, float]], folder: Path) -> str:
+    """Return the three lines that the demo ends with: what was learned, what to look at, what to try next.
+
+    rows: of each log; factors are known. initial: scores before training, {test set: {score: value}}.
+    """
+    before, after = (scores[""]["Recall @ 1"] for scores in (initial, rows["val"][-1]["scores"]))
+    mined = {name.removeprefix("NMI "): value for name, value in rows["mining"][-1].items() if name.startswith("NMI ")}
+    of_class = mined.pop("class")
+    factor = max(mined, key=mined.get)
+    return (
+        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; the mined labels match "
+        f"the {factor} (NMI {mined[factor]:.2f}), not the class ({of_class:.2f})\n"
+        f"look at: {folder / 'mined_clusters.png'}; what the images of a row share is what was mined\n"
+        "try next: bash Result_Runs.sh demo --task_p 1 0 --adv_weights 0 (the same without mining), then "
+        f"python evaluate.py --compare {folder.parent}"
+    )

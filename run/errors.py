@@ -158,4 +158,6 @@ def must_not_raise(frame: FrameType | None) -> bool:
 
 def set_up_output() -> None:
     """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

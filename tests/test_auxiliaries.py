@@ -59,8 +59,8 @@ def test_device_is_the_one_asked_for(capsys):
 
 def test_tf32_needs_a_gpu_that_has_it():
     with pytest.raises(InputError, match="--tf32: needs an NVIDIA GPU"):
-        auxiliaries.set_tf32(True, CPU)
-    auxiliaries.set_tf32(False, CPU)
+        auxiliaries.set_precision(CPU, True, "none")
+    auxiliaries.set_precision(CPU, False, "none")
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
 

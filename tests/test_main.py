@@ -355,7 +355,7 @@ def test_known_factors_are_read_from_the_class_embedding_of_a_plain_baseline_too
     flags = ("--task_p", 1, 0, "--adv_weights", 0, "--n_epochs", 1)
     probe = read_logs(run(small_flags(tmp_path, tmp_path / "results", *flags)))["log_probe.csv"]
     columns = ["Class from Class", "light from Class", "Class by chance", "light by chance"]
-    assert list(probe) == ["Epochs", "Time", *columns, *(f"Test {column}" for column in columns)]
+    assert list(probe) == ["Epochs", *columns, *(f"Test {column}" for column in columns)]
 
 
 @pytest.mark.parametrize(("directions", "trains_backbone"), [((0,), False), ((500,), True)])

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import pandas as pd  # noqa: E402
 from conftest import assert_same_run, epochs_logged  # noqa: E402
 
-FLAGS = "--arch googlenet --not_pretrained --img_size 32 --bs 56 --lr 1e-3 --amp bf16 --kernels 1 "
+FLAGS = "--arch googlenet --not_pretrained --img_size 32 --bs 56 --lr 1e-3 --kernels 1 "
 FLAGS += "--shared_num_classes 8 --cluster_update_freq 1 --adv_weights 100"
 
 

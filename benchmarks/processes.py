@@ -1,6 +1,6 @@
 """Cost of several processes: main.py with 2 processes of 1 thread against 1 process of 2 threads, on the CPU.
 
-    python benchmarks/processes.py [--rounds 3] [--epochs 3] [--arch resnet50] [--img_size 64] [--bs 56]
+    python benchmarks/processes.py [--rounds 3] [--epochs 3] [--arch resnet50] [--img_size 64] [--bs 56] [--amp none]
 
 Both train the built-in data set with the same global batch, in turn, and are timed by their own log_train_Class.csv
 without its first epoch. Prints images per second and the overhead of the two processes in percent, with BatchNorm
@@ -45,12 +45,13 @@ def main() -> None:
     parser.add_argument("--arch", default="resnet50", help="as for main.py")
     parser.add_argument("--img_size", type=int, default=64, help="as for main.py")
     parser.add_argument("--bs", type=int, default=56, help="as for main.py")
+    parser.add_argument("--amp", default="none", help="as for main.py")
     args = parser.parse_args()
-    flags = ["--not_pretrained", "--bn", "frozen", "--amp", "bf16", "--task_p", "1", "1", "--shared_num_classes", "8"]
+    flags = ["--not_pretrained", "--bn", "frozen", "--task_p", "1", "1", "--shared_num_classes", "8"]
     flags += ["--kernels", "0", "--lr", "1e-4", "--n_epochs", str(args.epochs), "--eval_every", str(args.epochs)]
-    for flag in ("dataset", "source_path", "arch", "img_size", "bs"):
+    for flag in ("dataset", "source_path", "arch", "img_size", "bs", "amp"):
         flags += [f"--{flag}", str(getattr(args, flag))]
-    print(f"{args.arch}, {args.img_size} px, bs {args.bs}, bf16, {args.rounds} rounds, images/s of both tasks' steps")
+    print(f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds, images/s of both tasks' steps")
     print(f"{'BatchNorm':<10}{'1 x 2 threads':>15}{'2 x 1 thread':>15}{'overhead %':>12}   of each round")
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):

@@ -51,7 +51,9 @@ def main() -> None:
     flags += ["--kernels", "0", "--lr", "1e-4", "--n_epochs", str(args.epochs), "--eval_every", str(args.epochs)]
     for flag in ("dataset", "source_path", "arch", "img_size", "bs", "amp"):
         flags += [f"--{flag}", str(getattr(args, flag))]
-    print(f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds, images/s of both tasks' steps")
+    print(
+        f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds, images/s of both tasks' steps"
+    )
     print(f"{'BatchNorm':<10}{'1 x 2 threads':>15}{'2 x 1 thread':>15}{'overhead %':>12}   of each round")
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):

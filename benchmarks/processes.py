@@ -52,7 +52,7 @@ def main() -> None:
     for flag in ("dataset", "source_path", "arch", "img_size", "bs", "amp"):
         flags += [f"--{flag}", str(getattr(args, flag))]
     print(
-        f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds, images/s of both tasks' steps"
+        f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds: images/s of both tasks"
     )
     print(f"{'BatchNorm':<10}{'1 x 2 threads':>15}{'2 x 1 thread':>15}{'overhead %':>12}   of each round")
     rates: dict[int, list[float]] = {1: [], 2: []}

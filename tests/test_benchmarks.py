@@ -87,3 +87,15 @@ def test_training(tmp_path):
     assert len(row) == 9  # the last three are GB of a GPU
     assert sum(map(float, profile[1:])) == pytest.approx(100, abs=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_factor_curves(tmp_path):
+    for setting, recall in (("a_1", 0.5), ("a_2", 0.7), ("b_1", 0.6)):
+        (tmp_path / setting).mkdir()
+        (tmp_path / setting / "log_val_Class.csv").write_text(f"Epochs,Recall @ 1\n0,{recall}\n1,{recall + 0.1}\n")
+        columns = "Epochs,light from Class,Test light from Class"
+        (tmp_path / setting / "log_probe.csv").write_text(f"{columns}\n0,0.3,0.4\n1,0.2,0.3\n")
+    printed(tmp_path, "factor_curves.py", "plot.svg", "light", "a=a_*", "b=b_*")
+    text = (tmp_path / "plot.svg").read_text()
+    for words in ("a (2 runs)", "b (1 runs)", "Recall @ 1 on the test classes", "light from Class, test images"):
+        assert words in text

@@ -2,8 +2,8 @@
 
     python benchmarks/factor_curves.py FILE.svg FACTOR NAME=FOLDERS [NAME=FOLDERS ...]
 
-FACTOR: a column of factors.csv. FOLDERS: a pattern of the run folders of one setting, which differ in the seed only, for
-example 'mic=Training_Results/yale_faces/ablation_mining_mic_seed*'. Each panel has the mean of the runs of a setting, in
+FACTOR: a column of factors.csv. FOLDERS: a pattern of the run folders of one setting, which differ in the seed only,
+for example 'mic=Training_Results/faces/ablation_mining_mic_seed*'. Each panel has the mean of the runs of a setting, in
 a band of one standard deviation. The factor is read as in log_probe.csv, on training and on test images.
 """
 

@@ -367,6 +367,8 @@ def embed(
     embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError, DivergedError.
     """
     flags = weights.read_checkpoint(checkpoint)["flags"]
+    if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
+        print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
         datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
         batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
@@ -386,11 +388,12 @@ def embed_folder(args: argparse.Namespace) -> None:
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
     root = Path(args.embed)
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in readers.IMAGES and not path.is_dir()]
-    paths = [str(path) for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts)]
+    paths, others = readers.images_below(root)
+    if others:
+        print(f"skipped {len(others)} other files: {errors.first_few(others)}")
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
-    (checkpoint,) = checkpoints_of(Path(args.run[0]), args.checkpoint)[:1]
+    checkpoint = checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     weights.read_checkpoint(checkpoint)  # what is wrong with it shows before all images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
@@ -507,8 +510,8 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {value}: there is no folder {Path(value).parent} that can be written to")
     if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
-    if args.embed is not None and (args.save_embeddings is None or args.dataset is not None):
-        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset")
+    if args.embed is not None and (args.save_embeddings is None or args.dataset or args.source_path):
+        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset or --source_path")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
 

@@ -4,6 +4,7 @@ Shapes: a batch holds B embeddings of D dimensions with B integer labels; T trip
 indices (anchor, positive, negative). Everything runs on the tensors' own device without a copy to the host.
 """
 
+import copy
 import difflib
 import inspect
 from argparse import Namespace
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.errors import InputError
+from run.errors import InputError, first_line
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8
@@ -327,12 +328,15 @@ class LibraryLoss(nn.Module):
         super().__init__()
         kind, self.proxy_lr = library_loss(name), proxy_lr
         known = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
-        batch = F.normalize(torch.ones(4, embed_size).tril(), dim=1), torch.tensor([0, 0, 1, 1])
+        wanted = {argument: known[argument] for argument in known if asks_for(kind, argument)}
+        rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
         try:
-            self.loss = kind(**{argument: known[argument] for argument in known if asks_for(kind, argument)})
-            self(*batch)
-        except (TypeError, ValueError) as error:
-            reason = str(error).replace(f"{name}.__init__() ", "")
+            self.loss = kind(**wanted)
+            trial = copy.deepcopy(self.loss)
+            for _ in range(2):  # some keep the graph of the batch before
+                trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = first_line(error).replace(f"{name}.__init__() ", "")
             raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

@@ -492,6 +492,7 @@ def train(args: argparse.Namespace) -> Path:
 
     with run:
         run.save(parts, labels, run.epoch)
+        print(f"run folder: {run.folder}")
         for epoch in run.epochs():
             began = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)

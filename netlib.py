@@ -59,6 +59,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, img_size: int):
         super().__init__()
+        imported_timm(name)
         try:
             self.layers = create_timm_model(name, img_size)
             reductions = [stage["reduction"] for stage in self.layers.feature_info]
@@ -252,6 +253,8 @@ def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple
     if not is_ours:
         unused = network.backbone.unused_weights
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
+    if isinstance(network.backbone, TimmBackbone):
+        state = with_own_grid(network.backbone.layers, state)
     random_heads = []
     for task, head in network.heads.items():
         own = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
@@ -259,6 +262,18 @@ def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple
             state = state | own
             random_heads.append(task)
     return state, random_heads if is_ours else []
+
+
+def with_own_grid(layers: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict whose position embeddings are resampled to a transformer's own grid of patches, by timm."""
+    name, own = f"{PREFIX}pos_embed", getattr(layers, "pos_embed", None)
+    if own is None or name not in state or state[name].ndim != 3 or state[name].shape == own.shape:
+        return state
+    from timm.layers import resample_abs_pos_embed
+
+    n_prefix = 0 if getattr(layers, "no_embed_class", False) else layers.num_prefix_tokens
+    grid = layers.patch_embed.grid_size
+    return state | {name: resample_abs_pos_embed(state[name], list(grid), num_prefix_tokens=n_prefix)}
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:

@@ -135,6 +135,25 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in names if is_folder[name]], [name for name in names if not is_folder[name]]
 
 
+def images_below(root: Path) -> tuple[list[str], list[str]]:
+    """Return the sorted paths of the images below a folder, in linked folders too, and of all other files.
+
+    An image has an ending of IMAGES. Hidden files and folders do not count.
+    """
+    images, others, seen = [], [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        for path in (os.path.join(folder, name) for name in files if not name.startswith(".")):
+            if os.path.isfile(path) or os.path.islink(path):  # no pipe, which would be waited for
+                (images if path.lower().endswith(IMAGES) else others).append(path)
+    return sorted(images), sorted(others)
+
+
 def read_class_folders(root: Path) -> Splits:
     """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
 
@@ -149,6 +168,11 @@ def read_class_folders(root: Path) -> Splits:
         raise InputError(f"{images}: {len(dead)} dead links: {first_few(dead)}; mend or remove them")
     factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
     train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
+    for column in factors:
+        if 1 in (len(np.unique(images.factors[column])) for images in (train, tests[""])):
+            raise InputError(
+                f"{root / 'factors.csv'}: {column} has one value in all training or all test images; leave it out"
+            )
     empty = [name for name in folders if not per_class[name]]
     note = f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}"
     return replace(train, warnings=(note,) if empty else ()), tests
@@ -158,20 +182,21 @@ def read_factors(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     """Return the known characteristics of N images, name to (N,) int64 levels; of a missing factors.csv none.
 
     Its columns: image, the path below the folder of images as in `names`, and one for each characteristic, of any text.
-    Raises InputError for a malformed file, an image without a row, a row without an image, a column of one value.
+    Raises InputError for a malformed file, an image without a row, a row without an image.
     """
     if not os.path.lexists(path):
         return {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            columns, rows = list(reader.fieldnames or []), list(reader)
+            columns, rows = list(reader.fieldnames or []), [row for row in reader if any(row.values())]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    if columns[:1] != ["image"] or len(columns) < 2 or {"class", "Class", "Mined"}.intersection(columns):
+    are_distinct = len({*columns, "class", "Class", "Mined", ""}) == len(columns) + 4
+    if columns[:1] != ["image"] or len(columns) < 2 or not are_distinct:
         raise InputError(
-            f"{path}, line 1: expected image and a column for each characteristic, none called class, Class or Mined, "
-            f"found {','.join(columns)[:80]!r}"
+            f"{path}, line 1: expected image and a column for each characteristic, none twice, without a name, or "
+            f"called class, Class or Mined; found {','.join(columns)[:80]!r}"
         )
     row_of = {row["image"]: row for row in rows}
     for odd, what in (
@@ -182,12 +207,9 @@ def read_factors(path: Path, names: list[str]) -> dict[str, np.ndarray]:
     ):
         if odd:
             raise InputError(f"{path}: {len(odd)} {what}: {first_few(odd)}")
-    factors = {}
-    for column in columns[1:]:
-        values, factors[column] = np.unique([row_of[name][column] for name in names], return_inverse=True)
-        if len(values) < 2:
-            raise InputError(f"{path}: the column {column} has one value, {str(values[0])!r}; leave it out")
-    return factors
+    return {
+        column: np.unique([row_of[name][column] for name in names], return_inverse=True)[1] for column in columns[1:]
+    }
 
 
 def split_halves(
@@ -290,7 +312,7 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
     layout |= {"sep": r"\s+", "index_col": False, "quoting": csv.QUOTE_NONE}
     try:  # names of files in another encoding are read as the disk has them
         table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{expected} ({first_line(error)})") from error
     if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None):
         raise InputError(f"{expected}, found {len(table)} rows of {' '.join(table.columns)[:80]!r}")

@@ -251,6 +251,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
             for run in setting.runs:
                 epoch, scores = scores_at(run, test_set, at)
                 own = {"run": run.folder.name, "seed": seed_of(run), "epoch": epoch, "epochs done": epochs_done(run)}
+                own["left out"] = None if setting.counted.get(seed_of(run)) is run else "yes"
                 rows.append(head | own | scores)
             summary = summary_rows(setting, base, paper, test_set, at)
             rows += [head | {"run": name} | dict(scores) for name, scores in summary.items()]

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
@@ -55,7 +56,7 @@ def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[
         except ValueError:
             value = math.nan
         if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
         return value
 
     return convert
@@ -112,7 +113,7 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuse names of data set and run that are no folder names."""
     for flag in ("dataset", "savename"):
         value = getattr(args, flag)
-        if value == ".." or Path(value).name != value:
+        if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
             parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
@@ -212,6 +213,8 @@ def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespa
     path = Path(args.resume)
     folder = path.parent if path.name == LAST else path
     stored = read_stored(folder, parser)
+    if "n_epochs" in parser.given and args.n_epochs < stored["n_epochs"]:
+        parser.error(f"--n_epochs {args.n_epochs}: the run has {stored['n_epochs']}; give at least as many")
     anew = {flag: getattr(args, flag) for flag in parser.given} | {"resume": str(folder)}
     args = argparse.Namespace(**{flag: stored.get(flag, value) for flag, value in vars(args).items()} | anew)
     check_batches(args, parser)  # the number of processes may have changed
@@ -232,6 +235,7 @@ def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Na
         return args
     was, wanted = stored[folder], kept(args)
     other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was.get(flag) != wanted[flag]]
+    other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
     if other:
         differing = " ".join(f"--{flag} {shown(was.get(flag))}" for flag in other)
         parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")

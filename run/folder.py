@@ -137,7 +137,6 @@ class Run:
 
     def _write_first_files(self) -> None:
         """Write flags, logs and pictures as they are so far."""
-        print(f"run folder: {self.folder}")
         if self.writes:
             for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
                 leftover.unlink(missing_ok=True)

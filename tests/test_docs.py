@@ -73,6 +73,13 @@ def test_every_file_of_the_repository_exists(name):
         assert list(ROOT.glob(path)) or (ROOT / f"{path}.py").exists(), path  # a module without its ending
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_file_of_an_option_exists(name):
+    for path in re.findall(r"-[rc] (\S+\.txt)", TEXTS[name]):
+        assert (ROOT / path).exists(), path
+    assert not re.search(r"[A-Z]+_[A-Z]+ minutes|_SECTION", TEXTS[name])
+
+
 def test_every_page_is_linked_and_links_back():
     linked = {target.partition("#")[0] for target in re.findall(r"\]\((docs/[^)\s]+)\)", TEXTS["README.md"])}
     assert {name for name in TEXTS if name != "README.md"} <= linked

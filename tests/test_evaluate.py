@@ -348,6 +348,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
         run(argv, evaluate)
     printed = capsys.readouterr()
     assert stop.value.code == 1
+    assert f"skipped 1 other files: {tmp_path}/mine/a/notes.txt\n" in printed.out
     assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and were left out\n")
     assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
     with np.load(tmp_path / "e.npz") as kept:

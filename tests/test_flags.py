@@ -68,6 +68,7 @@ def test_defaults_that_depend_on_other_flags():
         (["--losses", "contrastive", "triplet"], "invalid choice: 'contrastive'"),
         (["--amp", "fp8"], "invalid choice: 'fp8'"),
         (["--arch", "vgg16"], "invalid choice: 'vgg16'"),
+        (["--savename", "a" * 300], "': give a plain folder name"),
         (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
         (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),

@@ -134,6 +134,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
     [
         (["--lr", "1e-3"], "--lr: a resumed run keeps its flags"),
         (["--not_pretrained"], "--not_pretrained: a resumed run keeps its flags"),
+        (["--n_epochs", "2"], "--n_epochs 2: the run has 3; give at least as many"),
         (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
     ],
 )

@@ -134,6 +134,22 @@ def test_names_and_sizes_that_cannot_be_are_one_line(timm, class_folders, tmp_pa
     assert not (tmp_path / "results").exists()
 
 
+def test_the_grid_of_a_transformers_weights_is_brought_to_the_size_of_the_images(timm, tmp_path):
+    model = timm.create_model("test_vit")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    own = model.pos_embed.shape
+    for size in (64, 96, 160):
+        layers = build("timm/test_vit", size, tmp_path / "weights.pth").backbone.layers
+        assert layers.pos_embed.shape == (1, 1 + (size // 16) ** 2, own[2])
+        torch.testing.assert_close(layers.pos_embed[:, 0], model.pos_embed[:, 0])  # the class token's
+    torch.testing.assert_close(layers.pos_embed, model.pos_embed)  # 160 is the model's own
+
+
+def test_an_unknown_model_is_not_taken_for_a_bad_size(timm):
+    with pytest.raises(InputError, match="has no such model; near it: "):
+        build("timm/sknet", 64)
+
+
 def test_a_timm_model_without_pretrained_weights_says_so(timm):
     with pytest.raises(InputError, match="timm has no weights of it; give --weights FILE or --not_pretrained"):
         netlib.build_network("timm/test_vit4", SIZES, pretrained=True, freeze_batchnorm=True, img_size=64)
@@ -208,6 +224,8 @@ def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, c
         ("ContrastivLoss", "pytorch-metric-learning has no such loss; near it: ContrastiveLoss"),
         ("SelfSupervisedLoss", "pml/SelfSupervisedLoss: "),
         ("GenericPairLoss", "needs more than embeddings and labels (missing 1 required positional argument: 'mat"),
+        ("SmoothAPLoss", "needs more than embeddings and labels (All classes must have the same number of elements"),
+        ("DynamicSoftMarginLoss", "needs more than embeddings and labels (Trying to backward"),
         ("VICRegLoss", "needs more than embeddings and labels (labels are ref_labels are not supported"),
     ],
 )

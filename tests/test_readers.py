@@ -11,7 +11,7 @@ from scipy.io import loadmat, savemat
 
 import datasets
 from data.images import contents
-from data.readers import PUBLISHED
+from data.readers import PUBLISHED, images_below
 from run.errors import InputError
 
 LIST_FILES = {
@@ -80,6 +80,28 @@ def test_ids_are_numbers(tmp_path):
     path.write_text(path.read_text().replace("0000002", "002").replace("0000003", "000000003"))
     train, _ = datasets.load_dataset("vehicle_id", tmp_path)
     assert [os.path.basename(name) for name in train.names[1:3]] == ["0000002.jpg", "0000003.jpg"]
+
+
+@pytest.mark.parametrize("number", [2**63, 10**20, "9" * 5000])
+def test_ids_that_are_too_long_do_not_merge(tmp_path, number):
+    layouts.LAYOUTS["online_products", "readme"](tmp_path)
+    write_ids(tmp_path, 1, number)
+    message = message_of("online_products", tmp_path)
+    assert "Ebay_train.txt: expected complete rows of image_id class_id" in message
+    assert "\n" not in message
+
+
+def test_images_below_a_folder_are_found_in_linked_folders_too(tmp_path):
+    for name in ("mine/a/1.JPG", "mine/notes.txt", "mine/.hidden/2.jpg", "mine/._1.jpg", "elsewhere/b/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "mine" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine")
+    (tmp_path / "mine" / "dead.png").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "mine" / "pipe.png")
+    found, others = images_below(tmp_path / "mine")
+    assert [os.path.relpath(path, tmp_path / "mine") for path in found] == ["a/1.JPG", "dead.png", "linked/b/3.png"]
+    assert others == [str(tmp_path / "mine" / "notes.txt")]
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
@@ -282,7 +304,13 @@ def test_known_characteristics_are_read_in_any_order(tmp_path):
             "2 rows are not as long as the first: class_01/0.jpg, class_01/1.jpg",
         ),
         (lambda lines: [*lines, lines[1]], "1 images have several rows: class_00/0.jpg"),
-        (lambda lines: [line.replace("right", "left") for line in lines], "the column light has one value, 'left'"),
+        (lambda lines: [line.replace("right", "left") for line in lines], "light has one value in all training"),
+        (
+            lambda lines: [*lines[:7], *[line.replace("right", "left") for line in lines[7:]]],
+            "light has one value in all",
+        ),
+        (lambda lines: ["image,light,light", *lines[1:]], "line 1: expected image and a column"),
+        (lambda lines: ["image,light,", *lines[1:]], "line 1: expected image and a column"),
         (lambda lines: ["image", *[line.split(",")[0] for line in lines[1:]]], "line 1: expected image and a column"),
         (lambda lines: ["image,light,class", *lines[1:]], "line 1: expected image and a column"),
         (lambda lines: ["name,light,size", *lines[1:]], "line 1: expected image and a column"),

@@ -143,7 +143,7 @@ def class_ranks(
         own = values.masked_fill(~is_wanted, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
         closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, values))  # others remain
         n_wanted = is_wanted.sum(1, keepdim=True)
-        first_hits = torch.where(n_wanted[:, 0] > 0, count_rows(closeness >= own[:, :1]), torch.inf)
+        first_hits = torch.where(n_wanted[:, 0] > 0, count_at_least(closeness, own[:, :1]), torch.inf)
         others = largest_values(closeness, min(max(int(n_wanted.max()), 1), len(gallery)))
         n_own = torch.arange(1, own.shape[1] + 1, device=device)
         ranks = n_own + torch.searchsorted(-others, -own, right=True)
@@ -167,11 +167,12 @@ def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
     return torch.cat([candidates, rows[:, n_grouped:]], 1).topk(k, dim=1).values
 
 
-def count_rows(mask: Tensor) -> Tensor:
-    """Return how many values of each row of a (B, N) bool tensor are true, (B,) int64."""
-    if mask.device.type != "cpu":
-        return mask.sum(1)
-    return torch.tensor([np.count_nonzero(row) for row in mask.numpy()])  # ten times as fast as torch's sum
+def count_at_least(rows: Tensor, bounds: Tensor) -> Tensor:
+    """Return how many values of each of (B, N) rows are no less than the row's bound (B, 1); (B,) int64."""
+    if rows.device.type != "cpu":
+        return (rows >= bounds).sum(1)
+    # A row at a time stays in the processor's cache, and NumPy counts ten times as fast as torch's sum
+    return torch.tensor([np.count_nonzero(row >= bound) for row, bound in zip(rows.numpy(), bounds.numpy())])
 
 
 @contextlib.contextmanager

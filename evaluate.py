@@ -349,7 +349,7 @@ def score_run(args: argparse.Namespace) -> None:
         path = own if own in found else found[0]
         stored = weights.read_checkpoint(path)
         flags, rows = stored["flags"], stored["progress"]["rows"]
-        embeddings = embed(path, images, args.embedding, args.kernels, device)
+        embeddings = embed(path, flags, images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{f', {name}' if name else ''}")
         # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
@@ -361,13 +361,17 @@ def score_run(args: argparse.Namespace) -> None:
 
 
 def embed(
-    checkpoint: Path, images: ImageSet, embedding: str, n_workers: int | None, device: torch.device
+    checkpoint: Path,
+    flags: Mapping[str, object],
+    images: ImageSet,
+    embedding: str,
+    n_workers: int | None,
+    device: torch.device,
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError, DivergedError.
+    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError, DivergedError.
     """
-    flags = weights.read_checkpoint(checkpoint)["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
         print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
@@ -395,14 +399,15 @@ def embed_folder(args: argparse.Namespace) -> None:
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
     checkpoint = checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    weights.read_checkpoint(checkpoint)  # what is wrong with it shows before all images are decoded
+    flags = weights.read_checkpoint(checkpoint)["flags"]  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     n_broken = len(paths) - len(sound)
     print("".join(f"{reason}\n" for reason in reasons if reason), end="")
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
-        embeddings = embed(checkpoint, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
+        device = auxiliaries.pick_device(args.gpu)
+        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
         with folder.replaced_file(Path(args.save_embeddings)) as file:
             np.savez(file, embeddings=embeddings, paths=np.array(sound))
         print(f"stored {args.save_embeddings}: {len(sound)} embeddings")

@@ -393,7 +393,8 @@ def probe_epoch(
     known = {"Class": labels["Class"]} | mined | loaders.train.dataset.images.factors
     probed = loaders.probe.dataset.indices
     scores = evaluate.probe_scores(features, {name: values[probed] for name, values in known.items()})
-    for test_set, images in ((name, loader.dataset.images) for name, loader in loaders.tests.items()):
+    for test_set, loader in loaders.tests.items():
+        images = loader.dataset.images
         if images.factors:
             probed = evaluate.probe_subset(images.labels, args.seed)
             features = {task: embeddings[test_set][task][probed] for task in tasks}

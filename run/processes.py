@@ -114,7 +114,9 @@ def gather_rows(rows: np.ndarray, everywhere: bool = True) -> np.ndarray | None:
 
     A process without rows may give any D. everywhere: False leaves them to the first process, and None to the others.
     """
-    if everywhere or count() == 1:
+    if count() == 1:
+        return rows  # without a copy
+    if everywhere:
         parts = from_all(rows)
     else:
         parts = [None] * count() if is_first() else None

@@ -139,6 +139,13 @@ def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
     assert "epochs done: 1\n" in (tmp_path / "é" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
 
 
+def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
+    flags = ("--n_epochs", 1, "--task_p", 1, 0)
+    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=">&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "epochs done: 1\n" in (tmp_path / "results" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("redirection", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")]
 )

@@ -264,8 +264,11 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     (top / "run").mkdir()  # was stopped before anything was stored: it stays as it is
     process = killed_run(named, top / "run_1", 2)
     assert process.returncode == -signal.SIGKILL
-    message = "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"
-    assert message in refused(capsys, [*named, "--lr", "1e-4"])
+    for flags, message in [
+        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
+        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
+    ]:
+        assert message in refused(capsys, [*named, *flags])
     assert run([*named, "--kernels", 1]) == top / "run_1"
     assert_same_run(top / "run_1", expected)
     capsys.readouterr()

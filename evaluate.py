@@ -370,7 +370,8 @@ def embed(
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError, DivergedError.
+    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError,
+    DivergedError.
     """
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
         print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")

@@ -5,17 +5,15 @@ bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more f
 
 import argparse
 import glob
-import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 
-from report.compare import compare_runs
+from report.compare import compare_runs, of_same_steps
 from run.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
 from run.flags import whole
 
@@ -117,12 +115,12 @@ def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
     parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
     parser.add_argument("--n_epochs", type=int, default=130)
     parser.add_argument("--tau", type=int, nargs="+", default=[80])
-    parser.add_argument("--task_p", type=Fraction, nargs=2, default=[Fraction(1), Fraction("0.8")])
+    parser.add_argument("--task_p", type=float, nargs=2, default=[1.0, 0.8])
     parser.add_argument("--adv_weights", nargs="+", default=["2500"])
     args, _ = parser.parse_known_args(words)
     no_adversarial = ["--adv_weights", *["0"] * len(args.adv_weights)]
     margin = ["--task_p", "1", "0", *no_adversarial]
-    n_epochs, *tau = (str(math.ceil(sum(args.task_p) * epoch)) for epoch in (args.n_epochs, *args.tau))
+    n_epochs, *tau = map(str, of_same_steps(args.task_p, [args.n_epochs, *args.tau]))
     return {
         "margin": margin,
         "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],

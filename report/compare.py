@@ -1,7 +1,9 @@
 """Stored runs against each other and against the paper."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +56,11 @@ NO_SETTING += ("eval_shared", "tensorboard")
 class Setting:
     """Runs on a data set that differ in the seed only.
 
-    flags: those in which the settings differ, as they are typed. counted: the runs that count for means and
-    differences, by seed.
+    name: what sets it apart from the other settings. flags: those in which the settings differ, as they are typed.
+    counted: the runs that count for means and differences, by seed.
     """
 
+    name: str
     flags: dict[str, str]
     runs: list[StoredRun]
     counted: dict[str, StoredRun]
@@ -66,11 +69,6 @@ class Setting:
     def test_sets(self) -> list[str]:
         """The test sets on which the runs were scored."""
         return list(self.runs[0].rows[0]["scores"])
-
-    def name(self, base: "Setting | None" = None) -> str:
-        """Return the flags as text, without those that are as in another setting."""
-        same = base.flags.items() if base else ()
-        return ", ".join(" ".join(flag) for flag in self.flags.items() if flag not in same) or "all runs"
 
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
         """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
@@ -125,13 +123,13 @@ def compare_runs(
         title = f"{dataset} {test_set}".rstrip()
         prefix = f"{title}, " if len(parts) > 1 else ""
         tables.append(table_of(settings, base, dataset, test_set))
-        print(f"\n{title}\n{table_text(tables[-1])}")
-        curves |= {prefix + setting.name(): setting.curve(test_set) for setting in settings if setting.counted}
+        print(f"\n{title}\n{table_text(tables[-1], settings[0].flags)}")
+        curves |= {prefix + setting.name: setting.curve(test_set) for setting in settings if setting.counted}
         if over:
             lines |= ablation_lines(settings, dataset, test_set, over, prefix)
         if base:
             points |= points_to_draw(settings, base, test_set, prefix)
-            reference_name = f"{dataset}, {base.name()}"
+            reference_name = f"{dataset}, {base.name}"
     if plot and not curves:
         raise InputError(f"--plot {plot}: no run is through with its epochs")
     if against and not points:
@@ -191,7 +189,9 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     does not tell how many epochs it has is finished.
     """
     settings = []
-    for flags, members in grouped(runs, [described(run) for run in runs]):
+    groups = grouped(runs, [described(run) for run in runs])
+    names = setting_names([(flags, members[0]) for flags, members in groups])
+    for name, (flags, members) in zip(names, groups):
         counted: dict[str, StoredRun] = {}
         for run in sorted(members, key=lambda run: run.folder.name):
             done, seed = epochs_done(run), seed_of(run)
@@ -201,8 +201,56 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
                 print(f"left out of the means: {run.folder}, repeats seed {seed} of {counted[seed].folder}")
             else:
                 counted[seed] = run
-        settings.append(Setting(flags, members, counted))
+        settings.append(Setting(name, flags, members, counted))
     return settings
+
+
+def setting_names(settings: Sequence[tuple[Mapping[str, str], StoredRun]]) -> list[str]:
+    """Name settings by what differs, each given by the flags in which they differ and one of its runs.
+
+    First "MIC" or, without Shared steps and adversarial term, the loss, where both are compared; then the flags that
+    differ among these, without values that most of them share. A baseline that takes MIC's number of steps in more
+    epochs has the "same steps".
+    """
+    methods = [method_of(run.flags) for _, run in settings]
+    if len(set(methods)) == 1:
+        methods = [""] * len(settings)
+    mining = [run.flags for method, (_, run) in zip(methods, settings) if method == "MIC"]
+    as_long = [lengths(flags) for flags in mining]
+    with_same_steps = [of_same_steps(flags["task_p"], lengths(flags)) for flags in mining]
+    names = []
+    for method, (flags, run) in zip(methods, settings):
+        alike = [other for name, (other, _) in zip(methods, settings) if name == method]
+        own = {name: value for name, value in flags.items() if sum(o[name] == value for o in alike) <= len(alike) / 2}
+        words = [method] if method else []
+        if method not in ("", "MIC") and lengths(run.flags) in as_long + with_same_steps:
+            own = {name: value for name, value in own.items() if name not in ("n_epochs", "tau")}
+            words += [] if lengths(run.flags) in as_long else ["same steps"]
+        if method == "MIC" and not any(run.flags["adv_weights"]):
+            own.pop("adv_weights", None)
+            words.append("no adversarial term")
+        words += map(" ".join, own.items())
+        names.append(", ".join(words))
+    in_full = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in settings]
+    is_clear = len(set(names)) == len(names)
+    return [name or full for name, full in zip(names, in_full)] if is_clear else in_full
+
+
+def method_of(flags: Mapping[str, object]) -> str:
+    """Return "MIC", the loss of a run that neither mines nor decorrelates, or nothing where the flags do not tell."""
+    if not {"task_p", "adv_weights", "losses", "n_epochs", "tau"} <= flags.keys():
+        return ""
+    return "MIC" if flags["task_p"][-1] or any(flags["adv_weights"]) else flags["losses"][0].removesuffix("loss")
+
+
+def lengths(flags: Mapping[str, object]) -> list[int]:
+    """Return the number of epochs of a run, and the epochs of its scheduler."""
+    return [flags["n_epochs"], *flags["tau"]]
+
+
+def of_same_steps(task_p: Sequence[float], epochs: Sequence[int]) -> list[int]:
+    """Return the epochs after which the Class task alone has taken as many steps as both tasks after these."""
+    return [math.ceil(sum(Fraction(str(p)) for p in task_p) * epoch) for epoch in epochs]
 
 
 def grouped(
@@ -247,7 +295,13 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
     paper, rows = paper_scores(dataset).get(test_set, {}), []
     for setting in settings:
         for at in ("best", "last"):
-            head = {"data set": dataset, "test set": test_set, "run": "", **setting.flags, "seed": "", "at": at}
+            head = {
+                "data set": dataset,
+                "test set": test_set,
+                "setting": setting.name if setting.flags else None,
+                "run": "",
+            }
+            head |= {**setting.flags, "seed": "", "at": at}
             for run in setting.runs:
                 epoch, scores = scores_at(run, test_set, at)
                 own = {"run": run.folder.name, "seed": seed_of(run), "epoch": epoch, "epochs done": epochs_done(run)}
@@ -289,10 +343,10 @@ def mean_and_half_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     return values.mean(skipna=False), half
 
 
-def table_text(table: pd.DataFrame) -> str:
-    """Return a table as it is printed: whole epochs, scores with four digits, nothing for what is not there."""
+def table_text(table: pd.DataFrame, flags: Iterable[str]) -> str:
+    """Return a table as it is printed, without the columns of these flags: whole epochs, scores with four digits."""
     whole = dict.fromkeys(["epoch", "epochs done"], "{:.0f}".format)
-    table = table.drop(columns=["data set", "test set"])
+    table = table.drop(columns=["data set", "test set", *flags], errors="ignore")
     return table.to_string(index=False, na_rep="", formatters=whole, float_format="{:.4f}".format)
 
 
@@ -301,12 +355,11 @@ def points_to_draw(
 ) -> dict[tuple[str, str, str], tuple[np.ndarray, float]]:
     """Return the differences of the other settings to the base as plots.draw_differences draws them.
 
-    A setting is named by the flags in which it differs from the base, behind the prefix. A score that some seed lacks
-    is left out.
+    A score that some seed lacks is left out.
     """
     points = {}
     for setting in (setting for setting in settings if setting is not base):
-        name = prefix + setting.name(base)
+        name = prefix + setting.name
         for at in ("best", "last"):
             differences = setting.differences(base, test_set, at).dropna(axis=1)
             half = mean_and_half_interval(differences)[1]

@@ -29,6 +29,7 @@ from pathlib import Path
 with open(os.environ["LOG"], "a") as log:
     log.write("|".join(sys.argv[1:]) + "\\n")
 flags = {"seed": [1], "n_epochs": [1], "embed_sizes": [128, 128], "task_p": [1.0, 0.8], "adv_weights": [500.0]}
+flags |= {"tau": [80], "losses": ["marginloss", "marginloss"]}
 for word in sys.argv[1:]:
     if word.startswith("--"):
         flags[word[2:]] = values = []
@@ -152,8 +153,16 @@ def test_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(series):
     table = pd.read_csv(runs / "ablation_mining.csv")
     assert (table["run"] == "difference, mean of 2").sum() == 2 * 5  # best and last, none of margin to itself
     drawn = (runs / "ablation_mining.svg").read_text()
-    assert "Differences to shapes, n_epochs 10.0, task_p 1.0 0.0, adv_weights 0.0, " in drawn
-    assert ">task_p 1.0 0.8, adv_weights 500.0<" in drawn  # mic, by what it differs in
+    assert "Differences to shapes, margin, same seeds" in drawn
+    named = [
+        "margin, same steps",
+        "MIC",
+        "MIC, no adversarial term",
+        "MIC, cluster_mode no_norm",
+        "MIC, shared_gradient head",
+    ]
+    assert set(table["setting"]) == {"margin", *named}
+    assert [name for name in named if f">{name}<" in drawn] == named
 
 
 def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, capfd):
@@ -164,7 +173,9 @@ def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, cap
     assert (code, error) == (0, "")
     assert "--task_p 1 0 --adv_weights 0 0 --n_epochs 13 --tau 7 --seed" in " ".join(calls[0])  # 1.3 steps to 1
     assert "--adv_weights 0 0 --seed" in " ".join(calls[1])
-    assert "Differences to shapes, n_epochs 13.0, task_p 1.0 0.0, " in (runs / "ablation_mining.svg").read_text()
+    drawn = (runs / "ablation_mining.svg").read_text()
+    assert "Differences to shapes, margin, same steps, same seeds" in drawn
+    assert ">MIC, no adversarial term<" in drawn
     shutil.rmtree(runs / "ablation_mining_margin_steps_seed1")
     failing = ("ablation_mining_margin_steps_seed1", "1")
     code, error, *_ = series("mining", "shapes", *values, *directions, fails=failing)

@@ -218,19 +218,23 @@ def setting_names(settings: Sequence[tuple[Mapping[str, str], StoredRun]]) -> li
     mining = [run.flags for method, (_, run) in zip(methods, settings) if method == "MIC"]
     as_long = [lengths(flags) for flags in mining]
     with_same_steps = [of_same_steps(flags["task_p"], lengths(flags)) for flags in mining]
-    names = []
+    names, untold = [], []
     for method, (flags, run) in zip(methods, settings):
-        alike = [other for name, (other, _) in zip(methods, settings) if name == method]
-        own = {name: value for name, value in flags.items() if sum(o[name] == value for o in alike) <= len(alike) / 2}
-        words = [method] if method else []
-        if method not in ("", "MIC") and lengths(run.flags) in as_long + with_same_steps:
-            own = {name: value for name, value in own.items() if name not in ("n_epochs", "tau")}
-            words += [] if lengths(run.flags) in as_long else ["same steps"]
+        words, told = [method] if method else [], ()
         if method == "MIC" and not any(run.flags["adv_weights"]):
-            own.pop("adv_weights", None)
-            words.append("no adversarial term")
-        words += map(" ".join, own.items())
-        names.append(", ".join(words))
+            words, told = [method, "no adversarial term"], ("adv_weights",)
+        elif method not in ("", "MIC") and lengths(run.flags) in as_long:
+            told = ("n_epochs", "tau")
+        elif method not in ("", "MIC") and lengths(run.flags) in with_same_steps:
+            words, told = [method, "same steps"], ("n_epochs", "tau")
+        names.append(words)
+        untold.append({name: value for name, value in flags.items() if name not in told})
+    for method, words, own in zip(methods, names, untold):
+        for name, value in own.items():
+            values = [other[name] for kind, other in zip(methods, untold) if kind == method and name in other]
+            if values.count(value) <= len(values) / 2:
+                words.append(f"{name} {value}")
+    names = [", ".join(words) for words in names]
     in_full = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in settings]
     is_clear = len(set(names)) == len(names)
     return [name or full for name, full in zip(names, in_full)] if is_clear else in_full

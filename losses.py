@@ -8,7 +8,8 @@ import copy
 import difflib
 import inspect
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +160,8 @@ class TripletBasedLoss(nn.Module):
     sampler: maps (embeddings, labels) to (triplets, valid), see TripletSampler.
     """
 
+    needs_positives = True
+
     def __init__(self, sampler: TripletSampler):
         super().__init__()
         self.sampler = sampler
@@ -255,6 +258,7 @@ class ProxyNCALoss(nn.Module):
     """
 
     SCALE = 3.0
+    needs_positives = False
 
     def __init__(self, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()
@@ -408,39 +412,34 @@ class Objective(nn.Module):
 
 SAMPLERS = {"distance": DistanceWeightedSampler, "semihard": SemihardSampler, "random": RandomSampler}
 LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCALoss}
+"""Samplers and losses by flag name; their constructors ask by name for the values of build_loss that they need."""
 
 
-def needs_triplets(name: str) -> bool:
-    """Tell whether the loss `name` of LOSSES works on triplets, and therefore needs several images per class."""
-    return name in LOSSES and issubclass(LOSSES[name], TripletBasedLoss)
+def takes_sampler(name: str) -> bool:
+    """Tell whether the loss `name` works on triplets that a sampler picks."""
+    return name in LOSSES and "sampler" in inspect.signature(LOSSES[name]).parameters
 
 
-def build_loss(
-    name: str,
-    sampling: str,
-    *,
-    n_classes: int,
-    embed_size: int,
-    margin: float,
-    beta: float,
-    beta_lr: float,
-    nu: float,
-    proxy_lr: float,
-) -> nn.Module:
-    """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS; each takes the values it knows.
+def needs_positives(name: str) -> bool:
+    """Tell whether the loss `name` is of LOSSES and needs several images of a class in a batch."""
+    return name in LOSSES and LOSSES[name].needs_positives
 
-    A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
+
+def build_loss(name: str, sampling: str, **values: float) -> nn.Module:
+    """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS; each takes the values it asks for.
+
+    values: n_classes, embed_size, margin, beta, beta_lr, nu and proxy_lr. A name pml/NAME is a LibraryLoss, without
+    sampler. Raises KeyError for a name that the registries do not hold.
     """
+
+    def built(kind: Callable[..., nn.Module], **more: TripletSampler) -> nn.Module:
+        """Return an object of a class from the values that its constructor asks for."""
+        available = values | more
+        return kind(**{name: available[name] for name in inspect.signature(kind).parameters if name in available})
+
     if name.startswith("pml/"):
-        return LibraryLoss(name.removeprefix("pml/"), n_classes, embed_size, proxy_lr)
-    values = {
-        "marginloss": {"n_classes": n_classes, "margin": margin, "beta": beta, "beta_lr": beta_lr, "nu": nu},
-        "triplet": {"margin": margin},
-        "proxynca": {"n_classes": n_classes, "embed_size": embed_size, "proxy_lr": proxy_lr},
-    }[name]
-    if needs_triplets(name):
-        values["sampler"] = SAMPLERS[sampling](margin) if sampling == "semihard" else SAMPLERS[sampling]()
-    return LOSSES[name](**values)
+        return built(partial(LibraryLoss, name.removeprefix("pml/")))
+    return built(LOSSES[name], sampler=built(SAMPLERS[sampling])) if takes_sampler(name) else built(LOSSES[name])
 
 
 def build_objective(

@@ -187,7 +187,7 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
         print(f"{name or 'test'}: {images.describe()}")
-    for warning in warnings:
+    for warning in [*warnings, *flags.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     print(
         f"loader workers: {auxiliaries.n_workers(args.kernels)} of --kernels {args.kernels}, one at most per CPU core"
@@ -494,6 +494,8 @@ def train(args: argparse.Namespace) -> Path:
     with run:
         run.save(parts, labels, run.epoch)
         print(f"run folder: {run.folder}")
+        if not run.is_new:
+            print(f"resumed: {run.epoch} of {args.n_epochs} epochs are done")
         for epoch in run.epochs():
             began = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)

@@ -52,10 +52,11 @@ class ImageSet:
         return read_image(self.names[index])
 
     def describe(self) -> str:
-        """Return the numbers of images and classes in words, and how many classes have a single image."""
+        """Return in words how many images and classes there are, which ones, and how many have a single image."""
         n_single = int((np.bincount(self.labels) == 1).sum())
         note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
-        return f"{len(self)} images of {len(self.class_names)} classes{note}"
+        names = f"{self.class_names[0]} to {self.class_names[-1]}"
+        return f"{len(self)} images of {len(self.class_names)} classes, {names}{note}"
 
     def classes(self, first: int, stop: int) -> "ImageSet":
         """Return the images of the classes from `first` up to `stop`; their labels count from 0."""

@@ -1,6 +1,7 @@
 """Published data sets and folders of one's own read as image sets, and what is wrong where they cannot be."""
 
 import csv
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -95,6 +96,9 @@ def locate(name: str, source: Path) -> Path:
 def advise(known: Published, name: str, source: Path, present: list[Path]) -> str:
     """Return what to do about a data set that is not where it is expected. present: folders that may hold it."""
     target = source / name
+    near = [] if name in PUBLISHED or target.exists() else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
+    if near:
+        return f"is --dataset {near[0]} meant? If not, put the images in {target / 'images'}"
     if is_data_set(source, known):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for folder in present:
@@ -102,14 +106,12 @@ def advise(known: Published, name: str, source: Path, present: list[Path]) -> st
         archives = [file for file in files if file.lower().endswith(ARCHIVES)]
         if archives:
             return f"unpack {folder / archives[0]}"
-        if folder == source:  # its folders may be other data sets
-            continue
-        for child in folders:
+        for child in folders if folder != source else ():  # there they may be other data sets
             if is_data_set(folder / child, known):
                 return f"it lies one level off: rename or move {folder / child} to {target}"
         has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
         if has_images and known.layout.startswith("images/<class>"):
-            return f"move the class folders from {folder} to {target / 'images'}"
+            return f"move or link the class folders from {folder} to {target / 'images'}"
     return "give the folder that holds the data set's folder as --source_path"
 
 

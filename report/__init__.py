@@ -60,8 +60,8 @@ def lesson(rows: Mapping[str, Sequence[Mapping]], initial: Mapping[str, Mapping[
     of_class = mined.pop("class")
     factor = max(mined, key=mined.get)
     return (
-        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; NMI of mined labels "
-        f"with the {factor} {mined[factor]:.2f}, with the class {of_class:.2f}\n"
+        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; mined: the {factor} "
+        f"(NMI of the labels with it {mined[factor]:.2f}, with the class {of_class:.2f})\n"
         f"look at: {folder / 'mined_clusters.png'}; what the images of a row share is what was mined\n"
         "try next: bash Result_Runs.sh demo --task_p 1 0 --adv_weights 0 (the same without mining), then "
         f"python evaluate.py --compare {folder.parent}"

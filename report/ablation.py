@@ -158,7 +158,6 @@ def compare_series(series: str, first: str, folders: Sequence[tuple[str, Path]],
         if shown["against"] is None:
             print(f"no run of {first} to compare with")
     compare_runs([folder for _, folder in folders], **shown, csv=f"{table}.csv", plot=f"{table}.svg")
-    print(f"table: {table}.csv, plot: {table}.svg")
 
 
 @one_line_errors(PROG)

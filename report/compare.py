@@ -137,6 +137,7 @@ def compare_runs(
     if csv:
         with replaced_file(Path(csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
+        print(f"table: {csv}")
     ablation = ablation_table(lines)
     if over:
         print(f"\nRecall @ 1 over --{over}, mean and standard deviation over runs")
@@ -147,6 +148,8 @@ def compare_runs(
         plots.draw_differences(Path(plot), points, reference_name)
     elif plot:
         plots.draw_comparison(Path(plot), curves)
+    if plot:
+        print(f"plot: {plot}")
 
 
 def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:

@@ -15,7 +15,7 @@ import losses
 import netlib
 from report import plots
 from run import processes, weights
-from run.errors import InputError, OneLineParser
+from run.errors import InputError, OneLineParser, first_few
 from run.folder import LAST
 
 TASKS = ("Class", "Shared")
@@ -102,7 +102,10 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
     if args.select == "val" and not args.val_classes:
         parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
     check_optional(args, parser)
-    args.cs_per_bs = [1 if name == "proxynca" else n for n, name in zip(args.cs_per_bs, args.losses)]
+    args.cs_per_bs = [
+        n if losses.needs_positives(name) or name.startswith("pml/") else 1
+        for n, name in zip(args.cs_per_bs, args.losses)
+    ]
     args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
     check_batches(args, parser)
@@ -147,10 +150,11 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
         for name, embed_size in library_losses.items():
             losses.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
-            if "sampling" in parser.given and processes.is_first():
-                print(f"--sampling: does not apply to --losses {name}")
     except InputError as error:
         parser.error(str(error))
+    without_sampler = [name for name in args.losses if not losses.takes_sampler(name)]
+    if without_sampler and "sampling" in parser.given and processes.is_first():
+        print(f"--sampling: does not apply to --losses {shown(without_sampler)}")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -158,11 +162,11 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
     for task, name, images_per_class, p in zip(TASKS, args.losses, args.cs_per_bs, args.task_p):
         if p == 0:
             continue
-        if losses.needs_triplets(name) and images_per_class < 2:
+        if losses.needs_positives(name) and images_per_class < 2:
             parser.error(f"--cs_per_bs {images_per_class} for {task}: {name} needs at least 2 images per class")
         if args.bs % images_per_class:
             parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
-        if losses.needs_triplets(name) and args.bs < 2 * images_per_class:
+        if losses.needs_positives(name) and args.bs < 2 * images_per_class:
             parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
     n_processes = processes.launched()
     if args.bs % n_processes:
@@ -172,6 +176,20 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
             "--bn train (the default with --not_pretrained): on CPUs it runs in one process only, as PyTorch "
             "synchronises BatchNorm on GPUs alone; give --bn frozen, or start without torchrun"
         )
+
+
+def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
+    """Return warnings of flags that train badly: random weights with a low rate, batches of more classes than train."""
+    found = []
+    if args.not_pretrained and not args.resume and args.lr < 1e-4:
+        found.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
+    per_batch = args.bs // args.cs_per_bs[0]
+    if args.task_p[0] and args.cs_per_bs[0] > 1 and per_batch > n_classes:
+        found.append(
+            f"--bs {args.bs} holds {args.cs_per_bs[0]} images of each of {per_batch} classes, and {n_classes} train: "
+            f"they come several times; give --bs {n_classes * args.cs_per_bs[0]} or less"
+        )
+    return found
 
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
@@ -199,6 +217,8 @@ def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
         return weights.read_checkpoint(folder / LAST)["flags"]
     except InputError as error:
         hint = "" if (folder / LAST).exists() else "; it was stopped before it had anything to resume, or is no run"
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
+        hint = f"; runs lie in it: {first_few(inside)}" if inside else hint
         parser.error(f"--resume {folder}: {error}{hint}")
 
 
@@ -233,7 +253,8 @@ def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Na
     folder = next((folder for folder in folders if stored[folder]["savename"] == args.savename), None)
     if folder is None:
         return args
-    was, wanted = stored[folder], kept(args)
+    wanted = kept(args)
+    was = {flag: parser.get_default(flag) for flag in wanted} | stored[folder]  # the program may have a flag more now
     other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was.get(flag) != wanted[flag]]
     other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
     if other:

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, read_logs, run, small_flags, write_class_folders
 
 import evaluate
+import losses
 import main
 from report import ablation
 from run import flags, folder
@@ -91,6 +92,11 @@ def test_the_table_of_flags_is_complete():
     named = re.findall(r"`(--\w+)`", table)
     assert len(named) == len(set(named))
     assert set(named) == flags_of(main.get_args_parser()) - {"--help"}
+
+
+def test_losses_and_samplers_are_described():
+    section = TEXTS["docs/training.md"].split("\n## Losses\n")[1].split("\n## ")[0]
+    assert {*losses.LOSSES, *losses.SAMPLERS} <= set(re.findall(r"`(\w+)`", section))
 
 
 def test_the_table_of_columns_is_complete(own_run):

@@ -10,8 +10,9 @@ from conftest import ROOT, parse, refused, small_flags, write_class_folders
 
 import main
 from data.readers import PUBLISHED
+from run import flags
 
-METHOD_DEFAULTS = {
+DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
     "kernels": 8, "seed": 1, "scheduler": "step", "gamma": 0.3, "tau": [80], "decay": 4e-4, "lr": 1e-5,
     "task_p": [1, 0.8], "bs": 112, "cs_per_bs": [4, 4], "embed_sizes": [128, 128],
@@ -34,11 +35,19 @@ DATA_LISTS = {  # file, bad line; class folders have no list
 
 
 def test_defaults_are_those_that_scripts_rely_on():
-    assert vars(parse()) == METHOD_DEFAULTS
+    assert vars(parse()) == DEFAULTS
 
 
 def test_a_task_that_never_steps_may_have_any_batches():
     assert parse("--task_p", 1, 0, "--cs_per_bs", 4, 1).cs_per_bs == [4, 1]
+
+
+def test_flags_that_train_badly_are_doubted():
+    few = "--bs 112 holds 4 images of each of 28 classes, and 6 train: they come several times; give --bs 24 or less"
+    slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
+    assert flags.doubts(parse("--not_pretrained"), 6) == [slow, few]
+    assert flags.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
+    assert flags.doubts(parse("--losses", "proxynca", "marginloss"), 6) == []
 
 
 def test_defaults_that_depend_on_other_flags():
@@ -72,7 +81,7 @@ def test_defaults_that_depend_on_other_flags():
         (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
         (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
-        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3"),
+        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3; near: --n_epochs"),
         (["--seed", "9" * 30], "is not a whole number from 0 to 2^63 - 1"),
         (["--n_epochs", "9" * 400], "is not a whole number"),
         (["--bs", "1"], "--bs: '1' is not a whole number of at least 2"),
@@ -172,7 +181,7 @@ def test_help_fits_100_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = main.get_args_parser().format_help()
     assert max(map(len, text.splitlines())) <= 100
-    for flag in METHOD_DEFAULTS:
+    for flag in DEFAULTS:
         assert f"--{flag}" in text
     assert "keeps the adversarial term: --adv_weights 0 too" in " ".join(text.split())
 

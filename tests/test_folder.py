@@ -184,6 +184,9 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     assert "no such run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "last.pth.tar").touch()
+    assert f"; runs lie in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
     (tmp_path / "run").mkdir()
     assert "stopped before it had anything to resume" in refused(capsys, ["--resume", tmp_path / "run"])
     shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
@@ -276,6 +279,16 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
     assert sorted(path.name for path in top.iterdir()) == [".run.lock", "run", "run_1", "run_7"]
     assert not list((top / "run").iterdir())
+
+
+def test_a_name_goes_on_with_a_run_from_before_a_flag_was_there(whole, tmp_path, capsys):
+    stored = torch.load(whole[1] / "last.pth.tar", weights_only=True)
+    del stored["flags"]["shared_gradient"]
+    stored_run(tmp_path / "tiny" / "run", stored)
+    named = small_flags(whole[0], tmp_path, *BASE, "--go_on", "--n_epochs", 4)
+    assert "is a run with --shared_gradient backbone" in refused(capsys, [*named, "--shared_gradient", "head"])
+    run(named)
+    assert "resumed: 3 of 4 epochs are done\n" in capsys.readouterr().out
 
 
 def run_on_full_disk(argv):

@@ -320,7 +320,7 @@ def test_every_data_set_trains_and_is_scored_with_its_protocol(tmp_path, name, l
 
 @pytest.mark.parametrize(
     ("loss", "sampling"),
-    [("proxynca", "distance"), *((loss, s) for loss in ("marginloss", "triplet") for s in losses.SAMPLERS)],
+    [(loss, s) for loss in losses.LOSSES for s in (losses.SAMPLERS if losses.takes_sampler(loss) else ["distance"])],
 )
 def test_every_loss_and_sampling_trains_both_tasks(tiny_run, loss, sampling):
     pairs = ["--losses", loss, loss, "--sampling", sampling, sampling, "--task_p", 1, 1]
@@ -481,9 +481,9 @@ def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_clas
     folder = run(eight_classes("--val_classes", 0.5, "--n_epochs", 2))
     printed = capsys.readouterr().out.splitlines()
     assert printed[1:4] == [
-        "train: 10 images of 2 classes",
-        "test: 20 images of 4 classes",
-        "Val: 10 images of 2 classes",
+        "train: 10 images of 2 classes, class_00 to class_01",
+        "test: 20 images of 4 classes, class_04 to class_07",
+        "Val: 10 images of 2 classes, class_02 to class_03",
     ]
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]

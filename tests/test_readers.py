@@ -144,7 +144,19 @@ def test_class_folders_out_of_place_are_to_be_moved(tmp_path):
     (root / "images").rename(tmp_path / "classes")
     root.rmdir()
     (tmp_path / "classes").rename(root)
-    assert f"move the class folders from {root} to {root / 'images'}" in message_of("cub200", tmp_path)
+    assert f"move or link the class folders from {root} to {root / 'images'}" in message_of("cub200", tmp_path)
+
+
+def test_class_folders_right_in_the_source_path_are_to_be_moved(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").touch()
+    assert f"move or link the class folders from {tmp_path} to {tmp_path}/mine/images" in message_of("mine", tmp_path)
+
+
+def test_a_misspelt_data_set_is_told_its_name(tmp_path):
+    assert "is --dataset shapes meant?" in message_of("shape", tmp_path)
+    assert "is --dataset in-shop meant?" in message_of("inshop", tmp_path)
 
 
 def test_folders_that_are_no_classes(tmp_path):

@@ -170,7 +170,8 @@ def test_recall_over_a_flag_by_hand(tmp_path, capsys):
     csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
     compare.compare_runs([tmp_path / "runs"], over="shared_num_classes", csv=csv, plot=plot)
     printed = capsys.readouterr().out.split("Recall @ 1 over --shared_num_classes")[1].splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in printed[2:]}
+    assert printed[-1] == f"plot: {plot}"
+    rows = {line.split()[0]: line.split()[1:] for line in printed[2:-1]}
     assert list(rows) == ["4", "5", "10", "20", "30", "50", "100", "150", "200", "250", "300"]
     assert rows["4"] == ["0.3000", "0.3000"]
     assert rows["5"] == ["0.6040"]  # the paper's

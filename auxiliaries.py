@@ -84,6 +84,17 @@ def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+@contextlib.contextmanager
+def full_precision_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever --tf32 allows elsewhere."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def n_cores() -> int:
     """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -6,7 +6,6 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 """
 
 import argparse
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,7 +100,7 @@ def retrieval_scores(
     points = points - points.mean(0)  # around the origin, float32 products tell distances apart best
     points = (points / points.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)).float()
     found = [np.empty((0, 3))]
-    with full_precision_products():
+    with auxiliaries.full_precision_products():
         found += class_ranks(points, labels, queries[share.start : share.stop], np.flatnonzero(is_gallery), block_size)
     first_hits, average_precisions, r_precisions = processes.gather_rows(np.concatenate(found)).T
     recalls = {f"Recall @ {k}": float((first_hits < k).mean()) for k in k_vals}
@@ -173,17 +172,6 @@ def count_at_least(rows: Tensor, bounds: Tensor) -> Tensor:
         return (rows >= bounds).sum(1)
     # A row at a time stays in the processor's cache, and NumPy counts ten times as fast as torch's sum
     return torch.tensor([np.count_nonzero(row >= bound) for row, bound in zip(rows.numpy(), bounds.numpy())])
-
-
-@contextlib.contextmanager
-def full_precision_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever --tf32 allows elsewhere."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def clustering_scores(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
@@ -333,7 +321,7 @@ def score_run(args: argparse.Namespace) -> None:
     the embeddings where asked for. Raises InputError.
     """
     run = Path(args.run[0])
-    found = checkpoints_of(run, args.checkpoint)
+    found = weights.checkpoints_of(run, args.checkpoint)
     flags = weights.read_checkpoint(found[0])["flags"]
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
     train_images, tests = datasets.load_dataset(dataset, source)
@@ -399,7 +387,7 @@ def embed_folder(args: argparse.Namespace) -> None:
         print(f"skipped {len(others)} other files: {errors.first_few(others)}")
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
-    checkpoint = checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
+    checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     flags = weights.read_checkpoint(checkpoint)["flags"]  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
@@ -414,18 +402,6 @@ def embed_folder(args: argparse.Namespace) -> None:
         print(f"stored {args.save_embeddings}: {len(sound)} embeddings")
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
-
-
-def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
-    """Return the checkpoints to score: the one asked for, or all best ones of a run. Raises InputError."""
-    if checkpoint:
-        return [run / checkpoint if (run / checkpoint).is_file() else Path(checkpoint)]
-    if not run.exists():
-        raise InputError(f"{run}: no such run folder or checkpoint file")
-    found = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
-    if not found:
-        raise InputError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
-    return found
 
 
 def print_scores(scores: Scores, row: folder.Row | None, test_set: str) -> None:

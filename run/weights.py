@@ -86,6 +86,18 @@ def checkpoint_path(path: str | Path, checkpoint: str) -> Path:
     return path / checkpoint
 
 
+def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
+    """Return the checkpoints to score: the one asked for, or all best ones of a run. Raises InputError."""
+    if checkpoint:
+        return [run / checkpoint if (run / checkpoint).is_file() else Path(checkpoint)]
+    if not run.exists():
+        raise InputError(f"{run}: no such run folder or checkpoint file")
+    found = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
+    if not found:
+        raise InputError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
+    return found
+
+
 def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") -> dict[str, dict]:
     """Read a checkpoint file, or one of a run folder: {"state_dict", "flags", "progress"} and, to resume, "training".
 

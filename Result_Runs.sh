@@ -18,7 +18,7 @@ usage: bash Result_Runs.sh NAME [more flags of main.py]
 
 More flags are passed on and win over those of the set-up, for example
   bash Result_Runs.sh cub200 --source_path /data --gpu 1 --seed 2
-Data sets are expected in ./Datasets, see README.md; `python main.py --help` lists all flags.
+Data sets are expected in ./Datasets, see docs/data.md; `python main.py --help` lists all flags.
 EOF
 }
 

@@ -445,14 +445,15 @@ def get_args_parser() -> errors.OneLineParser:
     # fmt: off
     add("run", nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number of run "
         "folders, or folders that hold them")
-    add("--compare", action="store_true", help="print a table of stored runs: the flags in which they differ, scores "
-        "at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
+        "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
         "where there is one, and draw it with --plot; of a pair the Shared task's value counts")
     add("--against", metavar="RUN", help="with --compare: also give the differences of each setting to that of this "
         "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
         "--plot")
-    add("--csv", metavar="FILE", help="with --compare: also write the table to FILE")
+    add("--csv", metavar="FILE", help="with --compare: also write the table to FILE, with a column for each flag that "
+        "differs")
     add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
         "ask for (.svg, .png or .pdf)")
     add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")

@@ -425,12 +425,24 @@ def needs_positives(name: str) -> bool:
     return name in LOSSES and LOSSES[name].needs_positives
 
 
-def build_loss(name: str, sampling: str, **values: float) -> nn.Module:
+def build_loss(
+    name: str,
+    sampling: str,
+    *,
+    n_classes: int,
+    embed_size: int,
+    margin: float,
+    beta: float,
+    beta_lr: float,
+    nu: float,
+    proxy_lr: float,
+) -> nn.Module:
     """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS; each takes the values it asks for.
 
-    values: n_classes, embed_size, margin, beta, beta_lr, nu and proxy_lr. A name pml/NAME is a LibraryLoss, without
-    sampler. Raises KeyError for a name that the registries do not hold.
+    A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
     """
+    values = {"n_classes": n_classes, "embed_size": embed_size, "margin": margin, "beta": beta, "beta_lr": beta_lr}
+    values |= {"nu": nu, "proxy_lr": proxy_lr}
 
     def built(kind: Callable[..., nn.Module], **more: TripletSampler) -> nn.Module:
         """Return an object of a class from the values that its constructor asks for."""

@@ -111,7 +111,7 @@ def get_args_parser() -> OneLineParser:
         "adversarial term")
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
-        "batch; forced to 1 for proxynca")
+        "batch; 1 for proxynca, which needs no more")
     add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
 
     add = parser.add_argument_group("losses").add_argument

@@ -96,9 +96,6 @@ def locate(name: str, source: Path) -> Path:
 def advise(known: Published, name: str, source: Path, present: list[Path]) -> str:
     """Return what to do about a data set that is not where it is expected. present: folders that may hold it."""
     target = source / name
-    near = [] if name in PUBLISHED or target.exists() else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
-    if near:
-        return f"is --dataset {near[0]} meant? If not, put the images in {target / 'images'}"
     if is_data_set(source, known):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for folder in present:
@@ -112,7 +109,9 @@ def advise(known: Published, name: str, source: Path, present: list[Path]) -> st
         has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
         if has_images and known.layout.startswith("images/<class>"):
             return f"move or link the class folders from {folder} to {target / 'images'}"
-    return "give the folder that holds the data set's folder as --source_path"
+    near = [] if name in PUBLISHED else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
+    hint = f", or is --dataset {near[0]} meant?" if near else ""
+    return f"give the folder that holds the data set's folder as --source_path{hint}"
 
 
 def is_data_set(folder: Path, known: Published) -> bool:

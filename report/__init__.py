@@ -59,10 +59,12 @@ def lesson(rows: Mapping[str, Sequence[Mapping]], initial: Mapping[str, Mapping[
     mined = {name.removeprefix("NMI "): value for name, value in rows["mining"][-1].items() if name.startswith("NMI ")}
     of_class = mined.pop("class")
     factor = max(mined, key=mined.get)
+    clear = f"mined: the {factor}" if mined[factor] > max(of_class, 0.5) else f"mined: nothing clear, most the {factor}"
     return (
-        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; mined: the {factor} "
+        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; {clear} "
         f"(NMI of the labels with it {mined[factor]:.2f}, with the class {of_class:.2f})\n"
         f"look at: {folder / 'mined_clusters.png'}; what the images of a row share is what was mined\n"
-        "try next: bash Result_Runs.sh demo --task_p 1 0 --adv_weights 0 (the same without mining), then "
+        "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
+        "--adv_weights 0; then "
         f"python evaluate.py --compare {folder.parent}"
     )

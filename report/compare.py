@@ -211,48 +211,50 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
 def setting_names(settings: Sequence[tuple[Mapping[str, str], StoredRun]]) -> list[str]:
     """Name settings by what differs, each given by the flags in which they differ and one of its runs.
 
-    First "MIC" or, without Shared steps and adversarial term, the loss, where both are compared; then the flags that
-    differ among these, without values that most of them share. A baseline that takes MIC's number of steps in more
-    epochs has the "same steps".
+    First what the method is, where runs with and without Shared steps are compared; "same steps" for a baseline that
+    takes MIC's number of steps in more epochs; then the flags that differ otherwise, without values that most share.
     """
     methods = [method_of(run.flags) for _, run in settings]
-    if len(set(methods)) == 1:
-        methods = [""] * len(settings)
-    mining = [run.flags for method, (_, run) in zip(methods, settings) if method == "MIC"]
-    as_long = [lengths(flags) for flags in mining]
-    with_same_steps = [of_same_steps(flags["task_p"], lengths(flags)) for flags in mining]
+    if len({words[0] for words, _ in methods}) == 1:
+        methods = [([], set())] * len(settings)
+    mining = [run.flags for (words, _), (_, run) in zip(methods, settings) if words and words[0] == "MIC"]
+    same_steps = [of_same_steps(flags["task_p"], lengths(flags)) for flags in mining]
     names, untold = [], []
-    for method, (flags, run) in zip(methods, settings):
-        words, told = [method] if method else [], ()
-        if method == "MIC" and not any(run.flags["adv_weights"]):
-            words, told = [method, "no adversarial term"], ("adv_weights",)
-        elif method not in ("", "MIC") and lengths(run.flags) in as_long:
-            told = ("n_epochs", "tau")
-        elif method not in ("", "MIC") and lengths(run.flags) in with_same_steps:
-            words, told = [method, "same steps"], ("n_epochs", "tau")
-        names.append(words)
+    for (words, told), (flags, run) in zip(methods, settings):
+        is_baseline = bool(words) and words[0] != "MIC"
+        if (
+            is_baseline
+            and same_steps.count(lengths(run.flags)) == len(mining)
+            and run.flags["n_epochs"] != mining[0]["n_epochs"]
+        ):
+            words, told = [*words, "same steps"], told | {"n_epochs", "tau"}
+        names.append(list(words))
         untold.append({name: value for name, value in flags.items() if name not in told})
-    for method, words, own in zip(methods, names, untold):
+    for words, own in zip(names, untold):
         for name, value in own.items():
-            values = [other[name] for kind, other in zip(methods, untold) if kind == method and name in other]
+            values = [other[name] for other in untold if name in other]
             if values.count(value) <= len(values) / 2:
                 words.append(f"{name} {value}")
     names = [", ".join(words) for words in names]
     in_full = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in settings]
-    is_clear = len(set(names)) == len(names)
-    return [name or full for name, full in zip(names, in_full)] if is_clear else in_full
+    return [name if name and names.count(name) == 1 else full for name, full in zip(names, in_full)]
 
 
-def method_of(flags: Mapping[str, object]) -> str:
-    """Return "MIC", the loss of a run that neither mines nor decorrelates, or nothing where the flags do not tell."""
+def method_of(flags: Mapping[str, object]) -> tuple[list[str], set[str]]:
+    """Return what a run's method is called, and the flags that this tells: MIC with Shared steps, else the loss."""
     if not {"task_p", "adv_weights", "losses", "n_epochs", "tau"} <= flags.keys():
-        return ""
-    return "MIC" if flags["task_p"][-1] or any(flags["adv_weights"]) else flags["losses"][0].removesuffix("loss")
+        return [""], set()
+    mines, is_adversarial = flags["task_p"][-1] > 0, any(flags["adv_weights"])
+    if mines:
+        return (["MIC"], set()) if is_adversarial else (["MIC", "no adversarial term"], {"adv_weights"})
+    loss = flags["losses"][0].removesuffix("loss")
+    return ([loss, "adversarial term"], {"task_p"}) if is_adversarial else ([loss], {"task_p", "adv_weights"})
 
 
 def lengths(flags: Mapping[str, object]) -> list[int]:
-    """Return the number of epochs of a run, and the epochs of its scheduler."""
-    return [flags["n_epochs"], *flags["tau"]]
+    """Return the number of epochs of a run, and those of its scheduler's epochs that it comes to."""
+    is_stepped = flags.get("scheduler", "step") == "step"
+    return [flags["n_epochs"], *(epoch for epoch in flags["tau"] if is_stepped and epoch < flags["n_epochs"])]
 
 
 def of_same_steps(task_p: Sequence[float], epochs: Sequence[int]) -> list[int]:

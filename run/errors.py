@@ -62,7 +62,9 @@ class OneLineParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             known = [flag for action in self._actions for flag in action.option_strings]
             near = [
-                difflib.get_close_matches(word.split("=")[0], known, 1) for word in message.split() if word[0] == "-"
+                difflib.get_close_matches(word.split("=")[0], known, 1, 0.75)
+                for word in message.split()
+                if word[0] == "-"
             ]
             message += f"; near: {' '.join(sum(near, []))}" if any(near) else ""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if processes.is_first() else None)

@@ -179,15 +179,15 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
-    """Return warnings of flags that train badly: random weights with a low rate, batches of more classes than train."""
+    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times."""
     found = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
         found.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
-    per_batch = args.bs // args.cs_per_bs[0]
-    if args.task_p[0] and args.cs_per_bs[0] > 1 and per_batch > n_classes:
+    n_draws = args.bs // args.cs_per_bs[0]
+    if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
         found.append(
-            f"--bs {args.bs} holds {args.cs_per_bs[0]} images of each of {per_batch} classes, and {n_classes} train: "
-            f"they come several times; give --bs {n_classes * args.cs_per_bs[0]} or less"
+            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and {n_classes} classes "
+            "train; a smaller batch repeats less"
         )
     return found
 
@@ -255,9 +255,9 @@ def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Na
         return args
     wanted = kept(args)
     was = {flag: parser.get_default(flag) for flag in wanted} | stored[folder]  # the program may have a flag more now
-    other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was.get(flag) != wanted[flag]]
+    other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was[flag] != wanted[flag]]
     other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
     if other:
-        differing = " ".join(f"--{flag} {shown(was.get(flag))}" for flag in other)
+        differing = " ".join(f"--{flag} {shown(was[flag])}" for flag in other)
         parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")
     return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})

@@ -212,6 +212,37 @@ def test_a_run_without_the_flag_is_told_apart_in_recall_over_it(tmp_path, capsys
     ]  # fmt: skip
 
 
+def names_of(tmp_path, *settings):
+    """Return the names of settings given by flags that differ from MIC's of 10 epochs."""
+    mic = {"task_p": [1.0, 0.8], "adv_weights": [500.0], "losses": ["marginloss", "marginloss"], "n_epochs": 10}
+    for i, flags in enumerate(settings):
+        write_run(tmp_path / str(i), [0.5], **mic | {"tau": [8], "lr": 0.1} | flags)
+    runs = compare.read_runs([tmp_path / str(i) for i in range(len(settings))])
+    return [setting.name for setting in compare.settings_of(list(runs.values()))]
+
+
+PLAIN = {"task_p": [1.0, 0.0], "adv_weights": [0.0]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ([{}, PLAIN], ["MIC", "margin"]),
+        ([{}, PLAIN | {"n_epochs": 18, "tau": [15]}], ["MIC", "margin, same steps"]),
+        ([{}, PLAIN | {"n_epochs": 16}], ["MIC, n_epochs 10", "margin, n_epochs 16"]),
+        ([{"lr": 0.2}, PLAIN], ["MIC, lr 0.2", "margin, lr 0.1"]),
+        ([{"tau": [80]}, PLAIN | {"n_epochs": 18, "tau": [80]}], ["MIC", "margin, same steps"]),
+        ([{"adv_weights": [0.0]}, PLAIN, {}], ["MIC, no adversarial term", "margin", "MIC"]),
+        ([{"task_p": [1.0, 0.0]}, PLAIN, {}], ["margin, adversarial term", "margin", "MIC"]),
+        ([{}, {"n_epochs": 20}, PLAIN, PLAIN | {"n_epochs": 20}],
+         ["MIC, n_epochs 10", "MIC, n_epochs 20", "margin, n_epochs 10", "margin, n_epochs 20"]),
+        ([{"adv_weights": [1.0]}, {"adv_weights": [2.0]}], ["adv_weights 1.0", "adv_weights 2.0"]),
+    ],
+)  # fmt: skip
+def test_settings_are_named_by_what_differs(tmp_path, settings, names):
+    assert names_of(tmp_path, *settings) == names
+
+
 def test_values_of_a_flag_are_sorted_by_size():
     table = compare.ablation_table({"a": {"100": [1.0], "mean": [1.0], "8": [1.0]}, "b": {"0.5": [1.0], "0": [1.0]}})
     assert list(table.index) == ["0", "0.5", "8", "100", "mean"]

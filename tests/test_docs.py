@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,8 +143,9 @@ def test_commands_name_programs_and_flags_that_fit():
         words = shlex.split(re.sub(r"\.\.\.|\[|\]|\$\(|\)", "", command))
         program = next(word for word in words if word.endswith((".py", ".sh")) or word == "pytest")
         assert program == "pytest" or (ROOT / program).exists(), (name, command)
-        if program == "main.py" and "--help" not in words:
-            known, unknown = main.get_args_parser().parse_known_args(words[words.index(program) + 1 :])
+        parsers = {"main.py": main.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
+        if program in parsers and "--help" not in words:
+            _, unknown = parsers[program].parse_known_args(words[words.index(program) + 1 :])
             assert not unknown, (name, command)
 
 
@@ -150,6 +153,10 @@ def commands_marked_as_runnable():
     """Return the commands in blocks behind the comment <!-- runs -->."""
     marked = [block for text in TEXTS.values() for block in re.findall(r"<!-- runs -->\n```\n(.*?)```", text, re.S)]
     return [line.split("  #")[0].strip() for block in marked for line in block.splitlines()]
+
+
+def test_commands_are_marked_as_runnable():
+    assert len(commands_marked_as_runnable()) >= 10
 
 
 @pytest.mark.parametrize("command", commands_marked_as_runnable())
@@ -167,6 +174,25 @@ def test_a_command_marked_as_runnable_runs_at_its_smallest_size(own_run, monkeyp
         run(argv, {"main.py": main, "evaluate.py": evaluate}[program])
     for left in Path().glob("*.npz"):
         left.unlink()
+
+
+PYTHON = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+
+
+@pytest.mark.parametrize(("name", "code"), PYTHON, ids=[name for name, _ in PYTHON])
+def test_python_in_the_docs_runs(own_run, tmp_path, monkeypatch, name, code):
+    monkeypatch.chdir(tmp_path)
+    images = own_run.parent.parent.parent / "Datasets" / "mine" / "images"
+    run([own_run, "--embed", images, "--save_embeddings", "new.npz"], evaluate)
+    shutil.copy(images / "class_00" / "0.jpg", "bird.jpg")
+    shutil.copytree(own_run, "run")
+    code = re.sub(r"Training_Results/[\w/-]+", "run", code).replace("test_transform(224)", "test_transform(32)")
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 0
+
+
+def test_python_is_found_in_the_docs():
+    assert len(PYTHON) >= 2
 
 
 @pytest.mark.parametrize("name", ["demo", "cub200"])

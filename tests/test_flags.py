@@ -43,7 +43,7 @@ def test_a_task_that_never_steps_may_have_any_batches():
 
 
 def test_flags_that_train_badly_are_doubted():
-    few = "--bs 112 holds 4 images of each of 28 classes, and 6 train: they come several times; give --bs 24 or less"
+    few = "--bs 112 draws 28 times 4 images of a class, and 6 classes train; a smaller batch repeats less"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
     assert flags.doubts(parse("--not_pretrained"), 6) == [slow, few]
     assert flags.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []

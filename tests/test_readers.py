@@ -155,8 +155,8 @@ def test_class_folders_right_in_the_source_path_are_to_be_moved(tmp_path):
 
 
 def test_a_misspelt_data_set_is_told_its_name(tmp_path):
-    assert "is --dataset shapes meant?" in message_of("shape", tmp_path)
-    assert "is --dataset in-shop meant?" in message_of("inshop", tmp_path)
+    assert "or is --dataset shapes meant?" in message_of("shape", tmp_path)
+    assert "or is --dataset in-shop meant?" in message_of("inshop", tmp_path)
 
 
 def test_folders_that_are_no_classes(tmp_path):

@@ -331,7 +331,7 @@ def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, name
     compare.compare_runs([tmp_path / name for name in names], csv=tmp_path / "t.csv")
     assert "mean of" not in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "t.csv")
-    best = table[table["at"] == "best"].set_index(["run", "test set"])["Recall @ 1"]
+    best = table[table["at"] == "best"].fillna({"test set": ""}).set_index(["run", "test set"])["Recall @ 1"]
     assert best.loc[[("b", "Val")]].tolist() == [0.6]
     assert ("a", "Val") not in best.index
     assert {best[name, where] for name, where in best.index if name == "b" and where != "Val"} == {0.4}

@@ -494,8 +494,6 @@ def train(args: argparse.Namespace) -> Path:
     with run:
         run.save(parts, labels, run.epoch)
         print(f"run folder: {run.folder}")
-        if not run.is_new:
-            print(f"resumed: {run.epoch} of {args.n_epochs} epochs are done")
         for epoch in run.epochs():
             began = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)

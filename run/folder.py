@@ -285,6 +285,7 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.folder / LAST}: holds no training of this run ({reason})") from error
         self.stored = None  # as large as all parts
+        print(f"resumed: {self.epoch} of {self.n_epochs} epochs are done")
         return dict(labels) if shared is None else {**labels, "Shared": shared.numpy()}
 
     def summarise(self) -> str:

@@ -82,7 +82,7 @@ def test_ids_are_numbers(tmp_path):
     assert [os.path.basename(name) for name in train.names[1:3]] == ["0000002.jpg", "0000003.jpg"]
 
 
-@pytest.mark.parametrize("number", [2**64, 10**20, "9" * 5000])
+@pytest.mark.parametrize("number", [2**63, 2**64, 10**20, "9" * 5000])
 def test_ids_that_are_too_long_do_not_merge(tmp_path, number):
     layouts.LAYOUTS["online_products", "readme"](tmp_path)
     write_ids(tmp_path, 1, number)

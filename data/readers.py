@@ -315,8 +315,8 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
         table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{expected} ({first_line(error)})") from error
-    is_wrapped = table.select_dtypes("integer").lt(0).any(axis=None)  # what older pandas makes of 2^63 and more
-    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None) or is_wrapped:
+    is_too_long = (table.dtypes == "uint64").any()  # older pandas reads numbers of 2^63 and more
+    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None) or is_too_long:
         raise InputError(f"{expected}, found {len(table)} rows of {' '.join(table.columns)[:80]!r}")
     return table
 

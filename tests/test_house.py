@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-FILES = sorted(path for path in ROOT.glob("**/*.py") if not {"tests", "benchmarks", ".venv"} & set(path.parts))
+APART = {ROOT / "tests", ROOT / "benchmarks", *(found.parent for found in ROOT.glob("*/pyvenv.cfg"))}
+FILES = sorted(path for path in ROOT.glob("**/*.py") if not APART & set(path.parents))
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
 FLOORS = [
     ["run", "data", "run.processes", "googlenet"],

@@ -201,12 +201,10 @@ def build_optimizer(
     """Return one Adam over the network and all that the objective trains, and the scheduler of its learning rates."""
     groups = [{"params": list(network.parameters()), "lr": args.lr, "weight_decay": args.decay}]
     optimizer = torch.optim.Adam(groups + objective.param_groups(), fused=True)
-    schedulers = {
-        "step": lambda: torch.optim.lr_scheduler.MultiStepLR(optimizer, args.tau, args.gamma),
-        "exp": lambda: torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma),
-        "none": lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
-    }
-    return optimizer, schedulers[args.scheduler]()
+    if args.scheduler == "exp":
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, args.gamma)
+    steps = args.tau if args.scheduler == "step" else []
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, steps, args.gamma)
 
 
 def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -> np.ndarray:
@@ -286,9 +284,7 @@ def renew_labels(
 def draw_steps(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
     """Return the steps of an epoch in order, (iteration, task); each task takes part in an iteration with its
     probability, drawn from the seed and the epoch alone."""
-    rng = np.random.default_rng(
-        [seed, len(TASKS), epoch]
-    )  # the batches of the tasks are drawn from [seed, 0 or 1, epoch]
+    rng = np.random.default_rng([seed, len(TASKS), epoch])  # the tasks' batches are drawn from [seed, 0 or 1, epoch]
     takes_step = rng.random((n_iterations, len(TASKS))) < np.asarray(task_p)
     return [(int(iteration), TASKS[task]) for iteration, task in np.argwhere(takes_step)]
 
@@ -369,39 +365,11 @@ def evaluate_epoch(
             log("shared", start, {"scores": evaluate.score_sets("Shared", embeddings, tests, **scoring)})
         if len(loaders.probe.dataset):
             start = time.time()
-            log("probe", start, probe_epoch(args, network, loaders, labels, embeddings))
+            log("probe", start, evaluate.probe_sets(network, loaders, labels, embeddings, args.seed, args.amp))
     run.keep_best(network, labels)
     rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
     bests = run.best_indices()
     run.plot(epoch, lambda folder: report.draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
-
-
-def probe_epoch(
-    args: argparse.Namespace,
-    network: netlib.EmbeddingNetwork,
-    loaders: datasets.Loaders,
-    labels: Mapping[str, np.ndarray],
-    embeddings: Mapping[str, Mapping[str, np.ndarray]],
-) -> dict[str, float]:
-    """Return what is read from the embeddings of training images, and of each test set whose factors are known.
-
-    embeddings: {test set: {task: (N, D)}}.
-    """
-    tasks = TASKS if "Shared" in labels else TASKS[:1]  # without mining the Shared head is not trained
-    features = evaluate.extract_features(network, loaders.probe, tasks, args.amp)
-    mined = {"Mined": labels["Shared"]} if "Shared" in labels else {}
-    known = {"Class": labels["Class"]} | mined | loaders.train.dataset.images.factors
-    probed = loaders.probe.dataset.indices
-    scores = evaluate.probe_scores(features, {name: values[probed] for name, values in known.items()})
-    for test_set, loader in loaders.tests.items():
-        images = loader.dataset.images
-        if images.factors:
-            probed = evaluate.probe_subset(images.labels, args.seed)
-            features = {task: embeddings[test_set][task][probed] for task in tasks}
-            known = {"Class": images.labels} | images.factors
-            found = evaluate.probe_scores(features, {name: values[probed] for name, values in known.items()})
-            scores |= {f"{test_set or 'Test'} {name}": value for name, value in found.items()}
-    return scores
 
 
 def begin(

@@ -117,7 +117,7 @@ def parse(*argv):
 
 
 def run(argv, program=main):
-    """Run main or evaluate with a command line; main returns the run folder."""
+    """Run main or report.score with a command line; main returns the run folder."""
     return program.main([str(flag) for flag in argv])
 
 
@@ -128,7 +128,7 @@ def refused(capsys, argv, program=main, code=2):
         run(argv, program)
     error = capsys.readouterr().err
     assert stop.value.code == code, error
-    name = Path(program.__file__).name
+    name = program.get_args_parser().prog
     assert error.startswith(f"{name}: error: " if code == 2 else f"{name}: stopped"), error
     assert error.count("\n") == 1, error
     return error

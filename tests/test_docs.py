@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_logs, run, small_flags, write_class_folders
 
-import evaluate
 import losses
 import main
-from report import ablation
+from report import ablation, score
 from run import flags, folder
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +40,7 @@ def all_flags():
     """Return the flags of all commands; those of benchmarks and of datasets.py as their sources name them."""
     sources = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "datasets.py"]
     in_sources = {flag for path in sources for flag in re.findall(r'add_argument\("(--\w+)"', path.read_text())}
-    parsers = (main.get_args_parser(), evaluate.get_args_parser(), ablation.get_args_parser())
+    parsers = (main.get_args_parser(), score.get_args_parser(), ablation.get_args_parser())
     return set().union(in_sources, FOREIGN, *map(flags_of, parsers))
 
 
@@ -143,7 +142,7 @@ def test_commands_name_programs_and_flags_that_fit():
         words = shlex.split(re.sub(r"\.\.\.|\[|\]|\$\(|\)", "", command))
         program = next(word for word in words if word.endswith((".py", ".sh")) or word == "pytest")
         assert program == "pytest" or (ROOT / program).exists(), (name, command)
-        parsers = {"main.py": main.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
+        parsers = {"main.py": main.get_args_parser(), "evaluate.py": score.get_args_parser()}
         if program in parsers and "--help" not in words:
             _, unknown = parsers[program].parse_known_args(words[words.index(program) + 1 :])
             assert not unknown, (name, command)
@@ -171,7 +170,7 @@ def test_a_command_marked_as_runnable_runs_at_its_smallest_size(own_run, monkeyp
     if "--compile" in argv:  # takes minutes
         argv.remove("--compile")
     with pytest.raises(SystemExit, match="^0$") if "--help" in argv else contextlib.nullcontext():
-        run(argv, {"main.py": main, "evaluate.py": evaluate}[program])
+        run(argv, {"main.py": main, "evaluate.py": score}[program])
     for left in Path().glob("*.npz"):
         left.unlink()
 
@@ -183,7 +182,7 @@ PYTHON = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"
 def test_python_in_the_docs_runs(own_run, tmp_path, monkeypatch, name, code):
     monkeypatch.chdir(tmp_path)
     images = own_run.parent.parent.parent / "Datasets" / "mine" / "images"
-    run([own_run, "--embed", images, "--save_embeddings", "new.npz"], evaluate)
+    run([own_run, "--embed", images, "--save_embeddings", "new.npz"], score)
     shutil.copy(images / "class_00" / "0.jpg", "bird.jpg")
     shutil.copytree(own_run, "run")
     code = re.sub(r"Training_Results/[\w/-]+", "run", code).replace("test_transform(224)", "test_transform(32)")

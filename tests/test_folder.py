@@ -29,7 +29,7 @@ from conftest import (
     write_class_folders,
 )
 
-import evaluate
+from report import score
 from run import folder
 from run.errors import InputError
 
@@ -216,7 +216,7 @@ def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
 def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
     """Truncated or with a bit flipped: refused with one line, or a file whose checksums are right."""
     rng, outcomes = random.Random(0), []
-    for name, program in (("last.pth.tar", None), ("checkpoint.pth.tar", evaluate)):
+    for name, program in (("last.pth.tar", None), ("checkpoint.pth.tar", score)):
         good, path = (whole[1] / name).read_bytes(), tmp_path / name
         for i in range(30):
             damaged = bytearray(good)
@@ -227,7 +227,7 @@ def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
                 damaged[rng.choice(places)] ^= 1 << rng.randrange(8)
             path.write_bytes(damaged)
             try:
-                error = refused(capsys, [path], evaluate) if program else refused(capsys, ["--resume", tmp_path])
+                error = refused(capsys, [path], score) if program else refused(capsys, ["--resume", tmp_path])
             except pytest.fail.Exception:
                 outcomes.append("whole")
             else:

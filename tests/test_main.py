@@ -19,7 +19,7 @@ import evaluate
 import losses
 import main
 import netlib
-from report import plots, sheets
+from report import plots, score, sheets
 from run import flags
 from run.folder import LAST
 from run.weights import read_checkpoint
@@ -160,7 +160,7 @@ def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_
     assert list(shared) == list(logs["log_val_Class.csv"])
     best = read_checkpoint(folder)["progress"]["rows"]["val"][-1]["Epochs"]
     capsys.readouterr()
-    run([folder, "--embedding", "Shared"], evaluate)
+    run([folder, "--embedding", "Shared"], score)
     printed = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[3:]]
     assert {name: float(value) for name, value in printed} == pytest.approx(
         shared.loc[best].drop("Epochs").to_dict(), abs=1e-12
@@ -488,7 +488,7 @@ def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_clas
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
-    run([folder], evaluate)
+    run([folder], score)
     of_test, of_val = capsys.readouterr().out.split("Class embedding of 10 eight images, Val")  # 2 classes of 5
     assert "Class embedding of 20 eight images" in of_test
     best = read_logs(folder)["log_val_Class.csv"].iloc[read_checkpoint(folder)["progress"]["rows"]["val"][-1]["Epochs"]]

@@ -1,0 +1,213 @@
+"""The command evaluate.py: a stored run scored, embeddings stored, and what it refuses."""
+
+import os
+from pathlib import Path
+
+import layouts
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import refused, run, small_flags, write_class_folders
+
+import datasets
+import evaluate
+import netlib
+from data.images import read_image
+from report import score
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A stored run of two epochs on a data set "tiny", whose training classes are half held out."""
+    folder = tmp_path_factory.mktemp("stored")
+    write_class_folders(folder / "source" / "tiny", per_class=(5,) * 8)
+    write_class_folders(folder / "source" / "other", per_class=(3, 3, 4, 4))
+    return run(small_flags(folder / "source", folder, "--seed", 5, "--n_epochs", 2, "--val_classes", 0.5))
+
+
+def scored(capsys, *argv):
+    """Run evaluate.py; return {heading: {score: [now, logged in the epoch]}} of what it printed."""
+    capsys.readouterr()
+    run(argv, score)
+    tables = {}
+    for line in capsys.readouterr().out.splitlines():
+        cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        if ", " in line:
+            rows = tables[line] = {}
+        elif len(cells) > 1:
+            rows[cells[0]] = cells[1:]
+    return tables
+
+
+SCORES = ["NMI", "F1", *(f"Recall @ {k}" for k in (1, 2, 4, 8)), "mAP @ R", "R-Precision"]
+
+
+@pytest.mark.parametrize("checkpoint", ["checkpoint.pth.tar", "last.pth.tar"])
+def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpoint):
+    tables = scored(capsys, stored, *(["--checkpoint", checkpoint] if checkpoint == "last.pth.tar" else []))
+    log = pd.read_csv(stored / "log_val_Class.csv", dtype=str)
+    row = log.iloc[-1 if checkpoint == "last.pth.tar" else log["Recall @ 1"].astype(float).idxmax()]
+    headings = [f"{stored}/{checkpoint}, Class embedding of {of}" for of in ("20 tiny images", "10 tiny images, Val")]
+    assert list(tables) == headings
+    for heading, prefix in zip(headings, ("", "Val ")):
+        assert list(tables[heading]) == ["score", *SCORES]
+        assert tables[heading]["score"] == ["now", f"logged in epoch {row['Epochs']}"]
+        for name in SCORES:
+            assert tables[heading][name] == [row[prefix + name], row[prefix + name]]
+
+
+def test_what_was_not_logged_stands_alone(stored, capsys):
+    path = stored / "checkpoint.pth.tar"
+    tables = scored(capsys, path, "--embedding", "Shared")
+    assert f"{path}, Shared embedding of 20 tiny images" in tables
+    for rows in [*tables.values(), *scored(capsys, stored, "--dataset", "other").values()]:
+        assert all(len(cells) == 1 for cells in rows.values())
+    assert list(scored(capsys, stored, "--dataset", "other")) == [f"{path}, Class embedding of 8 other images"]
+
+
+def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
+    rows = scored(capsys, stored, "--save_embeddings", tmp_path / "e.npz")
+    with np.load(tmp_path / "e.npz") as kept:
+        assert kept["embeddings"].shape == (20, 128)
+        np.testing.assert_allclose(np.linalg.norm(kept["embeddings"], axis=1), 1, rtol=1e-5)
+        assert kept["labels"].tolist() == np.repeat(range(4), 5).tolist()
+        assert kept["class_names"].tolist() == [f"class_{i:02d}" for i in range(4, 8)]
+        assert kept["is_query"].all()
+        assert [Path(path).parent.name for path in kept["paths"][::5]] == kept["class_names"].tolist()
+        scores = evaluate.retrieval_scores(kept["embeddings"], kept["labels"], [1])
+    assert next(iter(rows.values()))["Recall @ 1"][0] == repr(scores["Recall @ 1"])
+    assert sorted(os.listdir(tmp_path)) == ["e.npz", "e_val.npz"]
+    argv = [stored, "--save_embeddings", tmp_path / "e.npz"]
+    assert "exists already; nothing is overwritten" in refused(capsys, argv, score)
+    (tmp_path / "e.npz").unlink()
+    assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, score)
+    assert os.listdir(tmp_path) == ["e_val.npz"]
+
+
+def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored, tmp_path, capsys):
+    source = stored.parent.parent / "source" / "tiny" / "images"
+    for i, name in enumerate(["a/one.jpg", "a/b/two.JPG", "c/broken.png", "three.jpg", "a/notes.txt"]):
+        path = tmp_path / "mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((source / "class_04" / f"{i}.jpg").read_bytes() if "b" not in path.stem else b"no image")
+    argv = [stored, "--embed", tmp_path / "mine", "--save_embeddings", tmp_path / "e.npz", "--embedding", "Shared"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(argv, score)
+    printed = capsys.readouterr()
+    assert stop.value.code == 1
+    assert f"skipped 1 other files: {tmp_path}/mine/a/notes.txt\n" in printed.out
+    assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and were left out\n")
+    assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
+    with np.load(tmp_path / "e.npz") as kept:
+        names = [str(Path(path).relative_to(tmp_path / "mine")) for path in kept["paths"]]
+        assert names == ["a/b/two.JPG", "a/one.jpg", "three.jpg"]
+        embeddings = kept["embeddings"]
+    transform = datasets.test_transform(32)
+    batch = torch.stack([transform(read_image(str(source / "class_04" / f"{i}.jpg"))) for i in (1, 0, 3)])
+    with torch.no_grad():
+        expected = netlib.load(stored)(batch)["Shared"]
+    np.testing.assert_allclose(embeddings, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert "exists already" in refused(capsys, argv, score)
+    argv[-3] = tmp_path / "f.npz"
+    argv[2] = tmp_path / "nowhere"
+    assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, score)
+    (tmp_path / "mine" / "a" / "folder.png").mkdir()
+    (tmp_path / "mine" / "._one.jpg").write_bytes(b"of another system")
+    argv[2] = tmp_path / "mine" / "c"
+    with pytest.raises(SystemExit) as stop:
+        run(argv, score)
+    assert (stop.value.code, (tmp_path / "f.npz").exists()) == (1, False)
+    (tmp_path / "mine" / "c" / "broken.png").unlink()
+    argv[2] = tmp_path / "mine"
+    run(argv, score)
+    assert len(np.load(tmp_path / "f.npz")["paths"]) == 3
+    assert "--embed: give --save_embeddings FILE.npz" in refused(capsys, [stored, "--embed", tmp_path], score)
+
+
+def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, capsys):
+    layouts.LAYOUTS["vehicle_id", "readme"](tmp_path / "source")
+    flags = ["--dataset", "vehicle_id", "--n_epochs", 2, "--bs", 4, "--shared_num_classes", 2, "--eval_every", 2]
+    folder = run(small_flags(tmp_path / "source", tmp_path, *flags))
+    tables = scored(capsys, folder, "--save_embeddings", tmp_path / "e.npz")
+    log = pd.read_csv(folder / "log_val_Class.csv", dtype=str)
+    assert log["Epochs"].tolist() == ["1"]
+    for i, (heading, rows) in enumerate(tables.items(), start=1):
+        n_images = (6, 9, 12)[i - 1]
+        assert (
+            heading == f"{folder}/checkpoint_set{i}.pth.tar, Class embedding of {n_images} vehicle_id images, Set {i}"
+        )
+        assert rows["NMI"] == [log[f"Set {i} NMI"][0]] * 2
+        assert rows["Recall @ 1"] == [log[f"Set {i} Recall @ 1"][0]] * 2
+        assert (tmp_path / f"e_set{i}.npz").exists()
+    assert i == 3
+
+
+def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
+    path = tmp_path / "checkpoint.pth.tar"
+    contents = torch.load(stored / "checkpoint.pth.tar", weights_only=True)
+    wrong = {
+        "holds a pickled object (pathlib": contents | {"flags": Path("x")},
+        "not the weights of resnet50": contents | {"flags": contents["flags"] | {"arch": "resnet50"}},
+        "no checkpoint of this version": contents | {"format": 1},
+    }
+    for message, content in wrong.items():
+        torch.save(content, path)
+        line = refused(capsys, [path], score)
+        assert f"{path}: " in line
+        assert message in line
+    path.write_bytes((stored / "checkpoint.pth.tar").read_bytes()[:1_000_000])
+    assert "damaged or truncated" in refused(capsys, [path], score)
+    assert "no such run folder" in refused(capsys, [tmp_path / "absent"], score)
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoint" in refused(capsys, [tmp_path / "empty"], score)
+    assert "absent.pth.tar: no such" in refused(capsys, [stored, "--checkpoint", "absent.pth.tar"], score)
+    assert "no images of --dataset" in refused(capsys, [stored, "--source_path", tmp_path], score)
+    contents["state_dict"]["heads.Class.bias"][:] = torch.nan
+    torch.save(contents, path)
+    assert "Class features are not finite" in refused(capsys, [path], score, code=1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["a", "b"], "2 runs; give one to score, or --compare"),
+        (["a", "--csv", "t.csv"], "--csv: goes only with --compare"),
+        (["a", "--over", "seed"], "--over: goes only with --compare"),
+        (["a", "--against", "b"], "--against: goes only with --compare"),
+        (["a", "--compare", "--checkpoint", "x"], "--checkpoint: does not go with --compare"),
+        (["a", "--compare", "--against", "b", "--over", "seed"], "--against: does not go with --over"),
+        (["a", "--compare", "--plot", "x.jpeg"], "ends in .svg or .png or .pdf"),
+        (["a", "--save_embeddings", "x.txt"], "ends in .npz"),
+        (["a", "--save_embeddings", "nowhere/x.npz"], "there is no folder nowhere"),
+        (["a", "--compare", "--csv", "nowhere/x.csv"], "there is no folder nowhere"),
+        (["a", "--kernels", "-1"], "'-1' is not a whole number of at least 0"),
+        (["a", "--embedding", "Other"], "invalid choice: 'Other'"),
+        ([], "the following arguments are required: RUN"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, message, capsys):
+    assert message in refused(capsys, flags, score)
+
+
+def test_files_that_exist_or_cannot_be_written_are_refused(tmp_path, capsys):
+    for name, flag in (("t.csv", "--csv"), ("p.svg", "--plot")):
+        (tmp_path / name).write_text("kept")
+        line = refused(capsys, ["a", "--compare", flag, tmp_path / name], score)
+        assert f"{flag} {tmp_path / name}: exists already; nothing is overwritten" in line
+        assert (tmp_path / name).read_text() == "kept"
+    (tmp_path / "closed").mkdir(mode=0o555)
+    if os.access(tmp_path / "closed", os.W_OK):
+        pytest.skip("root may write anywhere")
+    line = refused(capsys, ["a", "--compare", "--csv", tmp_path / "closed" / "t.csv"], score)
+    assert f"there is no folder {tmp_path / 'closed'} that can be written to" in line
+
+
+@pytest.mark.parametrize("spelt", ["x.svg", "./x.svg", "../{}/x.svg", "link/x.svg"])
+def test_table_and_plot_in_the_same_file_are_refused(tmp_path, capsys, monkeypatch, spelt):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    argv = ["a", "--compare", "--csv", "x.svg", "--plot", spelt.format(tmp_path.name)]
+    assert "are the same file" in refused(capsys, argv, score)
+    assert os.listdir(tmp_path) == ["link"]

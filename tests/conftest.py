@@ -150,7 +150,7 @@ def write_class_folders(root, per_class=(5, 5, 5, 5), size=40, contrast=1.0):
 def small_flags(source, folder, *more):
     """Return the command line of a small run on "tiny" that mines after every epoch; flags in `more` win."""
     base = {"--dataset": "tiny", "--arch": "googlenet", "--img_size": "32", "--bs": "8", "--cs_per_bs": "2 2",
-            "--n_epochs": "3", "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3",
+            "--n_epochs": "3", "--eval_every": "3", "--kernels": "0", "--lr": "1e-3", "--shared_num_classes": "3",
             "--cluster_update_freq": "0", "--adv_weights": "50", "--savename": "run"}  # fmt: skip
     argv = [str(flag) for flag in more]
     for flag, values in base.items():

@@ -4,8 +4,6 @@ Shapes: a batch holds B embeddings of D dimensions with B integer labels; T trip
 indices (anchor, positive, negative). Everything runs on the tensors' own device without a copy to the host.
 """
 
-import copy
-import difflib
 import inspect
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.errors import InputError, first_line
+from run.packages import LibraryLoss
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8
@@ -318,63 +316,6 @@ class AdversarialLoss(nn.Module):
     def param_groups(self) -> list[dict]:
         """Return the optimiser groups: the projection network."""
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
-
-
-class LibraryLoss(nn.Module):
-    """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
-
-    n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
-    trains. Raises InputError where the package is missing or has no such loss, and where the loss asks for more, or
-    cannot work on embeddings and labels alone.
-    """
-
-    def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
-        super().__init__()
-        kind, self.proxy_lr = library_loss(name), proxy_lr
-        known = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
-        wanted = {argument: known[argument] for argument in known if asks_for(kind, argument)}
-        rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
-        try:
-            self.loss = kind(**wanted)
-            trial = copy.deepcopy(self.loss)
-            for _ in range(2):  # some keep the graph of the batch before
-                trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = first_line(error).replace(f"{name}.__init__() ", "")
-            raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return self.loss(full_precision(embeddings), labels)
-
-    def param_groups(self) -> list[dict]:
-        """Return the optimiser groups: the loss's own parameters, if it has any, without weight decay."""
-        own = list(self.parameters())
-        return [{"params": own, "lr": self.proxy_lr, "weight_decay": 0.0}] if own else []
-
-
-def asks_for(kind: type, argument: str) -> bool:
-    """Tell whether the constructor of a class, or one that it passes its arguments on to, has no default for this."""
-    signatures = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
-    found = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
-    return any(parameter.default is inspect.Parameter.empty for parameter in found)
-
-
-def library_loss(name: str) -> type[nn.Module]:
-    """Return a loss class of pytorch-metric-learning. Raises InputError where it, or the package, is missing."""
-    try:
-        from pytorch_metric_learning import losses as library
-    except ImportError as error:
-        package = "pytorch-metric-learning"
-        raise InputError(f"--losses pml/{name}: needs the package {package}: pip install {package}") from error
-    base = library.BaseMetricLossFunction
-    kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
-    known = {kind.__name__: kind for kind in kinds if kind is not base}
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
-        raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
-    return known[name]
 
 
 class Objective(nn.Module):

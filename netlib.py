@@ -1,9 +1,7 @@
 """The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from googlenet import GoogLeNet
 from run import processes, weights
 from run.errors import InputError, first_line
+from run.packages import TimmBackbone, create_timm_model, imported_timm, with_own_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,63 +45,6 @@ class ResNet50(nn.Module):
         if not with_pooled:
             return early_maps, None
         return early_maps, torch.flatten(net.avgpool(net.layer4(net.layer3(net.layer2(early_maps)))), 1)
-
-
-class TimmBackbone(nn.Module):
-    """A model of timm as a backbone: its pooled features before its classifier, and an early feature map.
-
-    The early map is the first one at a quarter of the image's side; of a transformer, whose blocks all see the same
-    grid of patches, the grid after a quarter of the blocks. Images are normalised as the model's configuration says.
-    name: of timm, with or without a tag. img_size: side of the images. Raises InputError where timm is missing or does
-    not know the name, or where the model cannot take images of this size.
-    """
-
-    def __init__(self, name: str, img_size: int):
-        super().__init__()
-        imported_timm(name)
-        try:
-            self.layers = create_timm_model(name, img_size)
-            reductions = [stage["reduction"] for stage in self.layers.feature_info]
-            self.early = reductions.index(4) if 4 in reductions else max(len(reductions) // 4, 1) - 1
-            with torch.no_grad():
-                self.eval()(torch.zeros(1, 3, img_size, img_size))
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
-        config = self.layers.pretrained_cfg
-        self.mean, self.std, self.out_features = config["mean"], config["std"], self.layers.head_hidden_size
-        classifiers = [config["classifier"]] if isinstance(config["classifier"], str) else config["classifier"]
-        self.unused_weights = tuple(f"{name}." for name in classifiers)
-
-    def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
-        options = {"indices": [self.early], "stop_early": not with_pooled, "intermediates_only": not with_pooled}
-        found = self.layers.forward_intermediates(images, **options)
-        if not with_pooled:
-            return found[0], None
-        features, (early_maps,) = found
-        return early_maps, self.layers.forward_head(features, pre_logits=True)
-
-
-def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.Module:
-    """Return a model of timm without its classifier. Raises InputError, see imported_timm."""
-    timm = imported_timm(name)
-    try:
-        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers cut patches to it
-    except TypeError:  # convolutions take no such argument, and images of any size
-        return timm.create_model(name, pretrained, num_classes=0)
-
-
-def imported_timm(name: str) -> ModuleType:
-    """Return timm. Raises InputError where it is not installed, or has no model of this name, with or without a tag."""
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(f"--arch timm/{name}: needs the package timm: pip install timm") from error
-    known, tag = timm.list_models(), name.partition(".")[2]
-    if name.partition(".")[0] not in known or (tag and name not in timm.list_pretrained()):
-        near = difflib.get_close_matches(name, timm.list_pretrained() if tag else known, 3, 0)
-        raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; near it: {', '.join(near)}")
-    return timm
 
 
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
@@ -254,7 +196,7 @@ def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple
         unused = network.backbone.unused_weights
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
     if isinstance(network.backbone, TimmBackbone):
-        state = with_own_grid(network.backbone.layers, state)
+        state = with_own_grid(network.backbone.layers, state, PREFIX)
     random_heads = []
     for task, head in network.heads.items():
         own = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
@@ -262,18 +204,6 @@ def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple
             state = state | own
             random_heads.append(task)
     return state, random_heads if is_ours else []
-
-
-def with_own_grid(layers: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict whose position embeddings are resampled to a transformer's own grid of patches, by timm."""
-    name, own = f"{PREFIX}pos_embed", getattr(layers, "pos_embed", None)
-    if own is None or name not in state or state[name].ndim != 3 or state[name].shape == own.shape:
-        return state
-    from timm.layers import resample_abs_pos_embed
-
-    n_prefix = 0 if getattr(layers, "no_embed_class", False) else layers.num_prefix_tokens
-    grid = layers.patch_embed.grid_size
-    return state | {name: resample_abs_pos_embed(state[name], list(grid), num_prefix_tokens=n_prefix)}
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:

@@ -13,6 +13,7 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("
 FLOORS = [
     ["run", "data", "run.processes", "googlenet"],
     ["run.errors"],
+    ["run.packages"],
     ["auxiliaries", "losses", "run.weights", "data.images", "data.cache", "data.readers", "data.shapes"],
     ["netlib", "datasets", "run.folder"],
     ["report", "report.plots", "report.sheets", "run.flags", "report.compare", "report.ablation"],

@@ -1,0 +1,141 @@
+"""Models of timm as backbones, losses of pytorch-metric-learning: packages that need not be installed."""
+
+import copy
+import difflib
+import inspect
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from run.errors import InputError, first_line
+
+
+class TimmBackbone(nn.Module):
+    """A model of timm as a backbone: its pooled features before its classifier, and an early feature map.
+
+    The early map is the first one at a quarter of the image's side; of a transformer, whose blocks all see the same
+    grid of patches, the grid after a quarter of the blocks. Images are normalised as the model's configuration says.
+    name: of timm, with or without a tag. img_size: side of the images. Raises InputError where timm is missing or does
+    not know the name, or where the model cannot take images of this size.
+    """
+
+    def __init__(self, name: str, img_size: int):
+        super().__init__()
+        imported_timm(name)
+        try:
+            self.layers = create_timm_model(name, img_size)
+            reductions = [stage["reduction"] for stage in self.layers.feature_info]
+            self.early = reductions.index(4) if 4 in reductions else max(len(reductions) // 4, 1) - 1
+            with torch.no_grad():
+                self.eval()(torch.zeros(1, 3, img_size, img_size))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--img_size {img_size}: timm/{name} cannot take it ({first_line(error)})") from error
+        config = self.layers.pretrained_cfg
+        self.mean, self.std, self.out_features = config["mean"], config["std"], self.layers.head_hidden_size
+        classifiers = [config["classifier"]] if isinstance(config["classifier"], str) else config["classifier"]
+        self.unused_weights = tuple(f"{name}." for name in classifiers)
+
+    def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
+        options = {"indices": [self.early], "stop_early": not with_pooled, "intermediates_only": not with_pooled}
+        found = self.layers.forward_intermediates(images, **options)
+        if not with_pooled:
+            return found[0], None
+        features, (early_maps,) = found
+        return early_maps, self.layers.forward_head(features, pre_logits=True)
+
+
+def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.Module:
+    """Return a model of timm without its classifier. Raises InputError, see imported_timm."""
+    timm = imported_timm(name)
+    try:
+        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers cut patches to it
+    except TypeError:  # convolutions take no such argument, and images of any size
+        return timm.create_model(name, pretrained, num_classes=0)
+
+
+def imported_timm(name: str) -> ModuleType:
+    """Return timm. Raises InputError where it is not installed, or has no model of this name, with or without a tag."""
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--arch timm/{name}: needs the package timm: pip install timm") from error
+    known, tag = timm.list_models(), name.partition(".")[2]
+    if name.partition(".")[0] not in known or (tag and name not in timm.list_pretrained()):
+        near = difflib.get_close_matches(name, timm.list_pretrained() if tag else known, 3, 0)
+        raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; near it: {', '.join(near)}")
+    return timm
+
+
+def with_own_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return a state dict whose position embeddings are resampled to a transformer's own grid of patches, by timm.
+
+    prefix: what stands before the names of the layers in the state dict.
+    """
+    name, own = f"{prefix}pos_embed", getattr(layers, "pos_embed", None)
+    if own is None or name not in state or state[name].ndim != 3 or state[name].shape == own.shape:
+        return state
+    from timm.layers import resample_abs_pos_embed
+
+    n_prefix = 0 if getattr(layers, "no_embed_class", False) else layers.num_prefix_tokens
+    grid = layers.patch_embed.grid_size
+    return state | {name: resample_abs_pos_embed(state[name], list(grid), num_prefix_tokens=n_prefix)}
+
+
+class LibraryLoss(nn.Module):
+    """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
+
+    n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
+    trains. Raises InputError where the package is missing or has no such loss, and where the loss asks for more, or
+    cannot work on embeddings and labels alone.
+    """
+
+    def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
+        super().__init__()
+        kind, self.proxy_lr = library_loss(name), proxy_lr
+        known = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
+        wanted = {argument: known[argument] for argument in known if asks_for(kind, argument)}
+        rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
+        try:
+            self.loss = kind(**wanted)
+            trial = copy.deepcopy(self.loss)
+            for _ in range(2):  # some keep the graph of the batch before
+                trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = first_line(error).replace(f"{name}.__init__() ", "")
+            raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.loss(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), labels)
+
+    def param_groups(self) -> list[dict]:
+        """Return the optimiser groups: the loss's own parameters, if it has any, without weight decay."""
+        own = list(self.parameters())
+        return [{"params": own, "lr": self.proxy_lr, "weight_decay": 0.0}] if own else []
+
+
+def asks_for(kind: type, argument: str) -> bool:
+    """Tell whether the constructor of a class, or one that it passes its arguments on to, has no default for this."""
+    signatures = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
+    found = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
+    return any(parameter.default is inspect.Parameter.empty for parameter in found)
+
+
+def library_loss(name: str) -> type[nn.Module]:
+    """Return a loss class of pytorch-metric-learning. Raises InputError where it, or the package, is missing."""
+    try:
+        from pytorch_metric_learning import losses as library
+    except ImportError as error:
+        package = "pytorch-metric-learning"
+        raise InputError(f"--losses pml/{name}: needs the package {package}: pip install {package}") from error
+    base = library.BaseMetricLossFunction
+    kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
+    known = {kind.__name__: kind for kind in kinds if kind is not base}
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+        raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
+    return known[name]

@@ -276,10 +276,9 @@ def build_loaders(
     sampler = TaskBatchSampler(samplers)
 
     def in_order(dataset: Dataset) -> DataLoader:
-        """Return a loader of all items once, or of the process's share of them in whole batches."""
+        """Return a loader of all items once, of which each process takes its share in whole batches."""
         size = min(batch_size, SCORING_BATCH_SIZE)
-        share = processes.own_share(len(dataset), size) if processes.count() > 1 else None
-        return make(dataset, batch_size=size, share=share)
+        return make(dataset, batch_size=size, share=processes.own_share(len(dataset), size))
 
     plain = ImageDataset(train, test_transform(img_size))
     return Loaders(

@@ -131,7 +131,7 @@ def class_ranks(
         values = closeness.gather(1, columns)
         is_wanted = in_class & (columns != places[block])
         own = values.masked_fill(~is_wanted, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
-        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, values))  # others remain
+        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, values))  # the class itself is blanked
         n_wanted = is_wanted.sum(1, keepdim=True)
         first_hits = torch.where(n_wanted[:, 0] > 0, count_at_least(closeness, own[:, :1]), torch.inf)
         others = largest_values(closeness, min(max(int(n_wanted.max()), 1), len(gallery)))

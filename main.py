@@ -227,22 +227,20 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
 
 
 def mine_labels(
-    args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, is_first: bool
+    args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, output: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cluster all training images; return labels (N,) int64 in [0, --shared_num_classes), and squared distances to
     their centres (N,).
 
-    The first time by early features standardised per class, later by the Shared embedding as it is (MIC paper,
-    section 3.2). loader: the training images in order.
+    output: "Early", features that are standardised per class, for the first time; later "Shared", the embedding as it
+    is (MIC paper, section 3.2). loader: the training images in order.
     """
-    name = "Early" if is_first else "Shared"
-    features = evaluate.extract_features(network, loader, [name], args.amp, everywhere=False)[name]
+    features = evaluate.extract_features(network, loader, [output], args.amp, everywhere=False)[output]
 
     def cluster() -> tuple[np.ndarray, np.ndarray]:
-        """Return labels and squared distances; only the first process has the features."""
-        points = features
-        if is_first:
-            points = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
+        """Return labels and squared distances, on the first process, which alone has the features."""
+        mode = args.cluster_mode if output == "Early" else "no_norm"
+        points = standardise_per_class(features, loader.dataset.images.labels, mode)
         return auxiliaries.kmeans(points, args.shared_num_classes, args.seed)
 
     return processes.computed_by_first(cluster)
@@ -262,7 +260,7 @@ def renew_labels(
     """
     start, images, previous = time.time(), loader.dataset.images, labels.get("Shared")
     with run.stopwatch.measure("mining"):
-        mined, squared_distances = mine_labels(args, network, loader, is_first=before_epoch == 0)
+        mined, squared_distances = mine_labels(args, network, loader, "Shared" if before_epoch else "Early")
         found = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
     row = {"Before Epoch": before_epoch, "Time": round(time.time() - start, 2)}
     run.log("mining", row | {"Inertia": float(squared_distances.sum(dtype=np.float64))} | found)

@@ -33,7 +33,7 @@ from report import score
 from run import folder
 from run.errors import InputError
 
-BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2]
+BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_steps_have_the_stated_rates_and_depend_on_seed_and_epoch():
 
 
 def test_a_whole_run_writes_every_file(tiny_run, capsys):
-    folder = tiny_run("--arch", "resnet50", "--n_epochs", 3, "--kernels", 1)
+    folder = tiny_run("--arch", "resnet50", "--eval_every", 1, "--n_epochs", 3, "--kernels", 1)
     assert {path.name for path in folder.iterdir()} == RUN_FILES
     logs = read_logs(folder)
     assert logs["log_train_Class.csv"]["Epochs"].tolist() == [0, 1, 2]
@@ -153,7 +153,7 @@ def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = tiny_run("--eval_shared", "--tensorboard", "--n_epochs", 2)
+    folder = tiny_run("--eval_shared", "--eval_every", 1, "--tensorboard", "--n_epochs", 2)
     assert {path.name for path in folder.iterdir()} == RUN_FILES | {"log_val_Shared.csv", "tensorboard"}
     logs = read_logs(folder)
     shared = logs["log_val_Shared.csv"]

@@ -1,6 +1,7 @@
 """What an embedding is worth: feature extraction, retrieval and clustering scores, the probe.
 
-As a command it scores a stored run, or compares runs: see report/score.py.
+The probe measures how well classes, mined labels and known factors can be read from each embedding. As a command this
+file scores a stored run, or compares runs: see report/score.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -237,15 +238,15 @@ def describe_clusters(
 def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
     """Return the training images that disentanglement is probed on: sorted indices, the same for the same seed.
 
-    A quarter of the images, at least 100 and at most PROBE_IMAGES: about equally many of each class. Where that would
-    be fewer than images_per_class it is so many of a random choice of classes, as a class is found by its own images
-    only. Classes with a single image in the choice are left out: none may remain. labels: (N,) int in [0, n_classes).
+    A quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. Where that is
+    fewer than images_per_class of each, images_per_class of some classes instead, picked at random, as a class is found
+    by its own images only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
     rng = np.random.default_rng([seed, PROBE_IMAGES])
     order, place = rng.permutation(len(labels)), rng.permutation(n_classes)
     place[np.bincount(labels, minlength=n_classes) < 2] += n_classes  # a class of one comes last
-    place = place.argsort().argsort()
+    place = place.argsort().argsort()  # of each class in the order in which classes are taken
     order = order[np.argsort(place[labels[order]], kind="stable")]  # class by class
     sizes = np.bincount(place[labels], minlength=n_classes)
     rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)

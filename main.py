@@ -379,7 +379,8 @@ def begin(
 ) -> dict[str, np.ndarray]:
     """Score the network before training and mine the first labels; return the labels by task.
 
-    There is no run folder yet: the run keeps rows and pictures until it is entered.
+    There is no run folder yet: the run keeps rows and pictures until `with run` makes it. So all images are decoded
+    once here, by mining or without it: a broken one is bad input, not the end of a run.
     """
     with run.stopwatch.measure("evaluation"):
         embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
@@ -391,7 +392,7 @@ def begin(
     if args.task_p[1] > 0:
         return renew_labels(args, run, network, loaders.train, labels, before_epoch=0)
     if loaders.train.dataset.images.pixels is None:
-        for _ in loaders.train:  # a broken image shows now, as in mining, and not in the middle of a run
+        for _ in loaders.train:
             pass
     return labels
 

@@ -193,21 +193,11 @@ class TaskBatchSampler(BatchSampler):
             yield [(task, draw) for draw in next(batches[task])]
 
 
-def make_loader(
-    dataset: Dataset,
-    *,
-    n_workers: int,
-    pin_memory: bool,
-    batch_sampler: BatchSampler | None = None,
-    batch_size: int = 1,
-    share: range | None = None,
-) -> DataLoader:
+def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **order: object) -> DataLoader:
     """Return a loader of (images (B, 3, S, S) uint8, labels (B,) int64).
 
-    With a batch_sampler its batches come; without one all images, or those of a process's share, once, in order,
-    `batch_size` at a time.
+    order: batch_sampler, or batch_size and perhaps a sampler, see DataLoader; by default all images once, in order.
     """
-    order = {"batch_size": batch_size, "sampler": share} if batch_sampler is None else {"batch_sampler": batch_sampler}
     return DataLoader(
         dataset,
         **order,
@@ -278,7 +268,7 @@ def build_loaders(
     def in_order(dataset: Dataset) -> DataLoader:
         """Return a loader of all items once, of which each process takes its share in whole batches."""
         size = min(batch_size, SCORING_BATCH_SIZE)
-        return make(dataset, batch_size=size, share=processes.own_share(len(dataset), size))
+        return make(dataset, batch_size=size, sampler=processes.own_share(len(dataset), size))
 
     plain = ImageDataset(train, test_transform(img_size))
     return Loaders(

@@ -24,7 +24,7 @@ Scores = dict[str, float | None]
 """Scores of one test set by name; None for what was left out."""
 
 PROBE_IMAGES = 1000
-"""Most training images that a probe embeds."""
+"""Most images of a set that are probed."""
 
 
 @torch.inference_mode()
@@ -236,7 +236,7 @@ def describe_clusters(
 
 
 def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
-    """Return the training images that disentanglement is probed on: sorted indices, the same for the same seed.
+    """Return the images of a set that are probed: sorted indices, the same for the same seed.
 
     A quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. Where that is
     fewer than images_per_class of each, images_per_class of some classes instead, picked at random, as a class is found
@@ -309,8 +309,8 @@ def probe_sets(
     scores = read(loaders.train.dataset.images, loaders.probe.dataset.indices, features, **mined)
     for test_set, loader in loaders.tests.items():
         images = loader.dataset.images
-        if images.factors:
-            chosen = probe_subset(images.labels, seed)
+        chosen = probe_subset(images.labels, seed)
+        if images.factors and len(chosen):
             found = read(images, chosen, {task: test_embeddings[test_set][task][chosen] for task in tasks})
             scores |= {f"{test_set or 'Test'} {name}": value for name, value in found.items()}
     return scores

@@ -6,18 +6,18 @@ from torch import Tensor, nn
 
 
 class GoogLeNet(nn.Module):
-    """torchvision's GoogLeNet: (B, 3, H, W) images in [-1, 1] to (B, 1024) pooled features.
+    """torchvision's GoogLeNet: (B, 3, H, W) images, normalised as for ImageNet, to (B, 1024) pooled features.
 
     Szegedy et al.: Going Deeper with Convolutions, CVPR 2015, with BatchNorm and without the auxiliary classifiers.
-    The published weights were ported from a network that saw images in [-1, 1], hence `mean` and `std`; random weights
-    can live with it, so nothing has to be remembered with a checkpoint. The dropout before torchvision's classifier is
-    left out: it would make the distances between embeddings of one batch noisy.
+    The published weights were ported from a network that saw images in [-1, 1], so images are brought to that range
+    first, as torchvision's `transform_input` does. This happens with any weights: it is one affine map per channel,
+    which random weights can live with, and so nothing about it has to be remembered with a checkpoint. The dropout
+    before torchvision's classifier is left out: it would make the distances between embeddings of one batch noisy.
     Random weights follow He et al. 2015. torchvision's own, of deviation 0.01, make the output vanish until BatchNorm
     has seen data: before training all embeddings would coincide.
     """
 
     out_features = 1024
-    mean = std = (0.5, 0.5, 0.5)
     weights = torchvision.models.GoogLeNet_Weights.IMAGENET1K_V1
     unused_weights = ("fc.", "aux1.", "aux2.")
 
@@ -28,11 +28,15 @@ class GoogLeNet(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("input_scale", (std / 0.5).view(3, 1, 1), persistent=False)
+        self.register_buffer("input_shift", ((mean - 0.5) / 0.5).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4), and that of the
         last inception block, globally average-pooled, (B, 1024)."""
         net = self.layers
+        images = images * self.input_scale + self.input_shift
         early_maps = net.conv3(net.conv2(net.maxpool1(net.conv1(images))))
         if not with_pooled:
             return early_maps, None

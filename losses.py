@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.packages import LibraryLoss
+from run.adapters import LibraryLoss
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8

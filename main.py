@@ -27,7 +27,7 @@ from report import compare, plots, sheets
 from run import errors, flags, processes
 from run.errors import DivergedError, InputError, OneLineParser
 from run.flags import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
-from run.folder import Run, name_taken, scores_line
+from run.folder import Run, name_taken, scores_line, write_file
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
@@ -269,13 +269,8 @@ def renew_labels(
         f"mined for epoch {before_epoch}: {found['Clusters']} clusters of {found['Smallest']} to {found['Largest']} "
         f"images; NMI of the labels with {matches}"
     )
-
-    def draw(folder: Path) -> list[Path]:
-        """Draw the mined clusters."""
-        sheets.draw_clusters(folder / "mined_clusters.png", folder.name, before_epoch, images, mined, squared_distances)
-        return [folder / "mined_clusters.png"]
-
-    run.plot(before_epoch, draw)
+    drawn = (before_epoch, images, mined, squared_distances)
+    run.plot(before_epoch, lambda folder: sheets.draw_clusters(folder / "mined_clusters.png", folder.name, *drawn))
     return {**labels, "Shared": mined}
 
 
@@ -413,7 +408,7 @@ def train(args: argparse.Namespace) -> Path:
         flags.kept(args),
         args.n_epochs,
         is_resumed=args.resume is not None,
-        paper=compare.paper_scores(args.dataset),
+        paper=compare.PAPER.get(args.dataset, {}),
     )
     if run.is_finished:
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
@@ -445,7 +440,8 @@ def train(args: argparse.Namespace) -> Path:
         ).to(device)
     run.flags.setdefault("started_from", network.started_from)
     if args.make_graph and run.is_new:
-        run.keep_file("network.svg", plots.network_graph(network, args.img_size))
+        graph = plots.network_graph(network, args.img_size)
+        run.plot(0, lambda folder: write_file(folder / "network.svg", graph))
     n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
     directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
     objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)

@@ -1,5 +1,6 @@
 """The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from googlenet import GoogLeNet
 from run import processes, weights
+from run.adapters import TimmBackbone, create_timm_model, imported_timm, with_own_grid
 from run.errors import InputError, first_line
-from run.packages import TimmBackbone, create_timm_model, imported_timm, with_own_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -159,7 +160,8 @@ def build_network(
     network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm, detached_heads)
     if weights_file is not None:
         state, source = weights.read_state_dict(weights_file), f"--weights {weights_file}"
-        network.started_from = f"{weights_file}, SHA-256 {weights.sha256(weights_file)[:12]}"
+        digest = hashlib.sha256(Path(weights_file).read_bytes()).hexdigest()
+        network.started_from = f"{weights_file}, SHA-256 {digest[:12]}"
     elif pretrained:
         source, cache = "downloaded weights", None
         if arch.startswith("timm/"):

@@ -1,4 +1,4 @@
-"""What a run shows: plots, contact sheets, comparisons, series of runs."""
+"""What a run shows: plots, contact sheets, stored runs scored and compared, series of runs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

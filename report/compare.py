@@ -91,11 +91,6 @@ class Setting:
         return pd.DataFrame(by_seed).dropna().sort_index()
 
 
-def paper_scores(dataset: str) -> dict[str, dict[str, float]]:
-    """Return the paper's {test set: {score: value}} of a data set; nothing for others than the five."""
-    return PAPER.get(dataset, {})
-
-
 def compare_runs(
     roots: Sequence[str | Path],
     *,
@@ -301,7 +296,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
     It has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of a
     setting; its differences to the base, paired by seed; its gap to the paper; and the paper's row.
     """
-    paper, rows = paper_scores(dataset).get(test_set, {}), []
+    paper, rows = PAPER.get(dataset, {}).get(test_set, {}), []
     for setting in settings:
         for at in ("best", "last"):
             head = {

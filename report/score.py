@@ -1,4 +1,9 @@
-"""A stored run scored, or its embedding of other images stored: the command evaluate.py, which compares runs too."""
+"""The command evaluate.py: a stored run scored, its embedding of other images stored, runs compared.
+
+python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
+python evaluate.py RUN --embed FOLDER --save_embeddings FILE.npz [--embedding Class|Shared]
+python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv FILE] [--plot FILE]
+"""
 
 import argparse
 import os
@@ -51,7 +56,9 @@ def score_run(args: argparse.Namespace) -> None:
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
         print_scores(scores, rows["val"][-1] if is_logged else None, name)
         if name in stores:
-            save_embeddings(stores[name], embeddings, images)
+            is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
+            known = {"paths": images.names, "class_names": images.class_names, "is_query": is_query}
+            store(stores[name], embeddings, labels=images.labels, **known)
 
 
 def embed(
@@ -103,9 +110,7 @@ def embed_folder(args: argparse.Namespace) -> None:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
         device = auxiliaries.pick_device(args.gpu)
         embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
-        with folder.replaced_file(Path(args.save_embeddings)) as file:
-            np.savez(file, embeddings=embeddings, paths=np.array(sound))
-        print(f"stored {args.save_embeddings}: {len(sound)} embeddings")
+        store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
 
@@ -120,19 +125,11 @@ def print_scores(scores: evaluate.Scores, row: folder.Row | None, test_set: str)
         print(f"{name:<{width}}  {value!r:<20}  {'' if then is None else then}".rstrip())
 
 
-def save_embeddings(path: Path, embeddings: np.ndarray, images: ImageSet) -> None:
-    """Store embeddings (N, D) float32, labels (N,), paths (N,), class_names and is_query (N,) as .npz."""
-    is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
+def store(path: Path, embeddings: np.ndarray, **more: Sequence) -> None:
+    """Store embeddings (N, D) float32 and what is known of the images as .npz."""
     with folder.replaced_file(path) as file:
-        np.savez(
-            file,
-            embeddings=embeddings,
-            labels=images.labels,
-            paths=np.array(images.names),
-            class_names=np.array(images.class_names),
-            is_query=is_query,
-        )
-    print(f"stored {path}")
+        np.savez(file, embeddings=embeddings, **{name: np.array(values) for name, values in more.items()})
+    print(f"stored {path}: {len(embeddings)} embeddings")
 
 
 def get_args_parser() -> errors.OneLineParser:

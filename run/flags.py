@@ -13,7 +13,7 @@ import torch
 
 import losses
 from report import plots
-from run import packages, processes, weights
+from run import adapters, processes, weights
 from run.errors import InputError, OneLineParser, first_few
 from run.folder import LAST
 
@@ -145,10 +145,10 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
         parser.error("--tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it out")
     try:
         if args.arch.startswith("timm/"):
-            packages.imported_timm(args.arch.removeprefix("timm/"))
+            adapters.imported_timm(args.arch.removeprefix("timm/"))
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
         for name, embed_size in library_losses.items():
-            packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
+            adapters.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
     without_sampler = [name for name in args.losses if not losses.takes_sampler(name)]

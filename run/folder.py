@@ -221,10 +221,6 @@ class Run:
                 self.board.add_scalar(f"{name}/{column}", value, step)
         self.board.flush()  # it is to be there when last.pth.tar holds its epoch
 
-    def keep_file(self, name: str, content: bytes) -> None:
-        """Write a file into the folder, as soon as there is one."""
-        self.plot(self.epoch, lambda folder: write_file(folder / name, content))
-
     def best_indices(self) -> dict[str, int]:
         """Return which row of "val" is the best of each test set so far."""
         rows, select = self.rows["val"], self.flags["select"]

@@ -1,6 +1,5 @@
 """Files of weights and checkpoints: read without executing anything in them, and fitted to a network strictly."""
 
-import hashlib
 import os
 import re
 import zipfile
@@ -112,11 +111,6 @@ def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") ->
     if not is_ours or not is_state_dict(parts["state_dict"]):
         raise InputError(f"{path}: no checkpoint of this version of the program")
     return stored
-
-
-def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def download(fetch: Callable[[], dict[str, Tensor]], arch: str, cache: Path | None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 import main
 from data.shapes import render_shapes
+from report import score
 from run import flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,7 @@ def refused(capsys, argv, program=main, code=2):
         run(argv, program)
     error = capsys.readouterr().err
     assert stop.value.code == code, error
-    name = program.get_args_parser().prog
+    name = {main: "main.py", score: "evaluate.py"}[program]
     assert error.startswith(f"{name}: error: " if code == 2 else f"{name}: stopped"), error
     assert error.count("\n") == 1, error
     return error

@@ -209,7 +209,7 @@ def test_workers_change_nothing(shapes):
 def test_without_batches_all_images_or_a_share_come_once_in_order(shapes, share):
     test = shapes[1].classes(0, 1)
     dataset = datasets.ImageDataset(test, lambda image: image)
-    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, share=share)
+    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, sampler=share)
     pixels = torch.cat([images for images, _ in loader])
     assert (pixels.permute(0, 2, 3, 1).numpy() == test.pixels[share or range(len(test))]).all()
 

@@ -48,7 +48,7 @@ def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, n
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
 
-    argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2)
+    argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2, "--eval_every", 1)
     process = run_in_process(run, argv, meanwhile=when_logged(path, 1, tell, "log_val_Class.csv"))
     assert process.returncode == code, process.stderr
     assert_tells_how_to_go_on(process.stderr, f" by {name}: ", path)
@@ -56,7 +56,7 @@ def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, n
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, tmp_path):
-    argv = small_flags(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 500)
+    argv = small_flags(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 500, "--eval_every", 1)
     process = subprocess.Popen(
         [sys.executable, ROOT / "main.py", *argv],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -137,6 +137,13 @@ def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
     assert "1 folders without images are no classes: \\u7a7a\n" in done.stdout
     assert done.stdout.endswith("\\xe9/tiny/run\n")
     assert "epochs done: 1\n" in (tmp_path / "é" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
+
+
+def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = command_line("evaluate.py", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "evaluate.py: error: nowhere: no such run folder or checkpoint file\n"
 
 
 def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):

@@ -1,11 +1,13 @@
 """Scores against golden values, naive loops and by hand; feature extraction."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Subset
 
 import datasets
 import evaluate
@@ -245,6 +247,44 @@ def test_probe_of_many_small_classes_takes_some_of_them_whole():
     classes, counts = np.unique(labels[chosen], return_counts=True)
     assert (len(classes), set(counts)) == (200, {5})
     assert set(labels[other]) != set(classes)
+
+
+def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
+    torch.manual_seed(0)
+    network = netlib.build_network("googlenet", {"Class": 4, "Shared": 3}, pretrained=False, freeze_batchnorm=False)
+    train, test = (images.classes(0, 5) for images in shapes)  # 120 images each
+    sets = {"": test, "Set 1": replace(test.classes(0, 3), factors={}), "Set 2": alone(test)}
+    loaders = {
+        name: datasets.make_loader(
+            datasets.ImageDataset(images, datasets.test_transform(32)), n_workers=0, pin_memory=False, batch_size=40
+        )
+        for name, images in {"train": train, **sets}.items()
+    }
+    embeddings = evaluate.embed_sets(network, loaders, ["Class", "Shared"], "none")
+    probed = {name: evaluate.probe_subset(images.labels, 1) for name, images in (("train", train), ("", test))}
+    whole = loaders.pop("train")
+    part = datasets.make_loader(Subset(whole.dataset, probed["train"]), n_workers=0, pin_memory=False, batch_size=40)
+    of_run = datasets.Loaders(sampler=None, batches=None, train=whole, tests=loaders, probe=part)
+    labels = {"Class": train.labels, "Shared": np.arange(120) % 7}
+    found = evaluate.probe_sets(network, of_run, labels, embeddings, 1, "none")
+
+    def expected(name, task, levels):
+        chosen = probed[name]
+        return evaluate.nearest_neighbour_accuracy(embeddings[name][task][chosen], levels[chosen])
+
+    assert found["Class from Shared"] == pytest.approx(expected("train", "Shared", train.labels), abs=0.02)
+    assert found["Mined from Class"] == pytest.approx(expected("train", "Class", labels["Shared"]), abs=0.02)
+    assert found["size from Shared"] == pytest.approx(expected("train", "Shared", train.factors["size"]), abs=0.02)
+    assert found["Test Class from Class"] == expected("", "Class", test.labels)
+    assert found["Test light from Shared"] == expected("", "Shared", test.factors["light"])
+    assert not [name for name in found if name.startswith("Set ") or name == "Test Mined from Class"]
+
+
+def alone(images):
+    """Return the first image of each class, with its factors."""
+    first = np.unique(images.labels, return_index=True)[1]
+    return ImageSet([images.names[i] for i in first], np.arange(len(first)), images.class_names, images.pixels[first],
+                    {name: levels[first] for name, levels in images.factors.items()})  # fmt: skip
 
 
 @pytest.mark.parametrize("was_training", [True, False])

@@ -380,7 +380,7 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
 
 
 def test_kills_benchmark_runs_to_its_end(whole, tmp_path, monkeypatch, capsys):
-    flags = ["kills.py", "--kills", 1, *small_flags(whole[0], tmp_path)]
+    flags = ["kills.py", "--kills", 1, *small_flags(whole[0], tmp_path, "--eval_every", 1)]
     monkeypatch.setattr(sys, "argv", list(map(str, flags)))
     runpy.run_path(str(ROOT / "benchmarks" / "kills.py"), run_name="__main__")
     output = capsys.readouterr().out

@@ -223,8 +223,8 @@ def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embe
     early, classes = features["Early"].copy(), loaders.train.dataset.images.labels
     for label in range(2):  # the class means are taken out of the early features, and of nothing else
         early[classes == label] -= early[classes == label].mean(0, dtype=np.float64)
-    for is_first, points in ((True, early), (False, features["Shared"])):
-        mined, squared_distances = main.mine_labels(args, network, loaders.train, is_first)
+    for output, points in (("Early", early), ("Shared", features["Shared"])):
+        mined, squared_distances = main.mine_labels(args, network, loaders.train, output)
         expected, distances = auxiliaries.kmeans(points, 3, seed=1)
         assert mined.tolist() == expected.tolist()
         np.testing.assert_allclose(squared_distances, distances, rtol=1e-4, atol=1e-6)

@@ -98,7 +98,7 @@ def test_a_classifier_in_the_weights_of_a_timm_model_is_not_used(timm, tmp_path)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_run_with_a_timm_backbone_resumes_exactly_and_is_scored(timm, class_folders, tmp_path, capsys, arch):
-    more = ("--arch", arch, "--img_size", 64)
+    more = ("--arch", arch, "--img_size", 64, "--eval_every", 1)
     whole = run(small_flags(class_folders, tmp_path / "whole", *more))
     cut = tmp_path / "cut" / "tiny" / "run"
     assert killed_run(small_flags(class_folders, tmp_path / "cut", *more), cut, 2).returncode == -9
@@ -194,7 +194,7 @@ def test_losses_get_the_sizes_that_they_or_their_bases_ask_for(library, name):
 
 @pytest.mark.parametrize("name", LIBRARY_LOSSES)
 def test_a_run_with_a_loss_of_the_library_trains_it_and_resumes_exactly(library, class_folders, tmp_path, name):
-    more = ("--losses", f"pml/{name}", f"pml/{name}", "--proxy_lr", 0.01, 0.02, "--task_p", 1, 1)
+    more = ("--losses", f"pml/{name}", f"pml/{name}", "--proxy_lr", 0.01, 0.02, "--task_p", 1, 1, "--eval_every", 1)
     whole = run(small_flags(class_folders, tmp_path / "whole", *more))
     assert np.isfinite(read_logs(whole)["log_train_Class.csv"][["Class Loss", "Shared Loss"]].to_numpy()).all()
     cut = tmp_path / "cut" / "tiny" / "run"

@@ -36,6 +36,7 @@ import losses
 import main
 import netlib
 from data.images import ImageSet
+from report import score
 from run import folder, processes
 
 BATCH_SIZE = 12
@@ -112,7 +113,7 @@ def features(n_images):
     network = netlib.build_network("googlenet", {"Class": 8, "Shared": 6}, pretrained=False, freeze_batchnorm=False)
     share = processes.own_share(n_images, 4) if processes.count() > 1 else None
     dataset = datasets.ImageDataset(images, datasets.test_transform(32))
-    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, share=share)
+    loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, sampler=share)
     everywhere = evaluate.extract_features(network, loader, ["Class", "Early"])
     first = evaluate.extract_features(network, loader, ["Shared"], everywhere=False)["Shared"]
     assert (first is None) != processes.is_first()
@@ -361,7 +362,7 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
             flags_of(tmp_path, tmp_path, "--bn", "train"),
             "--bn train (the default with --not_pretrained): on CPUs",
         ),
-        (evaluate, [tmp_path], "runs as one process: start it with python, not with torchrun"),
+        (score, [tmp_path], "runs as one process: start it with python, not with torchrun"),
     ]:
         if rank == "0":
             assert message in refused(capsys, argv, program)

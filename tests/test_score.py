@@ -23,7 +23,9 @@ def stored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stored")
     write_class_folders(folder / "source" / "tiny", per_class=(5,) * 8)
     write_class_folders(folder / "source" / "other", per_class=(3, 3, 4, 4))
-    return run(small_flags(folder / "source", folder, "--seed", 5, "--n_epochs", 2, "--val_classes", 0.5))
+    return run(
+        small_flags(folder / "source", folder, "--seed", 5, "--n_epochs", 2, "--eval_every", 1, "--val_classes", 0.5)
+    )
 
 
 def scored(capsys, *argv):
@@ -47,6 +49,7 @@ SCORES = ["NMI", "F1", *(f"Recall @ {k}" for k in (1, 2, 4, 8)), "mAP @ R", "R-P
 def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpoint):
     tables = scored(capsys, stored, *(["--checkpoint", checkpoint] if checkpoint == "last.pth.tar" else []))
     log = pd.read_csv(stored / "log_val_Class.csv", dtype=str)
+    assert log["Epochs"].tolist() == ["0", "1"]
     row = log.iloc[-1 if checkpoint == "last.pth.tar" else log["Recall @ 1"].astype(float).idxmax()]
     headings = [f"{stored}/{checkpoint}, Class embedding of {of}" for of in ("20 tiny images", "10 tiny images, Val")]
     assert list(tables) == headings

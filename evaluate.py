@@ -129,10 +129,10 @@ def class_ranks(
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
         in_class = offsets < sizes[block]
         columns = (starts[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
-        values = closeness.gather(1, columns)
+        to_class = closeness.gather(1, columns)  # of the query to the points of its class
         is_wanted = in_class & (columns != places[block])
-        own = values.masked_fill(~is_wanted, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
-        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, values))  # the class itself is blanked
+        own = to_class.masked_fill(~is_wanted, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
+        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, to_class))  # leaves other classes
         n_wanted = is_wanted.sum(1, keepdim=True)
         first_hits = torch.where(n_wanted[:, 0] > 0, count_at_least(closeness, own[:, :1]), torch.inf)
         others = largest_values(closeness, min(max(int(n_wanted.max()), 1), len(gallery)))
@@ -140,7 +140,7 @@ def class_ranks(
         ranks = n_own + torch.searchsorted(-others, -own, right=True)
         is_found = is_wanted.sort(dim=1, descending=True).values & (ranks <= n_wanted)
         precisions = [(is_found * n_own / ranks.double()).sum(1), is_found.sum(1).double()]
-        found = torch.stack([first_hits, *(values / n_wanted[:, 0].clamp_min(1) for values in precisions)], 1)
+        found = torch.stack([first_hits, *(total / n_wanted[:, 0].clamp_min(1) for total in precisions)], 1)
         yield found.cpu().numpy()
 
 

@@ -34,8 +34,8 @@ def main() -> None:
     args = parser.parse_args()
     panels = {
         "Recall @ 1 on the test classes": ("log_val_Class.csv", "Recall @ 1"),
-        f"{args.factor} from Class, test images": ("log_probe.csv", f"Test {args.factor} from Class"),
-        f"{args.factor} from Class, training images": ("log_probe.csv", f"{args.factor} from Class"),
+        f"{args.factor}: read from Class, test images": ("log_probe.csv", f"Test {args.factor} from Class"),
+        f"{args.factor}: read from Class, training images": ("log_probe.csv", f"{args.factor} from Class"),
     }
     runs = {name: sorted(glob.glob(pattern)) for name, pattern in (text.split("=", 1) for text in args.settings)}
     with plots.saved_figure(args.file, figsize=(12.8, 4.4), layout="constrained") as figure:

@@ -97,5 +97,5 @@ def test_factor_curves(tmp_path):
         (tmp_path / setting / "log_probe.csv").write_text(f"{columns}\n0,0.3,0.4\n1,0.2,0.3\n")
     printed(tmp_path, "factor_curves.py", "plot.svg", "light", "a=a_*", "b=b_*")
     text = (tmp_path / "plot.svg").read_text()
-    for words in ("a (2 runs)", "b (1 runs)", "Recall @ 1 on the test classes", "light from Class, test images"):
+    for words in ("a (2 runs)", "b (1 runs)", "Recall @ 1 on the test classes", "light: read from Class, test images"):
         assert words in text

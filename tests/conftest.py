@@ -51,6 +51,8 @@ class SmallBackbone(torch.nn.Module):
 
 
 netlib.BACKBONES["small"] = SmallBackbone
+ALONE = ("--arch", "googlenet")
+"""For runs in programs that do not import this file, and so know no small backbone."""
 
 
 class Ended(NamedTuple):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_logs, run, small_flags, write_class_folders
+from conftest import ALONE, ROOT, read_logs, run, small_flags, write_class_folders
 
 import losses
 import main
@@ -132,7 +132,7 @@ def own_run(tmp_path_factory):
     names = [f"{path.parent.name}/{path.name}" for path in sorted(images.glob("*/*"))]
     lines = [f"{name},{'left' if i % 2 else 'right'}" for i, name in enumerate(names)]
     (images.parent / "factors.csv").write_text("\n".join(["image,light", *lines]))
-    more = ("--dataset", "mine", "--savename", "NAME", "--n_epochs", 2, "--eval_shared")
+    more = (*ALONE, "--dataset", "mine", "--savename", "NAME", "--n_epochs", 2, "--eval_shared")
     return run(small_flags(top / "Datasets", top / "Training_Results", *more))
 
 

@@ -10,7 +10,7 @@ import time
 
 import pandas as pd
 import pytest
-from conftest import ROOT, run, run_in_process, small_flags, when, when_logged, write_class_folders
+from conftest import ALONE, ROOT, run, run_in_process, small_flags, when, when_logged, write_class_folders
 
 from run.errors import InputError, first_line, stop_reason
 
@@ -56,7 +56,7 @@ def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, n
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, tmp_path):
-    argv = small_flags(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 500, "--eval_every", 1)
+    argv = small_flags(class_folders, tmp_path, *ALONE, "--kernels", 2, "--n_epochs", 500, "--eval_every", 1)
     process = subprocess.Popen(
         [sys.executable, ROOT / "main.py", *argv],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -131,7 +131,7 @@ def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
     images = write_class_folders(tmp_path / "Bücher" / "tiny") / "images"
     (images / "class_03").rename(images / "straße")
     (images / "空").mkdir()  # is warned of
-    argv = small_flags(tmp_path / "Bücher", tmp_path / "é", "--n_epochs", 1, "--task_p", 1, 0)
+    argv = small_flags(tmp_path / "Bücher", tmp_path / "é", *ALONE, "--n_epochs", 1, "--task_p", 1, 0)
     done = command_line("main.py", *argv)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1 folders without images are no classes: \\u7a7a\n" in done.stdout
@@ -147,7 +147,7 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
-    flags = ("--n_epochs", 1, "--task_p", 1, 0)
+    flags = (*ALONE, "--n_epochs", 1, "--task_p", 1, 0)
     done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=">&-")
     assert (done.returncode, done.stderr) == (0, "")
     assert "epochs done: 1\n" in (tmp_path / "results" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
@@ -157,7 +157,7 @@ def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
     ("redirection", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")]
 )
 def test_output_that_cannot_be_written_ends_a_run_with_one_line(class_folders, tmp_path, redirection, reason):
-    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results"), redirection=redirection)
+    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *ALONE), redirection=redirection)
     assert done.stderr == f"main.py: stopped: cannot read or write a file or stdout ({reason})\n"
 
 

@@ -7,7 +7,7 @@ from importlib.machinery import PathFinder
 
 import layouts
 import pytest
-from conftest import ROOT, parse, refused, small_flags, write_class_folders
+from conftest import ALONE, ROOT, parse, refused, small_flags, write_class_folders
 
 import main
 from data.readers import PUBLISHED
@@ -156,7 +156,7 @@ def test_weights_that_cannot_be_downloaded(class_folders, tmp_path, capsys, monk
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
-    argv = [flag for flag in small_flags(class_folders, tmp_path / "results") if flag != "--not_pretrained"]
+    argv = [flag for flag in small_flags(class_folders, tmp_path / "results", *ALONE) if flag != "--not_pretrained"]
     error = refused(capsys, argv)
     assert "cannot download the pretrained googlenet weights" in error
     assert "--weights FILE" in error

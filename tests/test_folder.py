@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    ALONE,
     ROOT,
     assert_same_run,
     epochs_logged,
@@ -324,7 +325,7 @@ def test_a_folder_that_goes_away_is_told(whole, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_path, capsys):
-    argv = small_flags(whole[0], tmp_path, "--task_p", 1, 1, "--scheduler", "exp", "--gamma", 1e9, "--lr", 1e-5)
+    argv = small_flags(whole[0], tmp_path, *ALONE, "--task_p", 1, 1, "--scheduler", "exp", "--gamma", 1e9, "--lr", 1e-5)
     error = refused(capsys, argv, code=1)
     path = tmp_path / "tiny" / "run" / "last.pth.tar"
     epoch = re.match(
@@ -380,7 +381,7 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
 
 
 def test_kills_benchmark_runs_to_its_end(whole, tmp_path, monkeypatch, capsys):
-    flags = ["kills.py", "--kills", 1, *small_flags(whole[0], tmp_path, "--eval_every", 1)]
+    flags = ["kills.py", "--kills", 1, *small_flags(whole[0], tmp_path, *ALONE, "--eval_every", 1)]
     monkeypatch.setattr(sys, "argv", list(map(str, flags)))
     runpy.run_path(str(ROOT / "benchmarks" / "kills.py"), run_name="__main__")
     output = capsys.readouterr().out

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import parse, read_logs, refused, run, small_flags, write_class_folders
+from conftest import ALONE, parse, read_logs, refused, run, small_flags, write_class_folders
 from PIL import Image
 
 import auxiliaries
@@ -383,13 +383,13 @@ def test_weights_that_hold_nan_are_told_before_training(class_folders, tmp_path,
     state = torchvision.models.googlenet(init_weights=False, aux_logits=False).state_dict()
     state["conv1.conv.weight"][0, 0, 0, 0] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
-    argv = small_flags(class_folders, tmp_path / "results", "--weights", tmp_path / "nan.pth")
+    argv = small_flags(class_folders, tmp_path / "results", *ALONE, "--weights", tmp_path / "nan.pth")
     assert "features are not finite" in refused(capsys, argv, code=1)
     assert not (tmp_path / "results").exists()
 
 
 def test_training_that_diverges_is_told_with_the_term_and_the_epoch(class_folders, tmp_path, capsys):
-    argv = small_flags(class_folders, tmp_path, "--lr", "1e9", "--task_p", 1, 0, "--adv_weights", 0)
+    argv = small_flags(class_folders, tmp_path, *ALONE, "--lr", "1e9", "--task_p", 1, 0, "--adv_weights", 0)
     error = refused(capsys, argv, code=1)
     assert error.startswith("main.py: stopped: in epoch ")
     assert "the Class loss is" in error or "features are not finite" in error

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import (
+    ALONE,
     ROOT,
     assert_equal,
     call_like_new,
@@ -237,7 +238,7 @@ def runs(tmp_path_factory):
     """The folders of a run of one epoch in two processes, started by torchrun, and in one."""
     top = tmp_path_factory.mktemp("runs")
     write_class_folders(top / "source" / "tiny", per_class=(9,) * 8, contrast=0.1)
-    flags = ["--bs", 12, "--n_epochs", 1, "--lr", 1e-5, "--shared_num_classes", 8]
+    flags = [*ALONE, "--bs", 12, "--n_epochs", 1, "--lr", 1e-5, "--shared_num_classes", 8]
     process = torchrun(flags_of(top / "source", top / "two", *flags))
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("run folder: ") == 2  # one process speaks
@@ -329,7 +330,7 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
 def test_a_broken_image_in_the_share_of_another_process_is_in_torchruns_report(class_folders, tmp_path):
     image = class_folders / "tiny" / "images" / "class_01" / "4.jpg"
     image.write_bytes(b"no image")
-    process = torchrun(flags_of(class_folders, tmp_path / "results"))
+    process = torchrun(flags_of(class_folders, tmp_path / "results", *ALONE))
     assert process.returncode != 0
     assert f"InputError: cannot decode the image {image} (" in process.stderr
     assert len(own_lines(process.stderr)) == 1  # of the first one, which lost another

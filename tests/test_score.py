@@ -160,7 +160,8 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
         line = refused(capsys, [path], score)
         assert f"{path}: " in line
         assert message in line
-    path.write_bytes((stored / "checkpoint.pth.tar").read_bytes()[:1_000_000])
+    whole = (stored / "checkpoint.pth.tar").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
     assert "damaged or truncated" in refused(capsys, [path], score)
     assert "no such run folder" in refused(capsys, [tmp_path / "absent"], score)
     (tmp_path / "empty").mkdir()

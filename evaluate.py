@@ -4,6 +4,7 @@ The probe measures how well classes, mined labels and known factors can be read 
 file scores a stored run, or compares runs: see report/score.py.
 """
 
+import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ import auxiliaries
 import datasets
 import netlib
 from data.images import ImageSet
-from run import errors, processes
+from run import processes
 from run.errors import DivergedError
 
 Scores = dict[str, float | None]
@@ -309,8 +310,8 @@ def probe_sets(
     scores = read(loaders.train.dataset.images, loaders.probe.dataset.indices, features, **mined)
     for test_set, loader in loaders.tests.items():
         images = loader.dataset.images
-        chosen = probe_subset(images.labels, seed)
-        if images.factors and len(chosen):
+        chosen = probe_subset(images.labels, seed) if images.factors else []
+        if len(chosen):
             found = read(images, chosen, {task: test_embeddings[test_set][task][chosen] for task in tasks})
             scores |= {f"{test_set or 'Test'} {name}": value for name, value in found.items()}
     return scores
@@ -340,7 +341,4 @@ def score_sets(
 
 
 if __name__ == "__main__":
-    errors.set_up_output()
-    from report.score import main
-
-    main()
+    runpy.run_module("report.score", run_name="__main__")

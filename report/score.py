@@ -210,3 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             embed_folder(args)
         else:
             score_run(args)
+
+
+if __name__ == "__main__":
+    errors.set_up_output()
+    main()

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,29 +255,24 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     network = netlib.build_network("googlenet", {"Class": 4, "Shared": 3}, pretrained=False, freeze_batchnorm=False)
     train, test = (images.classes(0, 5) for images in shapes)  # 120 images each
     sets = {"": test, "Set 1": replace(test.classes(0, 3), factors={}), "Set 2": alone(test)}
-    loaders = {
-        name: datasets.make_loader(
-            datasets.ImageDataset(images, datasets.test_transform(32)), n_workers=0, pin_memory=False, batch_size=40
-        )
-        for name, images in {"train": train, **sets}.items()
-    }
-    embeddings = evaluate.embed_sets(network, loaders, ["Class", "Shared"], "none")
-    probed = {name: evaluate.probe_subset(images.labels, 1) for name, images in (("train", train), ("", test))}
-    whole = loaders.pop("train")
-    part = datasets.make_loader(Subset(whole.dataset, probed["train"]), n_workers=0, pin_memory=False, batch_size=40)
-    of_run = datasets.Loaders(sampler=None, batches=None, train=whole, tests=loaders, probe=part)
+    make = partial(datasets.make_loader, n_workers=0, pin_memory=False, batch_size=40)
+    whole, *tests = (
+        make(datasets.ImageDataset(images, datasets.test_transform(32))) for images in (train, *sets.values())
+    )
+    tests = dict(zip(sets, tests))
+    chosen, chosen_of_test = (evaluate.probe_subset(images.labels, 1) for images in (train, test))
+    part = make(Subset(whole.dataset, chosen))
+    of_run = datasets.Loaders(sampler=None, batches=None, train=whole, tests=tests, probe=part)
     labels = {"Class": train.labels, "Shared": np.arange(120) % 7}
+    embeddings = evaluate.embed_sets(network, tests, list(labels), "none")
     found = evaluate.probe_sets(network, of_run, labels, embeddings, 1, "none")
-
-    def expected(name, task, levels):
-        chosen = probed[name]
-        return evaluate.nearest_neighbour_accuracy(embeddings[name][task][chosen], levels[chosen])
-
-    assert found["Class from Shared"] == pytest.approx(expected("train", "Shared", train.labels), abs=0.02)
-    assert found["Mined from Class"] == pytest.approx(expected("train", "Class", labels["Shared"]), abs=0.02)
-    assert found["size from Shared"] == pytest.approx(expected("train", "Shared", train.factors["size"]), abs=0.02)
-    assert found["Test Class from Class"] == expected("", "Class", test.labels)
-    assert found["Test light from Shared"] == expected("", "Shared", test.factors["light"])
+    features, read = evaluate.extract_features(network, part, list(labels)), evaluate.nearest_neighbour_accuracy
+    assert found["Class from Shared"] == read(features["Shared"], train.labels[chosen])
+    assert found["Mined from Class"] == read(features["Class"], labels["Shared"][chosen])
+    assert found["size from Shared"] == read(features["Shared"], train.factors["size"][chosen])
+    features = {task: values[chosen_of_test] for task, values in embeddings[""].items()}
+    assert found["Test Class from Class"] == read(features["Class"], test.labels[chosen_of_test])
+    assert found["Test light from Shared"] == read(features["Shared"], test.factors["light"][chosen_of_test])
     assert not [name for name in found if name.startswith("Set ") or name == "Test Mined from Class"]
 
 

@@ -302,6 +302,7 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
+    heads = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
@@ -312,6 +313,10 @@ def train_one_epoch(
         optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
+        # Zero, not None, for what takes no part, as under the published code's PyTorch: Adam's momentum moves it on
+        for parameter in (*heads, *objective.parameters()):
+            if parameter.grad is None and parameter in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)

@@ -48,6 +48,9 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     diagnosis of several lines.
     """
     if name == "shapes":
+        own = Path(source_path) / name
+        if os.path.isdir(own / "images"):
+            raise InputError(f"--dataset shapes: is the built-in set, and {own} is a folder of yours: rename that")
         return render_shapes()
     read = READERS.get(name, readers.read_class_folders)
     return read(readers.locate(name, Path(source_path)))

@@ -22,7 +22,7 @@ import losses
 import netlib
 import report
 from data.cache import CACHES, cached
-from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
+from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
 from report import compare, plots, sheets
 from run import errors, flags, processes
 from run.errors import DivergedError, InputError, OneLineParser
@@ -187,6 +187,10 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
         print(f"{name or 'test'}: {images.describe()}")
+    if NO_TORCHCODEC and train.pixels is None:
+        warnings.append(
+            f"Pillow decodes all images, JPEGs at half the speed: torchcodec cannot be used ({NO_TORCHCODEC})"
+        )
     for warning in [*warnings, *flags.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     print(

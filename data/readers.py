@@ -15,7 +15,8 @@ from data.images import ImageSet, Splits
 from run.errors import InputError, first_few, first_line
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".avif")
+"""Endings of images; a file without an ending is an image too, as in the published layout of CUB200."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def advise(known: Published, name: str, source: Path, present: list[Path]) -> st
         for child in folders if folder != source else ():  # there they may be other data sets
             if is_data_set(folder / child, known):
                 return f"it lies one level off: rename or move {folder / child} to {target}"
-        has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
+        has_images = any(is_image(file) for child in folders for file in listing(folder / child)[1])
         if has_images and known.layout.startswith("images/<class>"):
             return f"move or link the class folders from {folder} to {target / 'images'}"
     near = [] if name in PUBLISHED else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
@@ -136,13 +137,20 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     return [name for name in names if is_folder[name]], [name for name in names if not is_folder[name]]
 
 
-def images_below(root: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of the images below a folder, in linked folders too, and of all other files.
+def is_image(name: str) -> bool:
+    """Tell by its name whether a file is an image, see IMAGES."""
+    ending = os.path.splitext(name)[1]
+    return not ending or ending.lower() in IMAGES
 
-    An image has an ending of IMAGES. Hidden files and folders do not count.
+
+def images_below(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Return the sorted paths of the images below a folder, in linked folders too, of all other files, and of folders
+    that cannot be read.
+
+    Hidden files and folders do not count.
     """
-    images, others, seen = [], [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    images, others, unread, seen = [], [], [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda error: unread.append(error.filename)):
         seen.add(os.path.realpath(folder))
         folders[:] = [
             name
@@ -151,22 +159,24 @@ def images_below(root: Path) -> tuple[list[str], list[str]]:
         ]
         for path in (os.path.join(folder, name) for name in files if not name.startswith(".")):
             if os.path.isfile(path) or os.path.islink(path):  # no pipe, which would be waited for
-                (images if path.lower().endswith(IMAGES) else others).append(path)
-    return sorted(images), sorted(others)
+                (images if is_image(path) else others).append(path)
+    return sorted(images), sorted(others), sorted(map(str, unread))
 
 
 def read_class_folders(root: Path) -> Splits:
     """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
 
-    Of an odd number of classes the test side has one more. Raises InputError when there are fewer than two classes
-    with images on either side, or dead links.
+    Of an odd number of classes the test side has one more; warnings say what is left out. Raises InputError when there
+    are fewer than two classes with images on either side, images in subfolders of a class only, or dead links.
     """
     images = root / "images"
     folders, files = listing(images)
-    per_class = {name: [f"{name}/{file}" for file in listing(images / name)[1]] for name in folders}
     dead = [name for name in files if not os.path.exists(images / name)]
     if dead:
         raise InputError(f"{images}: {len(dead)} dead links: {first_few(dead)}; mend or remove them")
+    inside = {name: listing(images / name) for name in folders}
+    per_class = {name: [f"{name}/{file}" for file in inside[name][1] if is_image(file)] for name in folders}
+    warnings = left_out(images, files, inside)
     factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
     train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
     for column in factors:
@@ -174,9 +184,34 @@ def read_class_folders(root: Path) -> Splits:
             raise InputError(
                 f"{root / 'factors.csv'}: {column} has one value in all training or all test images; leave it out"
             )
-    empty = [name for name in folders if not per_class[name]]
-    note = f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}"
-    return replace(train, warnings=(note,) if empty else ()), tests
+    return replace(train, warnings=warnings), tests
+
+
+def left_out(images: Path, files: Sequence[str], inside: Mapping[str, tuple[list[str], list[str]]]) -> tuple[str, ...]:
+    """Return warnings of what a folder of class folders holds that is read as no image of a class.
+
+    files: beside the class folders. inside: the folders and files in each. Raises InputError where a class folder has
+    images in its subfolders only.
+    """
+    below = {name: [images_below(images / name / sub)[0] for sub in subs] for name, (subs, _) in inside.items()}
+    below = {name: sum(paths, []) for name, paths in below.items() if any(paths)}
+    empty = [name for name, (_, files) in inside.items() if not any(map(is_image, files))]
+    nested = [name for name in empty if name in below]
+    if nested:
+        raise InputError(
+            f"{images}: {len(nested)} class folders hold images in subfolders only: {first_few(nested)}; move the "
+            f"images up into the class folders, or the subfolders into {images} if they are the classes"
+        )
+    others = [f"{name}/{file}" for name, (_, files) in inside.items() for file in files if not is_image(file)]
+    beside = [file for file in files if is_image(file) and "." in file]
+    n_below = sum(map(len, below.values()))
+    notes = [
+        (empty, f"{len(empty)} folders without images are no classes: {first_few(empty)}"),
+        (below, f"{n_below} images in subfolders of class folders are left out: in {first_few(list(below))}"),
+        (beside, f"{len(beside)} images beside the class folders are left out: {first_few(beside)}"),
+        (others, f"{len(others)} files with an ending that no image has are left out: {first_few(others)}"),
+    ]
+    return tuple(f"{images}: {text}" for names, text in notes if names)
 
 
 def read_factors(path: Path, names: list[str]) -> dict[str, np.ndarray]:

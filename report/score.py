@@ -19,7 +19,7 @@ import datasets
 import evaluate
 import netlib
 from data import readers
-from data.images import VALIDATION, ImageSet, hold_out_classes
+from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
 from report import compare
 from run import errors, folder, processes, weights
 from run.errors import InputError, StoppedError
@@ -35,6 +35,7 @@ def score_run(args: argparse.Namespace) -> None:
     flags = weights.read_checkpoint(found[0])["flags"]
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
     train_images, tests = datasets.load_dataset(dataset, source)
+    sources = {VALIDATION: ("train", train_images)} | {name: (name, images) for name, images in tests.items()}
     if flags["val_classes"] and not args.dataset:
         tests[VALIDATION] = hold_out_classes(train_images, flags["val_classes"])[1]
     wanted = Path(args.save_embeddings or "")
@@ -54,11 +55,20 @@ def score_run(args: argparse.Namespace) -> None:
         # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
+        change = changed(stored, *sources[name]) if is_logged else None
+        if change:
+            print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
         print_scores(scores, rows["val"][-1] if is_logged else None, name)
         if name in stores:
             is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
             known = {"paths": images.names, "class_names": images.class_names, "is_query": is_query}
             store(stores[name], embeddings, labels=images.labels, **known)
+
+
+def changed(stored: Mapping[str, dict], split: str, images: ImageSet) -> str | None:
+    """Return how the images of a split differ from those that the run of a checkpoint had; None where they do not."""
+    before, now = stored["progress"]["contents"].get(split, {}), contents({split: images})[split]
+    return describe_change({split: before}, {split: now})
 
 
 def embed(
@@ -95,9 +105,11 @@ def embed_folder(args: argparse.Namespace) -> None:
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
     root = Path(args.embed)
-    paths, others = readers.images_below(root)
+    paths, others, unread = readers.images_below(root)
     if others:
         print(f"skipped {len(others)} other files: {errors.first_few(others)}")
+    if unread:
+        print(f"skipped {len(unread)} folders that cannot be read: {errors.first_few(unread)}")
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
@@ -113,6 +125,8 @@ def embed_folder(args: argparse.Namespace) -> None:
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
+    if unread:
+        raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
 def print_scores(scores: evaluate.Scores, row: folder.Row | None, test_set: str) -> None:

@@ -116,7 +116,7 @@ class Run:
     def require_images(self, contents: Mapping[str, Mapping[str, str]]) -> None:
         """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
         self.contents, self.flags["images"] = contents, digest(contents)
-        change = None if self.is_new else describe_change(self.stored["training"]["contents"], contents)
+        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], contents)
         if change:
             raise InputError(f"--resume {self.folder}: not the images that it was trained with: {change}; "
                              "give it those, or start a new run")  # fmt: skip
@@ -248,6 +248,7 @@ class Run:
         """Write a checkpoint of tensors and plain values only, see weights.read_checkpoint."""
         shared = torch.from_numpy(labels["Shared"]) if "Shared" in labels else None
         progress = {"rows": self.rows, "initial_scores": self.initial_scores, "shared_labels": shared}
+        progress |= {"contents": self.contents}
         content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
         content |= {"flags": self.flags, "progress": progress}
         buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
@@ -265,7 +266,7 @@ class Run:
         network = parts["network"]
         training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
         training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
-        training |= {"random": auxiliaries.random_states(network.mean.device), "contents": self.contents}
+        training |= {"random": auxiliaries.random_states(network.mean.device)}
         self._store(LAST, network, labels, training=training)
 
     def restore(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ NEEDED = {
     "state_dict": set(),
     "flags": {"dataset", "source_path", "val_classes", "select", "arch", "img_size", "bn", "bs", "kernels", "seed",
               "amp", "tf32", "k_vals", "n_epochs", "savename", "started_from", "tensorboard", "task_p", "adv_weights"},
-    "progress": {"rows", "initial_scores", "shared_labels"},
+    "progress": {"rows", "initial_scores", "shared_labels", "contents"},
 }  # fmt: skip
 """What the program reads of the parts of a checkpoint."""
 

@@ -99,9 +99,9 @@ def test_images_below_a_folder_are_found_in_linked_folders_too(tmp_path):
     (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "dead.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "mine" / "pipe.png")
-    found, others = images_below(tmp_path / "mine")
+    found, others, unread = images_below(tmp_path / "mine")
     assert [os.path.relpath(path, tmp_path / "mine") for path in found] == ["a/1.JPG", "dead.png", "linked/b/3.png"]
-    assert others == [str(tmp_path / "mine" / "notes.txt")]
+    assert (others, unread) == ([str(tmp_path / "mine" / "notes.txt")], [])
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
@@ -347,3 +347,40 @@ def test_a_file_of_factors_that_cannot_be_read_is_not_left_out(tmp_path, kind):
     else:
         path.write_bytes(b"image,light\n\xff\xfe,left\n")
     assert message_of("mine", tmp_path).startswith(f"{path}: cannot be read (")
+
+
+def test_what_is_no_image_of_a_class_is_counted_and_left_out(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(3, 3, 3, 3)) / "images"
+    for name in ("class_00/Thumbs.db", "class_01/desktop.ini", "class_01/notes.txt", "class_01/.hidden", "readme.md"):
+        (images / name).touch()
+    for name, copy in {"0.jpg": "front/0.jpg", "1.jpg": "front/deeper/1.jpg", "2.jpg": "../2.jpg"}.items():
+        (images / "class_02" / copy).parent.mkdir(exist_ok=True)
+        (images / "class_02" / copy).write_bytes((images / "class_02" / name).read_bytes())
+    for old, new in {"0.jpg": "bare", "1.jpg": "1.JFIF", "2.jpg": "2.avif"}.items():
+        (images / "class_03" / old).rename(images / "class_03" / new)
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert (len(train), len(tests[""])) == (6, 6)
+    assert train.warnings == (
+        f"{images}: 2 images in subfolders of class folders are left out: in class_02",
+        f"{images}: 1 images beside the class folders are left out: 2.jpg",
+        f"{images}: 3 files with an ending that no image has are left out: class_00/Thumbs.db, class_01/desktop.ini, "
+        "class_01/notes.txt",
+    )
+    assert set(train.warnings) <= set(datasets.count_warnings("mine", train, tests))
+
+
+def test_class_folders_with_images_in_subfolders_only_are_refused(tmp_path):
+    images = write_class_folders(tmp_path / "mine") / "images"
+    (images / "class_01" / "front").mkdir()
+    for path in images.glob("class_01/*.jpg"):
+        path.rename(path.parent / "front" / path.name)
+    assert message_of("mine", tmp_path) == (
+        f"{images}: 1 class folders hold images in subfolders only: class_01; move the images up into the class "
+        f"folders, or the subfolders into {images} if they are the classes"
+    )
+
+
+def test_a_folder_of_the_users_is_not_replaced_by_the_rendered_set(tmp_path):
+    write_class_folders(tmp_path / "shapes")
+    message = message_of("shapes", tmp_path)
+    assert message == f"--dataset shapes: is the built-in set, and {tmp_path}/shapes is a folder of yours: rename that"

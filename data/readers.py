@@ -89,30 +89,53 @@ def locate(name: str, source: Path) -> Path:
         f"no images of --dataset {name} in --source_path {source}",
         f"looked for  {known.layout} in {' or '.join(map(str, candidates))}",
         f"found       {found or f'no folder {source}'}",
-        f"to do       {advise(known, name, source, present)}",
+        f"to do       {advise(known, name, source, candidates)}",
     ]
     raise InputError("\n  ".join([*lines, f"get it at   {known.url}"] if known.url else lines))
 
 
-def advise(known: Published, name: str, source: Path, present: list[Path]) -> str:
-    """Return what to do about a data set that is not where it is expected. present: folders that may hold it."""
+def advise(known: Published, name: str, source: Path, candidates: list[Path]) -> str:
+    """Return what to do about a data set that is not where it is expected, in any of the candidates."""
     target = source / name
     if is_data_set(source, known):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
-    for folder in present:
-        folders, files = listing(folder)
-        archives = [file for file in files if file.lower().endswith(ARCHIVES)]
+    for path in (path for root in candidates for path in (root, *(root / landmark for landmark in known.landmarks))):
+        if os.path.islink(path) and not os.path.exists(path):
+            return f"mend the link {path}, which leads to {os.readlink(path)}: nothing is there"
+    for folder in (folder for folder in (*candidates, source) if os.path.isdir(folder)):
+        below = folders_below(folder, 3) if folder != source else []  # there they may be other data sets
+        archives = [file for file in listing(folder)[1] if file.lower().endswith(ARCHIVES)]
         if archives:
             return f"unpack {folder / archives[0]}"
-        for child in folders if folder != source else ():  # there they may be other data sets
-            if is_data_set(folder / child, known):
-                return f"it lies one level off: rename or move {folder / child} to {target}"
-        has_images = any(is_image(file) for child in folders for file in listing(folder / child)[1])
-        if has_images and known.layout.startswith("images/<class>"):
-            return f"move or link the class folders from {folder} to {target / 'images'}"
+        for deeper in below:
+            if is_data_set(deeper, known):
+                return f"it lies too deep: move what {deeper} holds to {target}"
+        if known.layout.startswith("images/<class>"):
+            roots = [root for root in (folder, *below) if has_class_folders(root)]
+            flat = [root for root in below if any(map(is_image, listing(root)[1]))]
+            if len(roots) > 1:
+                return (
+                    f"put the class folders of {first_few(list(map(str, roots)))} together in {target / 'images'}; "
+                    "rename files where two have one name"
+                )
+            if roots:
+                return f"move or link the class folders from {roots[0]} to {target / 'images'}"
+            if flat:
+                return f"{flat[0]} holds images without their classes: put them into {target / 'images'}/<class>"
     near = [] if name in PUBLISHED else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
     hint = f", or is --dataset {near[0]} meant?" if near else ""
     return f"give the folder that holds the data set's folder as --source_path{hint}"
+
+
+def folders_below(root: Path, depth: int) -> list[Path]:
+    """Return the folders below a folder, nearest first, down to a depth."""
+    children = [root / name for name in listing(root)[0]]
+    return children + [path for child in children if depth > 1 for path in folders_below(child, depth - 1)]
+
+
+def has_class_folders(root: Path) -> bool:
+    """Tell whether four folders or more in a folder hold images, which train and test folders alone do not."""
+    return sum(any(map(is_image, listing(root / name)[1])) for name in listing(root)[0]) >= 4
 
 
 def is_data_set(folder: Path, known: Published) -> bool:

@@ -1,6 +1,7 @@
 """Folders and lists read as image sets, and what a user is told of data sets that cannot be."""
 
 import os
+import shutil
 
 import layouts
 import numpy as np
@@ -123,7 +124,11 @@ def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
     assert f"{root} is the data set itself: name it {name}" in message_of(name, root)
     (tmp_path / "b" / name).mkdir(parents=True)
     deeper = root.rename(tmp_path / "b" / name / "deeper")
-    assert f"rename or move {deeper} to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+    assert f"it lies too deep: move what {deeper} holds to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+    deepest = tmp_path / "b" / name / "once" / "again"
+    deepest.parent.mkdir()
+    deeper.rename(deepest)
+    assert f"move what {deepest} holds to" in message_of(name, tmp_path / "b")
 
 
 def test_other_data_sets_are_left_where_they_are(tmp_path):
@@ -148,10 +153,34 @@ def test_class_folders_out_of_place_are_to_be_moved(tmp_path):
 
 
 def test_class_folders_right_in_the_source_path_are_to_be_moved(tmp_path):
-    for name in ("cat", "dog"):
+    for name in ("ant", "bee", "cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").touch()
     assert f"move or link the class folders from {tmp_path} to {tmp_path}/mine/images" in message_of("mine", tmp_path)
+
+
+def test_cars_as_downloads_lay_them_out(tmp_path):
+    root = tmp_path / "cars196"
+    for half in ("train", "test"):
+        write_class_folders(tmp_path / half)
+        (root / f"cars_{half}").mkdir(parents=True)
+        (tmp_path / half / "images" / "class_00").rename(root / f"cars_{half}" / f"cars_{half}")
+    flat = f"{root}/cars_test/cars_test holds images without their classes: put them into {root}/images/<class>"
+    assert flat in message_of("cars196", tmp_path)
+    shutil.rmtree(root)
+    for half in ("train", "test"):
+        (root / "car_data").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp_path / half)
+        (write_class_folders(tmp_path / half) / "images").rename(root / "car_data" / half)
+    halves = f"put the class folders of {root}/car_data/test, {root}/car_data/train together in {root}/images; rename"
+    assert halves in message_of("cars196", tmp_path)
+
+
+@pytest.mark.parametrize("dead", ["cub200/images", "cub200"])
+def test_a_dead_link_is_to_be_mended(tmp_path, dead):
+    (tmp_path / dead).parent.mkdir(exist_ok=True)
+    (tmp_path / dead).symlink_to("/nowhere")
+    assert f"mend the link {tmp_path}/{dead}, which leads to /nowhere: nothing" in message_of("cub200", tmp_path)
 
 
 def test_a_misspelt_data_set_is_told_its_name(tmp_path):

@@ -219,6 +219,7 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGKILL"):
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print; the owner says what it means
         processes.end_with(owner, signal.SIGKILL)
 
 

@@ -19,10 +19,12 @@ def imported(module: str, package: str, flag: str) -> ModuleType:
     package: what pip calls it. flag: what asks for it. Raises InputError that says whether the package is missing, or
     why it cannot be imported.
     """
+    name = package.replace("-", "_")
     try:
+        importlib.import_module(name)
         return importlib.import_module(module)
     except Exception as error:  # packages that do not fit each other make an import raise almost anything
-        if isinstance(error, ModuleNotFoundError) and error.name == package.replace("-", "_"):
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise InputError(f"{flag}: the package {package} is missing: pip install {package}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{flag}: {package} is installed, but cannot be imported ({reason})") from error

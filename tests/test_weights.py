@@ -110,7 +110,7 @@ def test_safetensors(tmp_path):
 
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.delitem(sys.modules, "safetensors.torch", raising=False)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "weights.safetensors").touch()
     assert "pip install safetensors" in refusal(weights.read_state_dict, tmp_path / "weights.safetensors")
 

@@ -99,14 +99,17 @@ def advise(known: Published, name: str, source: Path, present: list[Path]) -> st
     if is_data_set(source, known):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for folder in present:
-        folders, files = listing(folder)
+        try:
+            folders, files = listing(folder)
+        except InputError as error:
+            return f"{error}: make it readable"
         archives = [file for file in files if file.lower().endswith(ARCHIVES)]
         if archives:
             return f"unpack {folder / archives[0]}"
         for child in folders if folder != source else ():  # there they may be other data sets
             if is_data_set(folder / child, known):
                 return f"it lies one level off: rename or move {folder / child} to {target}"
-        has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
+        has_images = any(holds_images(folder / child) for child in folders)
         if has_images and known.layout.startswith("images/<class>"):
             return f"move or link the class folders from {folder} to {target / 'images'}"
     near = [] if name in PUBLISHED else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
@@ -119,9 +122,20 @@ def is_data_set(folder: Path, known: Published) -> bool:
     return any(os.path.exists(folder / landmark) for landmark in known.landmarks)
 
 
+def holds_images(folder: Path) -> bool:
+    """Return whether images lie in a folder, as far as it can be read."""
+    try:
+        return any(file.lower().endswith(IMAGES) for file in listing(folder)[1])
+    except InputError:  # is beside what is looked for
+        return False
+
+
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    names = sum(listing(folder), [])
+    try:
+        names = sum(listing(folder), [])
+    except InputError as error:
+        return f"what cannot be listed ({error.__cause__.strerror})"
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
@@ -129,7 +143,9 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            # Of a link that leads to itself, entry.is_dir() would raise
+            is_folder = {e.name: os.path.isdir(e.path) if e.is_symlink() else e.is_dir() for e in seen}
     except OSError as error:
         raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
     names = sorted(is_folder)

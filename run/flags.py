@@ -82,6 +82,8 @@ POSITIVE = number(float, lambda value: 0 < value <= 1e9, "a number above 0, at m
 NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at least 0, at most 1e9")
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+PATH = os.path.expanduser
+"""An argparse type: a path; ~ is the home folder, which shells put in its place only where a word begins with it."""
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 

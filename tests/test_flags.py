@@ -10,8 +10,10 @@ import layouts
 import pytest
 from conftest import ALONE, ROOT, parse, refused, small_flags, write_class_folders
 
+import datasets
 import main
 from data.readers import PUBLISHED
+from report import ablation, score
 from run import flags
 
 DEFAULTS = {
@@ -260,3 +262,19 @@ def test_a_package_that_cannot_be_imported_is_told_from_one_that_is_missing(
         assert line.startswith(f"main.py: error: {' '.join(argv[:2])}: ")
         assert f"{package} is installed, but cannot be imported ({reason}" in line
         assert f"pip install {package}" not in line
+
+
+def test_a_path_may_begin_with_the_home_folder(class_folders, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(class_folders))
+    args = parse("--source_path=~/a", "--save_path=~", "--weights=~/b.pth")
+    assert (args.source_path, args.save_path) == (f"{class_folders}/a", str(class_folders))
+    assert args.weights == f"{class_folders}/b.pth"
+    paths = []
+    for program in (main, score, ablation):
+        for action in program.get_args_parser()._actions:
+            if action.metavar in ("FILE", "FILE.npz", "FOLDER", "RUN"):
+                assert action.type("~/run") == f"{class_folders}/run", action.dest
+                paths.append(action.dest)
+    assert len(paths) == 13
+    assert datasets.main(["tiny", "--source_path=~"]) == 0
+    assert "train" in capsys.readouterr().out

@@ -347,3 +347,14 @@ def test_a_file_of_factors_that_cannot_be_read_is_not_left_out(tmp_path, kind):
     else:
         path.write_bytes(b"image,light\n\xff\xfe,left\n")
     assert message_of("mine", tmp_path).startswith(f"{path}: cannot be read (")
+
+
+def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "others").mkdir()
+    lines = message_of("tiny", tmp_path).splitlines()
+    assert lines[2] == f"  found       {tmp_path} holds others, gone, loop"
+    write_class_folders(tmp_path / "tiny")
+    (tmp_path / "tiny" / "images" / "more").symlink_to("more")
+    assert message_of("tiny", tmp_path).endswith("images: 1 dead links: more; mend or remove them")

@@ -103,8 +103,12 @@ def advise(known: Published, name: str, source: Path, candidates: list[Path]) ->
         if os.path.islink(path) and not os.path.exists(path):
             return f"mend the link {path}, which leads to {os.readlink(path)}: nothing is there"
     for folder in (folder for folder in (*candidates, source) if os.path.isdir(folder)):
+        try:
+            files = listing(folder)[1]
+        except InputError as error:
+            return f"{error}: make it readable"
         below = folders_below(folder, 3) if folder != source else []  # there they may be other data sets
-        archives = [file for file in listing(folder)[1] if file.lower().endswith(ARCHIVES)]
+        archives = [file for file in files if file.lower().endswith(ARCHIVES)]
         if archives:
             return f"unpack {folder / archives[0]}"
         for deeper in below:
@@ -112,7 +116,7 @@ def advise(known: Published, name: str, source: Path, candidates: list[Path]) ->
                 return f"it lies too deep: move what {deeper} holds to {target}"
         if known.layout.startswith("images/<class>"):
             roots = [root for root in (folder, *below) if has_class_folders(root)]
-            flat = [root for root in below if any(map(is_image, listing(root)[1]))]
+            flat = [root for root in below if any(map(is_image, readable(root)[1]))]
             if len(roots) > 1:
                 return (
                     f"put the class folders of {first_few(list(map(str, roots)))} together in {target / 'images'}; "
@@ -129,13 +133,21 @@ def advise(known: Published, name: str, source: Path, candidates: list[Path]) ->
 
 def folders_below(root: Path, depth: int) -> list[Path]:
     """Return the folders below a folder, nearest first, down to a depth."""
-    children = [root / name for name in listing(root)[0]]
+    children = [root / name for name in readable(root)[0]]
     return children + [path for child in children if depth > 1 for path in folders_below(child, depth - 1)]
 
 
 def has_class_folders(root: Path) -> bool:
     """Tell whether four folders or more in a folder hold images, which train and test folders alone do not."""
-    return sum(any(map(is_image, listing(root / name)[1])) for name in listing(root)[0]) >= 4
+    return sum(any(map(is_image, readable(root / name)[1])) for name in readable(root)[0]) >= 4
+
+
+def readable(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the listing of a folder, nothing of one that cannot be read and lies beside what is looked for."""
+    try:
+        return listing(folder)
+    except InputError:
+        return [], []
 
 
 def is_data_set(folder: Path, known: Published) -> bool:
@@ -145,7 +157,10 @@ def is_data_set(folder: Path, known: Published) -> bool:
 
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    names = sum(listing(folder), [])
+    try:
+        names = sum(listing(folder), [])
+    except InputError as error:
+        return f"what cannot be listed ({error.__cause__.strerror})"
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
@@ -153,7 +168,9 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            # Of a link that leads to itself, entry.is_dir() would raise
+            is_folder = {e.name: os.path.isdir(e.path) if e.is_symlink() else e.is_dir() for e in seen}
     except OSError as error:
         raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
     names = sorted(is_folder)

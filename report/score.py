@@ -23,7 +23,7 @@ from data.images import VALIDATION, ImageSet, contents, describe_change, hold_ou
 from report import compare
 from run import errors, folder, processes, weights
 from run.errors import InputError, StoppedError
-from run.flags import whole
+from run.flags import PATH, whole
 
 
 def score_run(args: argparse.Namespace) -> None:
@@ -155,25 +155,30 @@ def get_args_parser() -> errors.OneLineParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("run", nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number of run "
+    add("run", type=PATH, nargs="+", metavar="RUN",
+        help="run folder, or a checkpoint file; with --compare any number of run "
         "folders, or folders that hold them")
     add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
         "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
         "where there is one, and draw it with --plot; of a pair the Shared task's value counts")
-    add("--against", metavar="RUN", help="with --compare: also give the differences of each setting to that of this "
+    add("--against", type=PATH, metavar="RUN",
+        help="with --compare: also give the differences of each setting to that of this "
         "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
         "--plot")
-    add("--csv", metavar="FILE", help="with --compare: also write the table to FILE, with a column for each flag that "
+    add("--csv", type=PATH, metavar="FILE",
+        help="with --compare: also write the table to FILE, with a column for each flag that "
         "differs")
-    add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
+    add("--plot", type=PATH, metavar="FILE",
+        help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
         "ask for (.svg, .png or .pdf)")
-    add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
+    add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
-    add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
+    add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
     add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
-    add("--save_embeddings", metavar="FILE.npz", help="store embeddings, labels, paths and class names")
-    add("--embed", metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any layout, and store "
+    add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
+    add("--embed", type=PATH, metavar="FOLDER",
+        help="instead of scoring, embed all images below FOLDER, in any layout, and store "
         "embeddings and paths with --save_embeddings")
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
@@ -212,12 +217,13 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
         parser.error("--against: does not go with --over; compare twice")
 
 
+@errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a run or compare runs, as a command line asks."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
-    with errors.one_line_errors("evaluate.py"), errors.signals_stop("before it was done"):
+    with errors.signals_stop("before it was done"):
         if args.compare:
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
         elif args.embed is not None:

@@ -410,10 +410,14 @@ class StoredRun:
 
 def read_run(folder: Path) -> StoredRun:
     """Read a run folder; no code in its files is executed. Raises InputError that says what is wrong with it."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no such folder") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
     for name in ("hypa.pkl", LOGS["val"]):
-        if not (folder / name).is_file():
+        if name not in names:
             scored = "; no epoch has been scored yet?" if name.endswith("csv") else ""
             raise InputError(f"{folder}: holds no {name}{scored}")
     try:
@@ -427,7 +431,7 @@ def read_run(folder: Path) -> StoredRun:
         table = pd.read_csv(folder / LOGS["val"])
         recalls = [name for name in table if name.endswith("Recall @ 1")]
         table = table.dropna(subset=["Epochs", *recalls]).astype(float).astype({"Epochs": int})
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:
         raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")

@@ -413,3 +413,14 @@ def test_a_folder_of_the_users_is_not_replaced_by_the_rendered_set(tmp_path):
     write_class_folders(tmp_path / "shapes")
     message = message_of("shapes", tmp_path)
     assert message == f"--dataset shapes: is the built-in set, and {tmp_path}/shapes is a folder of yours: rename that"
+
+
+def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "others").mkdir()
+    lines = message_of("tiny", tmp_path).splitlines()
+    assert lines[2] == f"  found       {tmp_path} holds others, gone, loop"
+    write_class_folders(tmp_path / "tiny")
+    (tmp_path / "tiny" / "images" / "more").symlink_to("more")
+    assert message_of("tiny", tmp_path).endswith("images: 1 dead links: more; mend or remove them")

@@ -27,17 +27,10 @@ COMMANDS = [
     for line in re.sub(r"\\\n\s*", " ", block).splitlines()
     if re.match(r"(OMP_NUM_THREADS=1 )?(python|bash|torchrun|srun) ", line)
 ]
-FOREIGN = {
-    "--shm-size",
-    "--standalone",
-    "--nproc_per_node",
-    "--nnodes",
-    "--rdzv_backend",
-    "--rdzv_endpoint",
-    "--rdzv_id",
-}
+FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 FOREIGN |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--logdir", "--dist", "--check"}
-"""Flags of torchrun, Slurm, TensorBoard, pytest, and of ruff format."""
+FOREIGN |= {"--shm-size"}
+"""Flags of torchrun, Slurm, TensorBoard, pytest, Docker, and of ruff format."""
 
 
 def flags_of(parser):

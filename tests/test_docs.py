@@ -29,7 +29,8 @@ COMMANDS = [
 ]
 FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"}
 FOREIGN |= {"--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--logdir", "--dist", "--check"}
-"""Flags of torchrun, Slurm, TensorBoard, pytest, and of ruff format."""
+FOREIGN |= {"--shm-size"}
+"""Flags of torchrun, Slurm, TensorBoard, pytest, Docker, and of ruff format."""
 
 
 def flags_of(parser):

@@ -263,11 +263,13 @@ def test_a_stdout_that_is_no_file_and_cannot_be_written_is_one_line(monkeypatch,
         def flush(self):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["main.py", "--source_path", "nowhere"])
     with contextlib.redirect_stdout(Full()), pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "evaluate.py: error: nowhere: no such run folder or checkpoint file\n"
+    line = capsys.readouterr().err
+    assert line.startswith("main.py: error: no images of --dataset cub200 in --source_path nowhere; ")
+    assert line.count("\n") == 1
 
 
 def run_without_rights(program, *flags):

@@ -163,8 +163,8 @@ class LossMeter:
         for (place, term, _), value in zip(self.pending, values, strict=True):
             if not math.isfinite(value):
                 raise DivergedError(
-                    f"the {term} loss is {value} {place}: training has diverged; try a lower --lr, or lower "
-                    "--adv_weights"
+                    f"the {term} loss is {value} {place}: training has diverged; try a lower --lr, lower "
+                    "--adv_weights, or in place of --amp fp16 bf16 or none"
                 )
             self.sums[term] = self.sums.get(term, 0.0) + value
             self.counts[term] = self.counts.get(term, 0) + 1

@@ -129,7 +129,8 @@ def read_with_pillow(path: str) -> torch.Tensor:
 def image_size(path: str) -> tuple[int, int]:
     """Return (height, width) from an image file's header, as read_image turns it. Raises InputError that names it."""
     with opened_image(path) as image:
-        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        exif = Image.Image.getexif(image)  # that of a PNG would decode it
+        is_on_its_side = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         if is_on_its_side and image.format != "TIFF":  # whose size Pillow turns by itself
             return image.width, image.height
         return image.height, image.width
@@ -143,6 +144,8 @@ def opened_image(path: str) -> Iterator[Image.Image]:
             for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
                 image.info.pop(name, None)
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
 

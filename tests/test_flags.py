@@ -209,7 +209,7 @@ def spoil_data_set(source, name, fault):
     root.rename(source / "deeper")
     root.mkdir()
     (source / "deeper").rename(root / "deeper")
-    return f"rename or move {root / 'deeper'} to {root}"
+    return f"it lies too deep: move what {root / 'deeper'} holds to {root}"
 
 
 @pytest.mark.parametrize("fault", DATA_FAULTS)

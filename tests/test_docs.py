@@ -202,10 +202,19 @@ def test_the_set_ups_that_the_readme_starts_are_there(name):
     flags.check(main.get_args_parser().parse_args(printed.stdout.split()[1:]), main.get_args_parser())
 
 
+def is_kept(path):
+    """Tell whether a file or folder of the top level belongs to the repository, with git or without it."""
+    ignored = {".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())}
+    if path.is_file():
+        return path.name not in ignored
+    is_environment = (path / "pyvenv.cfg").exists()
+    files = (file.relative_to(ROOT) for file in path.rglob("*") if file.is_file())
+    return not is_environment and any(not ignored & set(file.parts) for file in files)
+
+
 def test_the_repository_map_is_complete():
     block = next(block for name, block in BLOCKS if name == "README.md" and "main.py  " in block)
     named = set(re.findall(r"^(\S+)", block, re.M))
-    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    top = {path.split("/")[0] + ("/" if "/" in path else "") for path in kept}
+    top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if is_kept(path)}
     apart = {"README.md", "LICENSE", "requirements.txt", "constraints.txt", "pyproject.toml", ".gitignore", ".ci/"}
     assert named == top - apart

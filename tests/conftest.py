@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import multiprocessing
 import os
+import runpy
 import select
 import signal
 import sys
@@ -159,6 +160,14 @@ def run_in_process(function, *args):
             os.killpg(process.pid, signal.SIGKILL)
         raise
     return Ended(process.exitcode, stderr)
+
+
+def run_script(path, argv, folder, output):
+    """Run a program from its file as if it had been started in a folder; what it prints goes to another file."""
+    os.chdir(folder)
+    sys.argv = [str(path), *map(str, argv)]
+    with open(output, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def run_and_act(argv, points, act):

@@ -326,8 +326,7 @@ def test_result_runs_starts_what_it_is_asked_for(folder):
     code, usage, _ = result_runs("--help")
     assert code == 0
     assert "bash Result_Runs.sh ablation SERIES DATASET" in usage
-    code, usage, _ = result_runs("ablation", "--help")
-    assert code == 0
+    usage = ablation.get_args_parser().format_help()
     for name, (_, values, _) in ablation.SERIES.items():
         assert re.search(rf"^  {name} +.*{values}", usage, re.MULTILINE)
     code, _, error = result_runs("cub20")

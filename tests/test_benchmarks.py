@@ -1,21 +1,20 @@
 """Every benchmark runs to its end at its smallest size and prints its table with numbers in it."""
 
 import re
-import subprocess
-import sys
+import tempfile
 
 import pytest
-from conftest import ROOT, small_flags, write_class_folders
+from conftest import ROOT, run_in_process, run_script, small_flags, write_class_folders
 
 NUMBER = r"-?\d+\.\d+"
 
 
 def printed(folder, name, *flags):
     """Run a benchmark in a folder, where it leaves nothing, and return the lines that it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        done = run_in_process(run_script, ROOT / "benchmarks" / name, flags, folder, output.name)
+        assert done.returncode == 0, done.stderr
+        return output.read().splitlines()
 
 
 def assert_row(lines, start, n_numbers):

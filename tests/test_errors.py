@@ -153,6 +153,7 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
     done = command_line("evaluate.py", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "evaluate.py: error: nowhere: no such run folder or checkpoint file\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):

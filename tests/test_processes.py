@@ -1,5 +1,6 @@
 """Several processes: the same gradients, features, labels and scores as one, and an end when one of them dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -40,7 +41,7 @@ import main
 import netlib
 from data.images import ImageSet
 from report import score
-from run import folder, processes
+from run import errors, folder, processes
 
 BATCH_SIZE = 12
 CASES = {
@@ -338,12 +339,10 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
     assert epochs_logged(path) < 9000
 
 
-def test_a_broken_image_in_the_share_of_another_process_is_in_torchruns_report(class_folders, tmp_path):
-    image = class_folders / "tiny" / "images" / "class_01" / "4.jpg"
-    image.write_bytes(b"no image")
-    process = torchrun(flags_of(class_folders, tmp_path / "results", *ALONE))
+def test_a_broken_image_in_the_share_of_another_process_ends_all_with_one_line(class_folders, tmp_path):
+    (class_folders / "tiny" / "images" / "class_01" / "4.jpg").write_bytes(b"no image")
+    process = run_in_processes(2, run, flags_of(class_folders, tmp_path / "results"))
     assert process.returncode != 0
-    assert f"InputError: cannot decode the image {image} (" in process.stderr
     assert len(own_lines(process.stderr)) == 1  # of the first one, which lost another
     assert not (tmp_path / "results").exists()
 
@@ -382,3 +381,13 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
             with pytest.raises(SystemExit) as stop:
                 run(argv, program)
             assert (stop.value.code, capsys.readouterr().err) == (2, "")
+
+
+def test_what_ends_any_process_is_left_for_torchruns_report(rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as stop, errors.one_line_errors("main.py"):
+        raise errors.InputError("cannot decode the image a.jpg")
+    line = "main.py: error: cannot decode the image a.jpg\n" if rank == "0" else ""
+    assert (stop.value.code, capsys.readouterr().err) == (2, line)
+    report = json.loads((tmp_path / "error.json").read_text())
+    assert "InputError: cannot decode the image a.jpg" in str(report)

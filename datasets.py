@@ -48,6 +48,9 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     diagnosis of several lines.
     """
     if name == "shapes":
+        own = Path(source_path) / name
+        if os.path.isdir(own / "images"):
+            raise InputError(f"--dataset shapes: is the built-in set, and {own} is a folder of yours: rename that")
         return render_shapes()
     read = READERS.get(name, readers.read_class_folders)
     return read(readers.locate(name, Path(source_path)))
@@ -219,6 +222,7 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGKILL"):
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print; the owner says what it means
         processes.end_with(owner, signal.SIGKILL)
 
 
@@ -339,7 +343,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print what a data set holds, and with --check decode every image; return the exit code."""
     parser = OneLineParser(prog="datasets.py", description="Say what a data set holds, without training.")
     parser.add_argument("name", help="as for main.py --dataset")
-    parser.add_argument("--source_path", default="./Datasets", help="folder that holds the dataset folders")
+    source = {"type": os.path.expanduser, "default": "./Datasets", "help": "folder that holds the dataset folders"}
+    parser.add_argument("--source_path", **source)
     parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:

@@ -58,6 +58,11 @@ def extract_features(
     for name in outputs:
         features[name] = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
         if not np.isfinite(features[name]).all():
+            if amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
+                raise DivergedError(
+                    f"the network's {name} features are not finite, though its weights are: float16 ends at 65504; try "
+                    "--amp bf16 or none"
+                )
             raise DivergedError(
                 f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "
                 "weights it started from are damaged"

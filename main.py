@@ -22,11 +22,11 @@ import losses
 import netlib
 import report
 from data.cache import CACHES, cached
-from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
+from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
 from report import compare, plots, sheets
 from run import errors, flags, processes
 from run.errors import DivergedError, InputError, OneLineParser
-from run.flags import FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
+from run.flags import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.folder import Run, name_taken, scores_line, write_file
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
@@ -56,7 +56,8 @@ def get_args_parser() -> OneLineParser:
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
         "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--weights", metavar="FILE", help="start from this state dict of the backbone, checkpoint of this program or "
+    add("--weights", type=PATH, metavar="FILE",
+        help="start from this state dict of the backbone, checkpoint of this program or "
         ".safetensors instead of downloading weights; heads that it has in the right size are taken too")
     add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
         "batches (default: frozen with pretrained weights, train with random ones)")
@@ -150,7 +151,8 @@ def get_args_parser() -> OneLineParser:
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")
-    add("--resume", metavar="RUN", help="go on with the run in this folder as if it had not been interrupted, with its "
+    add("--resume", type=PATH, metavar="RUN",
+        help="go on with the run in this folder as if it had not been interrupted, with its "
         "flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may be given anew")
     add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
         "there is one; one with other flags is refused")
@@ -158,8 +160,10 @@ def get_args_parser() -> OneLineParser:
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
         "and graphviz")
-    add("--source_path", default="./Datasets", metavar="FOLDER", help="folder that holds the dataset folders")
-    add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to SAVE_PATH/DATASET/NAME")
+    add("--source_path", type=PATH, default="./Datasets", metavar="FOLDER",
+        help="folder that holds the dataset folders")
+    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER",
+        help="runs go to SAVE_PATH/DATASET/NAME")
     # fmt: on
     return parser
 
@@ -187,6 +191,10 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
         print(f"{name or 'test'}: {images.describe()}")
+    if NO_TORCHCODEC and train.pixels is None:
+        warnings.append(
+            f"Pillow decodes all images, JPEGs at half the speed: torchcodec cannot be used ({NO_TORCHCODEC})"
+        )
     for warning in [*warnings, *flags.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     print(
@@ -302,6 +310,7 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
+    heads = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
@@ -312,6 +321,10 @@ def train_one_epoch(
         optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
+        # Zero, not None, for what takes no part, as under the published code's PyTorch: Adam's momentum moves it on
+        for parameter in (*heads, *objective.parameters()):
+            if parameter.grad is None and parameter in optimizer.state:
+                parameter.grad = torch.zeros_like(parameter)
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)
@@ -480,11 +493,12 @@ def train(args: argparse.Namespace) -> Path:
     return run.folder
 
 
+@errors.one_line_errors("main.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
     parser = get_args_parser()
     args = flags.check(parser.parse_args(argv), parser)
-    with errors.one_line_errors("main.py"), errors.signals_stop("nothing had been stored yet"), processes.connected():
+    with errors.signals_stop("nothing had been stored yet"), processes.connected():
         if not args.go_on:
             return train(args)
         with name_taken(flags.run_folder(args)):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +17,12 @@ from data.images import ImageSet, file_status, image_size, read_image
 from run.errors import InputError
 
 CACHES = ("none", "ram", "disk")
+
+CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Where version 2 (no controller is named) and version 1 of cgroups say what memory is left; see left_in_cgroup."""
 
 
 def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -87,12 +93,33 @@ def require_room(kind: str, folder: Path, needed: int) -> None:
     print(f"--cache {kind}: the decoded images take {size} {where}")
 
 
-def free_memory() -> int | None:
-    """Return the bytes of memory that are free on this machine, None where the system does not say."""
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("MemAvailable"):
-                return 1024 * int(line.split()[1])
+def free_memory(root: str | Path = "/") -> int | None:
+    """Return the bytes of memory that this process may still take, None where the system does not say.
+
+    They are those free on the machine or, where that is less, left of a limit of its cgroup or of one around it, as
+    containers and job schedulers set it. root: the folder that holds proc and sys.
+    """
+    root, free = Path(root), []
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            free += [1024 * int(line.split()[1])] if line.startswith("MemAvailable") else []
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controller, group = line.split(":", 2)
+            if controller in CGROUP_FILES:
+                mount, *names = CGROUP_FILES[controller]
+                group = PurePosixPath(group.lstrip("/"))  # in a container it may not be there, but only its own, on top
+                free += [left_in_cgroup(root / mount / above, *names) for above in (group, *group.parents)]
+    return min((n_bytes for n_bytes in free if n_bytes is not None), default=None)
+
+
+def left_in_cgroup(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    """Return the bytes that a cgroup's limit leaves, None where it has none; pages of files in memory count as left.
+
+    limit, used: names of files. cached: name of a line in memory.stat.
+    """
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        n_cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[cached]
+        return int((folder / limit).read_text()) - int((folder / used).read_text()) + int(n_cached)
     return None
 
 

@@ -10,14 +10,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from run.errors import InputError, first_line
 
+NO_TORCHCODEC = ""
+"""Why torchcodec cannot be used; empty where it can."""
+
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
-except ImportError:  # deprecated there since 0.29; Pillow gives the same pixels, more slowly
-    decode_jpeg = None
+    from torchcodec.decoders import decode_image
+except Exception as error:  # it is missing, older than 0.16, or made for another torch
+    decode_image, NO_TORCHCODEC = None, first_line(error)
+
+COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
+"""Endings of formats in which another image has another size."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -94,24 +100,38 @@ def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, Image
 def read_image(path: str) -> torch.Tensor:
     """Decode an image file to a (3, H, W) uint8 RGB tensor. Raises InputError that names the file.
 
-    JPEG goes through torchvision's decoder (the pixels of Pillow in less time), everything else through Pillow.
+    The image is turned as its EXIF orientation says, transparency is put on white, of 16 bits of grey the upper 8 are
+    kept, of an animation the first frame. JPEGs go through torchcodec, which gives the pixels of Pillow in less time,
+    all else, and JPEGs that torchcodec refuses, through Pillow.
     """
-    if decode_jpeg is not None and path.lower().endswith((".jpg", ".jpeg")):
-        # Pillow reads more kinds of JPEG, other formats under that name, and says better what is wrong with a file.
-        # A UnicodeEncodeError comes from names that are not UTF-8.
-        with contextlib.suppress(RuntimeError, UnicodeEncodeError):
-            return decode_jpeg(read_file(path), ImageReadMode.RGB)
-    with opened_image(path) as image:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if decode_image is not None:
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow says better what is wrong with a file
+            with open(path, "rb") as file:
+                content = file.read()
+            if content.startswith(b"\xff\xd8\xff"):  # a JPEG, whatever its name
+                return decode_image(content, mode="RGB")
+    return read_with_pillow(path)
+
+
+def read_with_pillow(path: str) -> torch.Tensor:
+    """Decode an image file of any format, see read_image."""
+    with opened_image(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip 16 bits of grey
         elif image.mode in ("I", "F"):
             raise ValueError("32 bits per channel, whose black and white are not known: save it with 8 or 16")
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return (height, width) from an image file's header. Raises InputError that names the file."""
+    """Return (height, width) from an image file's header, as read_image turns it. Raises InputError that names it."""
     with opened_image(path) as image:
+        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        if is_on_its_side and image.format != "TIFF":  # whose size Pillow turns by itself
+            return image.width, image.height
         return image.height, image.width
 
 
@@ -120,6 +140,8 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     """Open an image file with Pillow. Raises InputError that names the file for whatever goes wrong with it."""
     try:
         with Image.open(path) as image:
+            for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
+                image.info.pop(name, None)
             yield image
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
@@ -136,7 +158,8 @@ def file_status(path: str) -> os.stat_result:
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
     """Return {set: {class name: digest}}: 12 hex digits for the class's files, 8 for their places in the set.
 
-    A file counts with its name, without folder, its size and whether it is a query; rendered images with their names.
+    A file counts with its name, without folder, its size and whether it is a query, and where its ending is not that of
+    a compressed format, so that its size says nothing, with its bytes; rendered images with their names.
     Sets are called "train" and as the test sets; {"": digest} called "factors" stands for those of a factors.csv.
     Raises InputError for a file that has gone.
     """
@@ -148,6 +171,9 @@ def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
             size = "" if is_rendered else file_status(name).st_size
             is_query = "" if images.is_query is None else bool(images.is_query[i])
             files[label].update(f"{os.path.basename(name)}\0{size}\0{is_query}\0".encode(errors="surrogateescape"))
+            if not is_rendered and not name.lower().endswith(COMPRESSED):
+                with open(name, "rb") as file:
+                    files[label].update(hashlib.file_digest(file, "sha256").digest())
             places[label] = zlib.crc32(i.to_bytes(8, "little"), places[label])
         digests[split] = {
             name: f"{file.hexdigest()[:12]}{place:08x}" for name, file, place in zip(images.class_names, files, places)

@@ -15,7 +15,8 @@ from data.images import ImageSet, Splits
 from run.errors import InputError, first_few, first_line
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".avif")
+"""Endings of images; a file without an ending is an image too, as in the published layout of CUB200."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +89,65 @@ def locate(name: str, source: Path) -> Path:
         f"no images of --dataset {name} in --source_path {source}",
         f"looked for  {known.layout} in {' or '.join(map(str, candidates))}",
         f"found       {found or f'no folder {source}'}",
-        f"to do       {advise(known, name, source, present)}",
+        f"to do       {advise(known, name, source, candidates)}",
     ]
     raise InputError("\n  ".join([*lines, f"get it at   {known.url}"] if known.url else lines))
 
 
-def advise(known: Published, name: str, source: Path, present: list[Path]) -> str:
-    """Return what to do about a data set that is not where it is expected. present: folders that may hold it."""
+def advise(known: Published, name: str, source: Path, candidates: list[Path]) -> str:
+    """Return what to do about a data set that is not where it is expected, in any of the candidates."""
     target = source / name
     if is_data_set(source, known):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
-    for folder in present:
-        folders, files = listing(folder)
+    for path in (path for root in candidates for path in (root, *(root / landmark for landmark in known.landmarks))):
+        if os.path.islink(path) and not os.path.exists(path):
+            return f"mend the link {path}, which leads to {os.readlink(path)}: nothing is there"
+    for folder in (folder for folder in (*candidates, source) if os.path.isdir(folder)):
+        try:
+            files = listing(folder)[1]
+        except InputError as error:
+            return f"{error}: make it readable"
+        below = folders_below(folder, 3) if folder != source else []  # there they may be other data sets
         archives = [file for file in files if file.lower().endswith(ARCHIVES)]
         if archives:
             return f"unpack {folder / archives[0]}"
-        for child in folders if folder != source else ():  # there they may be other data sets
-            if is_data_set(folder / child, known):
-                return f"it lies one level off: rename or move {folder / child} to {target}"
-        has_images = any(file.lower().endswith(IMAGES) for child in folders for file in listing(folder / child)[1])
-        if has_images and known.layout.startswith("images/<class>"):
-            return f"move or link the class folders from {folder} to {target / 'images'}"
+        for deeper in below:
+            if is_data_set(deeper, known):
+                return f"it lies too deep: move what {deeper} holds to {target}"
+        if known.layout.startswith("images/<class>"):
+            roots = [root for root in (folder, *below) if has_class_folders(root)]
+            flat = [root for root in below if any(map(is_image, readable(root)[1]))]
+            if len(roots) > 1:
+                return (
+                    f"put the class folders of {first_few(list(map(str, roots)))} together in {target / 'images'}; "
+                    "rename files where two have one name"
+                )
+            if roots:
+                return f"move or link the class folders from {roots[0]} to {target / 'images'}"
+            if flat:
+                return f"{flat[0]} holds images without their classes: put them into {target / 'images'}/<class>"
     near = [] if name in PUBLISHED else difflib.get_close_matches(name, [*PUBLISHED, "shapes"], 1)
     hint = f", or is --dataset {near[0]} meant?" if near else ""
     return f"give the folder that holds the data set's folder as --source_path{hint}"
+
+
+def folders_below(root: Path, depth: int) -> list[Path]:
+    """Return the folders below a folder, nearest first, down to a depth."""
+    children = [root / name for name in readable(root)[0]]
+    return children + [path for child in children if depth > 1 for path in folders_below(child, depth - 1)]
+
+
+def has_class_folders(root: Path) -> bool:
+    """Tell whether four folders or more in a folder hold images, which train and test folders alone do not."""
+    return sum(any(map(is_image, readable(root / name)[1])) for name in readable(root)[0]) >= 4
+
+
+def readable(folder: Path) -> tuple[list[str], list[str]]:
+    """Return the listing of a folder, nothing of one that cannot be read and lies beside what is looked for."""
+    try:
+        return listing(folder)
+    except InputError:
+        return [], []
 
 
 def is_data_set(folder: Path, known: Published) -> bool:
@@ -121,7 +157,10 @@ def is_data_set(folder: Path, known: Published) -> bool:
 
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    names = sum(listing(folder), [])
+    try:
+        names = sum(listing(folder), [])
+    except InputError as error:
+        return f"what cannot be listed ({error.__cause__.strerror})"
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "nothing"
 
 
@@ -129,20 +168,29 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
-            is_folder = {entry.name: entry.is_dir() for entry in entries if not entry.name.startswith(".")}
+            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            # Of a link that leads to itself, entry.is_dir() would raise
+            is_folder = {e.name: os.path.isdir(e.path) if e.is_symlink() else e.is_dir() for e in seen}
     except OSError as error:
         raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
     names = sorted(is_folder)
     return [name for name in names if is_folder[name]], [name for name in names if not is_folder[name]]
 
 
-def images_below(root: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted paths of the images below a folder, in linked folders too, and of all other files.
+def is_image(name: str) -> bool:
+    """Tell by its name whether a file is an image, see IMAGES."""
+    ending = os.path.splitext(name)[1]
+    return not ending or ending.lower() in IMAGES
 
-    An image has an ending of IMAGES. Hidden files and folders do not count.
+
+def images_below(root: Path) -> tuple[list[str], list[str], list[str]]:
+    """Return the sorted paths of the images below a folder, in linked folders too, of all other files, and of folders
+    that cannot be read.
+
+    Hidden files and folders do not count.
     """
-    images, others, seen = [], [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    images, others, unread, seen = [], [], [], set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda error: unread.append(error.filename)):
         seen.add(os.path.realpath(folder))
         folders[:] = [
             name
@@ -151,22 +199,24 @@ def images_below(root: Path) -> tuple[list[str], list[str]]:
         ]
         for path in (os.path.join(folder, name) for name in files if not name.startswith(".")):
             if os.path.isfile(path) or os.path.islink(path):  # no pipe, which would be waited for
-                (images if path.lower().endswith(IMAGES) else others).append(path)
-    return sorted(images), sorted(others)
+                (images if is_image(path) else others).append(path)
+    return sorted(images), sorted(others), sorted(map(str, unread))
 
 
 def read_class_folders(root: Path) -> Splits:
     """Read root/images/<class>/<image>: the first half of the classes, sorted by name, trains, the rest tests.
 
-    Of an odd number of classes the test side has one more. Raises InputError when there are fewer than two classes
-    with images on either side, or dead links.
+    Of an odd number of classes the test side has one more; warnings say what is left out. Raises InputError when there
+    are fewer than two classes with images on either side, images in subfolders of a class only, or dead links.
     """
     images = root / "images"
     folders, files = listing(images)
-    per_class = {name: [f"{name}/{file}" for file in listing(images / name)[1]] for name in folders}
     dead = [name for name in files if not os.path.exists(images / name)]
     if dead:
         raise InputError(f"{images}: {len(dead)} dead links: {first_few(dead)}; mend or remove them")
+    inside = {name: listing(images / name) for name in folders}
+    per_class = {name: [f"{name}/{file}" for file in inside[name][1] if is_image(file)] for name in folders}
+    warnings = left_out(images, files, inside)
     factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
     train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
     for column in factors:
@@ -174,9 +224,34 @@ def read_class_folders(root: Path) -> Splits:
             raise InputError(
                 f"{root / 'factors.csv'}: {column} has one value in all training or all test images; leave it out"
             )
-    empty = [name for name in folders if not per_class[name]]
-    note = f"{images}: {len(empty)} folders without images are no classes: {first_few(empty)}"
-    return replace(train, warnings=(note,) if empty else ()), tests
+    return replace(train, warnings=warnings), tests
+
+
+def left_out(images: Path, files: Sequence[str], inside: Mapping[str, tuple[list[str], list[str]]]) -> tuple[str, ...]:
+    """Return warnings of what a folder of class folders holds that is read as no image of a class.
+
+    files: beside the class folders. inside: the folders and files in each. Raises InputError where a class folder has
+    images in its subfolders only.
+    """
+    below = {name: [images_below(images / name / sub)[0] for sub in subs] for name, (subs, _) in inside.items()}
+    below = {name: sum(paths, []) for name, paths in below.items() if any(paths)}
+    empty = [name for name, (_, files) in inside.items() if not any(map(is_image, files))]
+    nested = [name for name in empty if name in below]
+    if nested:
+        raise InputError(
+            f"{images}: {len(nested)} class folders hold images in subfolders only: {first_few(nested)}; move the "
+            f"images up into the class folders, or the subfolders into {images} if they are the classes"
+        )
+    others = [f"{name}/{file}" for name, (_, files) in inside.items() for file in files if not is_image(file)]
+    beside = [file for file in files if is_image(file) and "." in file]
+    n_below = sum(map(len, below.values()))
+    notes = [
+        (empty, f"{len(empty)} folders without images are no classes: {first_few(empty)}"),
+        (below, f"{n_below} images in subfolders of class folders are left out: in {first_few(list(below))}"),
+        (beside, f"{len(beside)} images beside the class folders are left out: {first_few(beside)}"),
+        (others, f"{len(others)} files with an ending that no image has are left out: {first_few(others)}"),
+    ]
+    return tuple(f"{images}: {text}" for names, text in notes if names)
 
 
 def read_factors(path: Path, names: list[str]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from report.compare import compare_runs, of_same_steps
 from run.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
-from run.flags import whole
+from run.flags import PATH, whole
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def get_args_parser() -> OneLineParser:
     add("--seeds", type=whole(1), default=1, metavar="N", help="seeds for each value, from 0 for the published "
         "set-ups, else from 1 (default: 1)")  # fmt: skip
     add("--values", nargs="+", metavar="V", help="values other than those of the series")
-    add("--save_path", default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
+    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
     add("--savename", metavar="NAME", help="first word of the runs' names (default: ablation_SERIES)")
     return parser
 

@@ -1,6 +1,7 @@
 """Stored runs against each other and against the paper."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -106,7 +107,7 @@ def compare_runs(
     or what `over` or `against` ask for. Raises InputError where there is nothing to compare.
     """
     runs = read_runs(roots)
-    reference = runs.get(Path(against).resolve()) if against else None
+    reference = runs.get(Path(os.path.realpath(against))) if against else None
     if against and reference is None:
         raise InputError(f"--against {against}: not the folder of one of the runs that are compared")
     if over and not any(over in run.flags for run in runs.values()):
@@ -153,7 +154,8 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
     Raises InputError where nothing can be read.
     """
     runs = {}
-    for resolved, folder in {path.resolve(): path for root in roots for path in run_folders(Path(root))}.items():
+    folders = [folder for root in roots for folder in run_folders(Path(root))]
+    for resolved, folder in {Path(os.path.realpath(folder)): folder for folder in folders}.items():
         try:
             runs[resolved] = read_run(folder)
         except InputError as error:
@@ -164,10 +166,14 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """Return a run folder itself, or the folders in a folder of runs."""
-    if (root / "hypa.pkl").exists() or not root.is_dir():
+    """Return a run folder itself, or the folders in a folder of runs; what cannot be read is returned itself."""
+    if os.path.exists(root / "hypa.pkl"):
         return [root]
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) or [root]
+    try:
+        inside = [root / name for name in sorted(os.listdir(root)) if not name.startswith(".")]
+    except OSError:
+        return [root]
+    return [path for path in inside if os.path.isdir(path)] or [root]
 
 
 def parts_of(runs: Sequence[StoredRun]) -> list[tuple[str, str, list[Setting]]]:

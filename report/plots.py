@@ -1,7 +1,6 @@
 """Plots of one run, and of runs against each other. The same figure gives the same bytes."""
 
 import contextlib
-import importlib.util
 import math
 import shutil
 import textwrap
@@ -17,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from run.adapters import imported
+from run.errors import InputError
 from run.folder import replaced_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -255,10 +256,16 @@ def plain(name: str, length: int = 80) -> str:
 
 
 def missing_for_graphs() -> list[str]:
-    """Return what has to be installed before network_graph works, in words."""
-    packages = [name for name in ("torchview", "graphviz") if importlib.util.find_spec(name) is None]
-    missing = [f"the Python package {name} (pip install {name})" for name in packages]
-    return missing if shutil.which("dot") else [*missing, "the program dot of Graphviz (https://graphviz.org/download)"]
+    """Return what has to be mended before network_graph works, in words."""
+    problems = []
+    for package in ("torchview", "graphviz"):
+        try:
+            imported(package, package, "--make_graph")
+        except InputError as error:
+            problems.append(str(error).removeprefix("--make_graph: "))
+    if not shutil.which("dot"):
+        problems.append("Graphviz's program dot is missing: https://graphviz.org/download")
+    return problems
 
 
 def network_graph(network: torch.nn.Module, img_size: int) -> bytes:

@@ -19,11 +19,11 @@ import datasets
 import evaluate
 import netlib
 from data import readers
-from data.images import VALIDATION, ImageSet, hold_out_classes
+from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
 from report import compare
 from run import errors, folder, processes, weights
 from run.errors import InputError, StoppedError
-from run.flags import whole
+from run.flags import PATH, whole
 
 
 def score_run(args: argparse.Namespace) -> None:
@@ -35,6 +35,7 @@ def score_run(args: argparse.Namespace) -> None:
     flags = weights.read_checkpoint(found[0])["flags"]
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
     train_images, tests = datasets.load_dataset(dataset, source)
+    sources = {VALIDATION: ("train", train_images)} | {name: (name, images) for name, images in tests.items()}
     if flags["val_classes"] and not args.dataset:
         tests[VALIDATION] = hold_out_classes(train_images, flags["val_classes"])[1]
     wanted = Path(args.save_embeddings or "")
@@ -54,11 +55,20 @@ def score_run(args: argparse.Namespace) -> None:
         # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
+        change = changed(stored, *sources[name]) if is_logged else None
+        if change:
+            print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
         print_scores(scores, rows["val"][-1] if is_logged else None, name)
         if name in stores:
             is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
             known = {"paths": images.names, "class_names": images.class_names, "is_query": is_query}
             store(stores[name], embeddings, labels=images.labels, **known)
+
+
+def changed(stored: Mapping[str, dict], split: str, images: ImageSet) -> str | None:
+    """Return how the images of a split differ from those that the run of a checkpoint had; None where they do not."""
+    before, now = stored["progress"]["contents"].get(split, {}), contents({split: images})[split]
+    return describe_change({split: before}, {split: now})
 
 
 def embed(
@@ -95,9 +105,11 @@ def embed_folder(args: argparse.Namespace) -> None:
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
     root = Path(args.embed)
-    paths, others = readers.images_below(root)
+    paths, others, unread = readers.images_below(root)
     if others:
         print(f"skipped {len(others)} other files: {errors.first_few(others)}")
+    if unread:
+        print(f"skipped {len(unread)} folders that cannot be read: {errors.first_few(unread)}")
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
@@ -113,6 +125,8 @@ def embed_folder(args: argparse.Namespace) -> None:
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
+    if unread:
+        raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
 def print_scores(scores: evaluate.Scores, row: folder.Row | None, test_set: str) -> None:
@@ -141,25 +155,30 @@ def get_args_parser() -> errors.OneLineParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("run", nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number of run "
+    add("run", type=PATH, nargs="+", metavar="RUN",
+        help="run folder, or a checkpoint file; with --compare any number of run "
         "folders, or folders that hold them")
     add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
         "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
         "where there is one, and draw it with --plot; of a pair the Shared task's value counts")
-    add("--against", metavar="RUN", help="with --compare: also give the differences of each setting to that of this "
+    add("--against", type=PATH, metavar="RUN",
+        help="with --compare: also give the differences of each setting to that of this "
         "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
         "--plot")
-    add("--csv", metavar="FILE", help="with --compare: also write the table to FILE, with a column for each flag that "
+    add("--csv", type=PATH, metavar="FILE",
+        help="with --compare: also write the table to FILE, with a column for each flag that "
         "differs")
-    add("--plot", metavar="FILE", help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
+    add("--plot", type=PATH, metavar="FILE",
+        help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
         "ask for (.svg, .png or .pdf)")
-    add("--checkpoint", metavar="FILE", help="score this checkpoint of the run instead of the best one")
+    add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
-    add("--source_path", metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
+    add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
     add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
-    add("--save_embeddings", metavar="FILE.npz", help="store embeddings, labels, paths and class names")
-    add("--embed", metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any layout, and store "
+    add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
+    add("--embed", type=PATH, metavar="FOLDER",
+        help="instead of scoring, embed all images below FOLDER, in any layout, and store "
         "embeddings and paths with --save_embeddings")
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
@@ -198,12 +217,13 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
         parser.error("--against: does not go with --over; compare twice")
 
 
+@errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a run or compare runs, as a command line asks."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
-    with errors.one_line_errors("evaluate.py"), errors.signals_stop("before it was done"):
+    with errors.signals_stop("before it was done"):
         if args.compare:
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
         elif args.embed is not None:

@@ -1,7 +1,8 @@
-"""Models of timm as backbones, losses of pytorch-metric-learning: packages that need not be installed."""
+"""Packages that need not be installed: how they are imported, models of timm, losses of pytorch-metric-learning."""
 
 import copy
 import difflib
+import importlib
 import inspect
 from types import ModuleType
 
@@ -10,6 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from run.errors import InputError, first_line
+
+
+def imported(module: str, package: str, flag: str) -> ModuleType:
+    """Return a module of a package that need not be installed, or of one that needs it.
+
+    package: what pip calls it. flag: what asks for it. Raises InputError that says whether the package is missing, or
+    why it cannot be imported.
+    """
+    name = package.replace("-", "_")
+    try:
+        importlib.import_module(name)
+        return importlib.import_module(module)
+    except Exception as error:  # packages that do not fit each other make an import raise almost anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise InputError(f"{flag}: the package {package} is missing: pip install {package}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{flag}: {package} is installed, but cannot be imported ({reason})") from error
 
 
 class TimmBackbone(nn.Module):
@@ -57,11 +75,8 @@ def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.
 
 
 def imported_timm(name: str) -> ModuleType:
-    """Return timm. Raises InputError where it is not installed, or has no model of this name, with or without a tag."""
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError(f"--arch timm/{name}: needs the package timm: pip install timm") from error
+    """Return timm. Raises InputError, see imported, or where it has no model of this name, with or without a tag."""
+    timm = imported("timm", "timm", f"--arch timm/{name}")
     known, tag = timm.list_models(), name.partition(".")[2]
     if name.partition(".")[0] not in known or (tag and name not in timm.list_pretrained()):
         near = difflib.get_close_matches(name, timm.list_pretrained() if tag else known, 3, 0)
@@ -126,12 +141,8 @@ def asks_for(kind: type, argument: str) -> bool:
 
 
 def library_loss(name: str) -> type[nn.Module]:
-    """Return a loss class of pytorch-metric-learning. Raises InputError where it, or the package, is missing."""
-    try:
-        from pytorch_metric_learning import losses as library
-    except ImportError as error:
-        package = "pytorch-metric-learning"
-        raise InputError(f"--losses pml/{name}: needs the package {package}: pip install {package}") from error
+    """Return a loss class of pytorch-metric-learning. Raises InputError, see imported, or where it has no such loss."""
+    library = imported("pytorch_metric_learning.losses", "pytorch-metric-learning", f"--losses pml/{name}")
     base = library.BaseMetricLossFunction
     kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
     known = {kind.__name__: kind for kind in kinds if kind is not base}

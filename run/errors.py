@@ -6,19 +6,24 @@
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.data import dataloader
 
 from run import processes
+
+OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
+LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"
+"""What PyTorch, NumPy and the system say, as regular expressions."""
 
 
 class InputError(ValueError):
@@ -90,6 +95,13 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, (InputError, StoppedError)):
         # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
+    cause = told(error, OUT_OF_MEMORY)
+    if cause:
+        return f"out of memory ({cause}): free some, or train with a smaller --bs or --img_size"
+    cause = told(error, LITTLE_SHARED_MEMORY) or (is_of_loaders_start(error) and told(error, "No space left"))
+    if cause:
+        reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
+        return f"{reason}: give --kernels 0, or in Docker --shm-size=1g"
     if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):  # killed while it gave a batch
         return f"DataLoader worker has ended unexpectedly ({type(error).__name__})"
     if isinstance(error, OSError):
@@ -97,9 +109,26 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
         return f"lost another process of the run ({cause})"
-    if isinstance(error, torch.OutOfMemoryError) or str(error).startswith("DataLoader worker"):
+    if str(error).startswith("DataLoader worker"):
         return first_line(error)
     return None
+
+
+def told(error: BaseException, pattern: str) -> str | None:
+    """Return what the system or a library says is wrong, its own or in a loader's worker, in two sentences at most.
+
+    pattern: of the line that says it, a regular expression; None where there is no such line.
+    """
+    if not isinstance(error, (RuntimeError, MemoryError, OSError)):
+        return None
+    text = f"{error.strerror if isinstance(error, OSError) else error}\n{error.__cause__}\n{type(error).__name__}"
+    line = next((line for line in text.splitlines() if re.search(pattern, line)), None)
+    return line and ". ".join(line.split(": ")[-1].split(". ")[:2]).rstrip(". ")
+
+
+def is_of_loaders_start(error: BaseException) -> bool:
+    """Tell whether an error comes from a loader's own code, where it makes the semaphores of its workers."""
+    return any(frame.f_code.co_filename == dataloader.__file__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @contextlib.contextmanager
@@ -122,12 +151,15 @@ def one_line_errors(prog: str) -> Iterator[None]:
 def end(line: str, code: int) -> None:
     """Print a line and exit."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
     if processes.is_first():
         print(line, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:  # its reader has gone, or its disk is full: Python's own flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(io.UnsupportedOperation):  # no file, but what a notebook or a caller put in its place
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
@@ -169,4 +201,5 @@ def set_up_output() -> None:
     """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook, or a caller's
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

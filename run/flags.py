@@ -1,7 +1,6 @@
 """Flags of main.py: what they take, which do not fit together, and which a resumed run keeps."""
 
 import argparse
-import importlib.util
 import math
 import os
 import re
@@ -83,6 +82,8 @@ POSITIVE = number(float, lambda value: 0 < value <= 1e9, "a number above 0, at m
 NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at least 0, at most 1e9")
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
+PATH = os.path.expanduser
+"""An argparse type: a path; ~ is the home folder, which shells put in its place only where a word begins with it."""
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
@@ -137,13 +138,15 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuse what needs a package that is missing, and names that the packages do not know."""
-    missing = plots.missing_for_graphs() if args.make_graph else []
-    if missing:
-        parser.error(f"--make_graph: install {' and '.join(missing)}, or leave it out")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard: install the Python package tensorboard (pip install tensorboard), or leave it out")
+    """Refuse what needs a package that is missing or cannot be imported, and names that the packages do not know."""
+    problems = plots.missing_for_graphs() if args.make_graph and not args.resume else []
+    if problems:
+        parser.error(f"--make_graph: {'; '.join(problems)}")
     try:
+        if args.tensorboard:
+            adapters.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+        if args.weights and args.weights.endswith(".safetensors") and not args.resume:
+            adapters.imported("safetensors.torch", "safetensors", f"--weights {args.weights}")
         if args.arch.startswith("timm/"):
             adapters.imported_timm(args.arch.removeprefix("timm/"))
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
@@ -236,6 +239,7 @@ def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespa
         parser.error(f"--n_epochs {args.n_epochs}: the run has {stored['n_epochs']}; give at least as many")
     anew = {flag: getattr(args, flag) for flag in parser.given} | {"resume": str(folder)}
     args = argparse.Namespace(**{flag: stored.get(flag, value) for flag, value in vars(args).items()} | anew)
+    check_optional(args, parser)  # this may be another machine
     check_batches(args, parser)  # the number of processes may have changed
     return args
 

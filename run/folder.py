@@ -116,7 +116,7 @@ class Run:
     def require_images(self, contents: Mapping[str, Mapping[str, str]]) -> None:
         """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
         self.contents, self.flags["images"] = contents, digest(contents)
-        change = None if self.is_new else describe_change(self.stored["training"]["contents"], contents)
+        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], contents)
         if change:
             raise InputError(f"--resume {self.folder}: not the images that it was trained with: {change}; "
                              "give it those, or start a new run")  # fmt: skip
@@ -248,6 +248,7 @@ class Run:
         """Write a checkpoint of tensors and plain values only, see weights.read_checkpoint."""
         shared = torch.from_numpy(labels["Shared"]) if "Shared" in labels else None
         progress = {"rows": self.rows, "initial_scores": self.initial_scores, "shared_labels": shared}
+        progress |= {"contents": self.contents}
         content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
         content |= {"flags": self.flags, "progress": progress}
         buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
@@ -265,7 +266,7 @@ class Run:
         network = parts["network"]
         training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
         training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
-        training |= {"random": auxiliaries.random_states(network.mean.device), "contents": self.contents}
+        training |= {"random": auxiliaries.random_states(network.mean.device)}
         self._store(LAST, network, labels, training=training)
 
     def restore(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -409,10 +410,14 @@ class StoredRun:
 
 def read_run(folder: Path) -> StoredRun:
     """Read a run folder; no code in its files is executed. Raises InputError that says what is wrong with it."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no such folder") from error
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
     for name in ("hypa.pkl", LOGS["val"]):
-        if not (folder / name).is_file():
+        if name not in names:
             scored = "; no epoch has been scored yet?" if name.endswith("csv") else ""
             raise InputError(f"{folder}: holds no {name}{scored}")
     try:
@@ -426,7 +431,7 @@ def read_run(folder: Path) -> StoredRun:
         table = pd.read_csv(folder / LOGS["val"])
         recalls = [name for name in table if name.endswith("Recall @ 1")]
         table = table.dropna(subset=["Epochs", *recalls]).astype(float).astype({"Epochs": int})
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:
         raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")

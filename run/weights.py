@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from run.adapters import imported
 from run.errors import InputError, first_few, first_line
 
 CHECKPOINT_FORMAT = 2
@@ -18,7 +19,7 @@ NEEDED = {
     "state_dict": set(),
     "flags": {"dataset", "source_path", "val_classes", "select", "arch", "img_size", "bn", "bs", "kernels", "seed",
               "amp", "tf32", "k_vals", "n_epochs", "savename", "started_from", "tensorboard", "task_p", "adv_weights"},
-    "progress": {"rows", "initial_scores", "shared_labels"},
+    "progress": {"rows", "initial_scores", "shared_labels", "contents"},
 }  # fmt: skip
 """What the program reads of the parts of a checkpoint."""
 
@@ -27,25 +28,23 @@ def read_file(path: str | Path, source: str) -> object:
     """Read a file of torch.save, or a .safetensors; no code in the file is executed.
 
     source: what messages call the file. Raises InputError where it is missing, damaged, or holds objects other than
-    tensors and plain values.
+    tensors and plain values, or where safetensors cannot be imported.
     """
     if os.path.isdir(path):
         raise InputError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
     if not os.path.isfile(path):
         raise InputError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
+    is_safetensors = Path(path).suffix == ".safetensors"
+    library = imported("safetensors.torch", "safetensors", source) if is_safetensors else None
     try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
+        if library:
+            return library.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch.load does not look at the checksums
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise InputError(f"{source}: reading it needs a package: pip install safetensors") from error
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
         pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
         kind = type(error).__name__

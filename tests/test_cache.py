@@ -200,3 +200,38 @@ def test_an_image_that_cannot_be_decoded_is_named(images, tmp_path, kind):
     assert f"cannot decode the image {images.names[4]}" in refusal(images, tmp_path / "cache", kind)
     os.unlink(images.names[4])
     assert f"the image {images.names[4]}" in refusal(images, tmp_path / "cache", kind)
+
+
+def write_cgroup(folder, limit, used, cached, is_first_version=False):
+    """Write the files of a cgroup that tell of its memory; version 1 has other names than version 2."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if is_first_version:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nfile 6\n{names[2]} {cached}\n")
+
+
+def test_free_memory_is_what_the_machine_and_all_cgroups_around_the_process_leave(tmp_path):
+    assert free_memory(tmp_path) is None
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    4000 kB\n")
+    assert free_memory(tmp_path) == 4_096_000
+    groups, top = tmp_path / "proc" / "self" / "cgroup", tmp_path / "sys" / "fs" / "cgroup"
+    groups.write_text("0::/job/step: 1\n")
+    write_cgroup(top / "job" / "step: 1", "max", 500, 100)
+    assert free_memory(tmp_path) == 4_096_000
+    write_cgroup(top / "job", 1_000_000, 900_000, 300_000)
+    assert free_memory(tmp_path) == 400_000
+    write_cgroup(top / "job" / "step: 1", 100_000, 500, 100)
+    assert free_memory(tmp_path) == 99_600
+    groups.write_text("0::/of/the/host\n")  # as a container sees it, whose own cgroup is on top
+    write_cgroup(top, 20_000, 5_000, 0)
+    assert free_memory(tmp_path) == 15_000
+    groups.write_text("11:cpu,cpuacct:/a\n4:memory:/docker/b\n1:name=systemd:/c\n0::/\n")
+    write_cgroup(top, "max", 5_000, 0)
+    write_cgroup(top / "memory", 2**63 - 4096, 7_000, 0, is_first_version=True)
+    assert free_memory(tmp_path) == 4_096_000
+    write_cgroup(top / "memory" / "docker" / "b", 60_000, 50_000, 25_000, is_first_version=True)
+    assert free_memory(tmp_path) == 35_000

@@ -1,8 +1,13 @@
 """What ends a program or troubles it: signals, images and workers that go, an output that cannot be written."""
 
 import contextlib
+import io
 import os
+import pickle
+import resource
+import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +15,10 @@ import threading
 import time
 from functools import partial
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import (
     ALONE,
     ROOT,
@@ -179,3 +186,132 @@ def test_reasons_are_one_line_that_names_the_file():
     assert stop_reason(InputError("no file:\n  look  there")) == "no file:; look there"
     assert stop_reason(KeyError("a bug")) is None
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(class_folders, tmp_path):
+    argv = small_flags(class_folders, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 1)
+    # No file may be as large as a batch once something is stored, as where /dev/shm is too small
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    process = run_in_process(run_and_act, argv, [At("os.rename", "last.pth.tar")], limit)
+    assert process.returncode == 1, process.stderr
+    reason = (
+        ": too little shared memory (/dev/shm) for the loader workers (File too large (27)): give --kernels 0, or in "
+    )
+    path = tmp_path / "tiny" / "run"
+    flags = assert_tells_how_to_go_on(process.stderr, f"{reason}Docker --shm-size=1g; ", path)
+    run([*flags, "--kernels", 0])
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0]
+
+
+def test_what_pytorch_says_of_little_shared_memory():
+    text = (
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+    )
+    killed = RuntimeError(f"{text}shared memory. Please try to raise your shared memory limit.")
+    ended = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    ended.__cause__ = killed
+    in_worker = (
+        "Caught RuntimeError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n  File x\n"
+        "RuntimeError: unable to {} </torch_3619_1462362348_2>: No space left on device (28)\n"
+    )
+    full = [RuntimeError(in_worker.format(to)) for to in ("allocate shared memory(shm) for file", "write to file")]
+    for error, cause in [
+        (killed, "Bus error. "),
+        (ended, "Bus error. "),
+        *((error, "No space left") for error in full),
+    ]:
+        reason = stop_reason(error)
+        assert reason.startswith(f"too little shared memory (/dev/shm) for the loader workers ({cause}"), reason
+        assert reason.endswith("): give --kernels 0, or in Docker --shm-size=1g")
+        assert "\n" not in reason
+
+
+def raised(function, *args):
+    """Return the error that a call raises."""
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        function(*args)
+    return error.value
+
+
+def test_out_of_memory_is_one_line_that_names_what_needs_less():
+    on_gpu = (
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 3 is free."
+    )
+    errors = {
+        "you tried to allocate 36028797018963968 bytes": raised(lambda: torch.empty(2**55, dtype=torch.uint8)),
+        "Unable to allocate 32.0 PiB for an array": raised(np.empty, 2**55, np.uint8),
+        "MemoryError)": raised(bytes, 2**60),
+        "std::bad_alloc)": RuntimeError("std::bad_alloc"),
+        "Cannot allocate memory)": OSError(12, "Cannot allocate memory"),  # where a worker is to start
+        "CUDA out of memory. Tried to allocate 20.00 GiB)": torch.OutOfMemoryError(on_gpu),
+    }
+    for cause, error in errors.items():
+        reason = stop_reason(error)
+        assert reason.startswith(f"out of memory ({cause}"), reason
+        assert reason.endswith("): free some, or train with a smaller --bs or --img_size")
+
+
+def test_a_run_does_not_need_a_stdout_that_is_a_file(class_folders, tmp_path, monkeypatch):
+    """As in a notebook, or where a caller keeps what is printed."""
+    monkeypatch.setattr(sys, "argv", ["main.py", *small_flags(class_folders, tmp_path, "--n_epochs", 1)])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        runpy.run_path(str(ROOT / "main.py"), run_name="__main__")
+    assert printed.getvalue().endswith(f"run folder: {tmp_path}/tiny/run\n")
+
+
+def test_a_stdout_that_is_no_file_and_cannot_be_written_is_one_line(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "nowhere"])
+    with contextlib.redirect_stdout(Full()), pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "evaluate.py: error: nowhere: no such run folder or checkpoint file\n"
+
+
+def run_without_rights(program, *flags):
+    """Run a program that may read only what its user may, as root may not either; return how it ended."""
+    command = [sys.executable, str(ROOT / program), *map(str, flags)]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root reads everything, and setpriv is missing")
+        command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *command]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_folder_beside_a_missing_data_set_need_not_be_readable(tmp_path):
+    write_class_folders(tmp_path / "bird", per_class=(1, 1, 1, 1))
+    (tmp_path / "private").mkdir(mode=0)
+    done = run_without_rights("datasets.py", "birds", "--source_path", tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[2] == f"  found       {tmp_path} holds bird, private"
+    (tmp_path / "birds").mkdir(mode=0)
+    done = run_without_rights("datasets.py", "birds", "--source_path", tmp_path)
+    assert done.returncode == 2
+    denied, told = "(Permission denied)", done.stderr.splitlines()[2:]
+    assert told[0].startswith(f"  found       {tmp_path}/birds holds what cannot be listed {denied}; {tmp_path} holds ")
+    assert told[1] == f"  to do       cannot list the folder {tmp_path}/birds {denied}: make it readable"
+
+
+def test_a_comparison_names_runs_that_may_not_be_read_and_leaves_them_out(tmp_path):
+    for name in ("good", "hidden", "flags", "scores"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "hypa.pkl").write_bytes(pickle.dumps({"dataset": "tiny", "n_epochs": 1}))
+        (tmp_path / "runs" / name / "log_val_Class.csv").write_text("Epochs,Time,Recall @ 1\n0,1,0.5\n")
+    for path in ("hidden", "flags/hypa.pkl", "scores/log_val_Class.csv"):
+        (tmp_path / "runs" / path).chmod(0)
+    (tmp_path / "private").mkdir(mode=0)
+    (tmp_path / "loop").symlink_to("loop")
+    done = run_without_rights("evaluate.py", "--compare", *(tmp_path / name for name in ("private", "loop", "runs")))
+    assert (done.returncode, done.stderr) == (0, "")
+    skipped = [line.removeprefix(f"skipped {tmp_path}/") for line in done.stdout.splitlines() if "skipped" in line]
+    assert sorted(line.split(" (")[0] for line in skipped) == [
+        "loop: cannot be read",
+        "private: cannot be read",
+        "runs/flags: hypa.pkl cannot be read",
+        "runs/hidden: cannot be read",
+        "runs/scores: log_val_Class.csv cannot be read",
+    ]
+    assert "good" in done.stdout

@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import netlib
 from data.images import ImageSet
+from run.errors import DivergedError
 
 GOLDEN = Path(__file__).parent / "golden"
 K_VALS = [1, 2, 5, 1000]
@@ -298,3 +299,33 @@ def test_features_come_in_order_and_the_mode_is_restored(shapes, was_training):
     with torch.no_grad():
         expected = network(torch.stack([dataset[i][0] for i in range(7)]))["Class"]
     np.testing.assert_allclose(features["Class"], expected.numpy(), rtol=1e-4, atol=1e-5)
+
+
+class LoudBackbone(torch.nn.Module):
+    """A backbone whose features are larger than float16 can hold."""
+
+    out_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Conv2d(3, 4, 1)
+        torch.nn.init.constant_(self.layers.weight, 3e4)
+
+    def forward(self, images, with_pooled=True):
+        maps = self.layers(images)
+        return maps, maps.mean((2, 3))
+
+
+@pytest.mark.parametrize("output", ["Pooled", "Class"])
+def test_features_beyond_float16_are_told_from_weights_that_are_damaged(output):
+    network = netlib.EmbeddingNetwork(LoudBackbone(), {"Class": 3}, freeze_batchnorm=False)
+    batches = [(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(2))]
+    for amp in ("none", "bf16"):
+        assert np.isfinite(evaluate.extract_features(network, batches, [output], amp)[output]).all()
+    beyond = f"{output} features are not finite, though its weights are: float16 ends at 65504; try --amp bf16 or none"
+    with pytest.raises(DivergedError, match=beyond):
+        evaluate.extract_features(network, batches, [output], "fp16")
+    network.backbone.layers.weight.data[0] = torch.nan
+    for amp in ("none", "fp16"):
+        with pytest.raises(DivergedError, match="training has diverged"):
+            evaluate.extract_features(network, batches, [output], amp)

@@ -1,5 +1,6 @@
 """Flags, and what a user is told about bad ones and bad data: one line, exit code 2, no run folder."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import layouts
 import pytest
 from conftest import ALONE, ROOT, parse, refused, small_flags, write_class_folders
 
+import datasets
 import main
 from data.readers import PUBLISHED
+from report import ablation, score
 from run import flags
 
 DEFAULTS = {
@@ -111,8 +114,8 @@ def test_a_missing_package_is_named_at_once(tmp_path, monkeypatch, capsys, flag,
     monkeypatch.delitem(sys.modules, package, raising=False)
     monkeypatch.chdir(tmp_path)
     line = refused(capsys, [flag])
-    assert line.startswith(f"main.py: error: {flag}: install ")
-    assert f"pip install {package}" in line
+    assert line.startswith(f"main.py: error: {flag}: ")
+    assert f"the package {package} is missing: pip install {package}" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -222,3 +225,57 @@ def test_faults_of_data_sets_are_one_line_and_leave_no_run_folder(tmp_path, caps
     assert message in error
     assert ("get it at http" in error) == (fault in ("folder missing", "one level off"))
     assert not (tmp_path / "results").exists()
+
+
+BROKEN = {
+    "raise TypeError('Descriptors cannot be created directly')": "TypeError: Descriptors cannot be created directly",
+    "raise RuntimeError('operator nms does not exist\\nat all')": "RuntimeError: operator nms does not exist",
+    "import a_package_that_it_needs": "ModuleNotFoundError: No module named 'a_package_that_it_needs'",
+    "from os import gone": "ImportError: cannot import name 'gone' from 'os'",
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "package"),
+    [
+        (["--arch", "timm/test_vit"], "timm"),
+        (["--losses", "pml/TripletMarginLoss", "triplet"], "pytorch-metric-learning"),
+        (["--tensorboard"], "tensorboard"),
+        (["--weights", "stored.safetensors"], "safetensors"),
+        (["--make_graph"], "torchview"),
+        (["--make_graph"], "graphviz"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_is_told_from_one_that_is_missing(
+    tmp_path, monkeypatch, capsys, argv, package
+):
+    name = package.replace("-", "_")
+    for module in [*sys.modules, "torch.utils.tensorboard"]:
+        if f"{module}.".startswith((f"{name}.", "torch.utils.tensorboard.")):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be taken for that of the next file
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / name).mkdir()
+    for code, reason in BROKEN.items():
+        (tmp_path / name / "__init__.py").write_text(code)
+        importlib.invalidate_caches()
+        line = refused(capsys, argv)
+        assert line.startswith(f"main.py: error: {' '.join(argv[:2])}: ")
+        assert f"{package} is installed, but cannot be imported ({reason}" in line
+        assert f"pip install {package}" not in line
+
+
+def test_a_path_may_begin_with_the_home_folder(class_folders, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(class_folders))
+    args = parse("--source_path=~/a", "--save_path=~", "--weights=~/b.pth")
+    assert (args.source_path, args.save_path) == (f"{class_folders}/a", str(class_folders))
+    assert args.weights == f"{class_folders}/b.pth"
+    paths = []
+    for program in (main, score, ablation):
+        for action in program.get_args_parser()._actions:
+            if action.metavar in ("FILE", "FILE.npz", "FOLDER", "RUN"):
+                assert action.type("~/run") == f"{class_folders}/run", action.dest
+                paths.append(action.dest)
+    assert len(paths) == 13
+    assert datasets.main(["tiny", "--source_path=~"]) == 0
+    assert "train" in capsys.readouterr().out

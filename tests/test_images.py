@@ -1,17 +1,28 @@
 """Decoding, held-out classes, and what is said about images that changed."""
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_class_folders
-from PIL import Image
+from conftest import ROOT, small_flags, write_class_folders
+from PIL import ExifTags, Image
 
 import datasets
 from data.cache import image_views
-from data.images import ImageSet, contents, describe_change, digest, hold_out_classes, image_size, read_image
+from data.images import (
+    ImageSet,
+    contents,
+    describe_change,
+    digest,
+    hold_out_classes,
+    image_size,
+    read_image,
+    read_with_pillow,
+)
 from run.errors import InputError
 
 
@@ -167,3 +178,73 @@ def test_a_file_that_has_gone_is_named(class_folders):
     (class_folders / "tiny" / "images" / "class_01" / "1.jpg").unlink()
     with pytest.raises(InputError, match=r"cannot read the image .*class_01/1\.jpg \(No such file"):
         contents({"train": train})
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
+@pytest.mark.parametrize("orientation", range(1, 10))  # 9 is none
+def test_images_are_turned_by_exif_with_every_decoder_and_in_the_size_too(tmp_path, suffix, orientation):
+    """Red above, blue on the right; seen in the corner that the tag says the first row and column are in."""
+    pixels = np.zeros((16, 24, 3), dtype=np.uint8)
+    pixels[:8, :, 0] = pixels[:, 12:, 2] = 255
+    exif, path = Image.Exif(), str(tmp_path / f"turned.{suffix}")
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(path, exif=exif, quality=100)
+    turns = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud, lambda x: x.transpose(1, 0, 2)]
+    turns += [lambda x: np.rot90(x, -1), lambda x: np.rot90(x.transpose(1, 0, 2), 2), np.rot90, lambda x: x]
+    expected = turns[orientation - 1](pixels).astype(int)
+    decoded = read_image(path)
+    assert np.abs(decoded.permute(1, 2, 0).numpy() - expected).mean() < 10
+    assert image_size(path) == expected.shape[:2]
+    assert torch.equal(read_with_pillow(path), decoded)
+
+
+def test_an_orientation_outside_exif_turns_no_image_with_any_decoder(tmp_path):
+    tiff = 'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"'
+    path = str(tmp_path / "xmp.jpg")
+    Image.new("RGB", (30, 20)).save(path, xmp=f"<x><rdf:Description {tiff}/></x>".encode())
+    assert read_image(path).shape == (3, *image_size(path)) == (3, 20, 30)
+    assert read_with_pillow(path).shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "palette.png", "a.gif"])
+def test_transparency_is_put_on_white(tmp_path, name):
+    image = Image.new("RGBA", (20, 10), (200, 0, 0, 255))
+    image.paste((0, 0, 255, 0), (10, 0, 20, 10))  # blue that is not to be seen
+    image = image.quantize() if name.startswith("palette") else image
+    image.save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    decoded = read_image(str(tmp_path / name))
+    assert (decoded[:, :, 10:] == 255).all()
+    assert (decoded[:, :, :10] == torch.tensor([200, 0, 0])[:, None, None]).all()
+    Image.new("RGBA", (1, 1), (0, 0, 0, 51)).save(tmp_path / "shade.png")
+    assert read_image(str(tmp_path / "shade.png")).flatten().tolist() == [204] * 3
+
+
+@pytest.mark.parametrize("name", ["animation.gif", "animation.webp", "animation.png"])
+def test_of_an_animation_the_first_frame_counts(tmp_path, name):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    decoded = read_image(str(tmp_path / name))
+    assert decoded.shape == (3, 10, 20)
+    assert (decoded[0] > 250).all()
+    assert (decoded[2] < 5).all()
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "ppm"])
+def test_an_uncompressed_file_of_the_same_size_is_a_change(class_folders, suffix):
+    for path in (class_folders / "tiny" / "images").glob("*/*"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(f".{suffix}"))
+        path.unlink()
+    before, path = contents_of(class_folders), class_folders / "tiny" / "images" / "class_01" / f"1.{suffix}"
+    size = path.stat().st_size
+    Image.new("RGB", (48, 40), "red").save(path)
+    assert path.stat().st_size == size
+    assert describe_change(before, contents_of(class_folders)) == "training images: class 'class_01' has other files"
+
+
+def test_a_run_without_torchcodec_says_so(class_folders, tmp_path):
+    flags = small_flags(class_folders, tmp_path, "--arch", "googlenet", "--n_epochs", 1, "--task_p", 1, 0)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torchcodec'] = None; import main; "
+    done = subprocess.run([sys.executable, "-c", f"{code}main.main({flags})"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("JPEGs at half the speed: torchcodec cannot be used (") == 1

@@ -182,4 +182,4 @@ def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
 
 def test_what_graphs_need_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert plots.missing_for_graphs()[-1] == "the program dot of Graphviz (https://graphviz.org/download)"
+    assert plots.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"

@@ -1,6 +1,7 @@
 """Folders and lists read as image sets, and what a user is told of data sets that cannot be."""
 
 import os
+import shutil
 
 import layouts
 import numpy as np
@@ -99,9 +100,9 @@ def test_images_below_a_folder_are_found_in_linked_folders_too(tmp_path):
     (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "dead.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "mine" / "pipe.png")
-    found, others = images_below(tmp_path / "mine")
+    found, others, unread = images_below(tmp_path / "mine")
     assert [os.path.relpath(path, tmp_path / "mine") for path in found] == ["a/1.JPG", "dead.png", "linked/b/3.png"]
-    assert others == [str(tmp_path / "mine" / "notes.txt")]
+    assert (others, unread) == ([str(tmp_path / "mine" / "notes.txt")], [])
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
@@ -123,7 +124,11 @@ def test_wrong_nesting_by_one_level_is_diagnosed(tmp_path, name):
     assert f"{root} is the data set itself: name it {name}" in message_of(name, root)
     (tmp_path / "b" / name).mkdir(parents=True)
     deeper = root.rename(tmp_path / "b" / name / "deeper")
-    assert f"rename or move {deeper} to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+    assert f"it lies too deep: move what {deeper} holds to {tmp_path / 'b' / name}" in message_of(name, tmp_path / "b")
+    deepest = tmp_path / "b" / name / "once" / "again"
+    deepest.parent.mkdir()
+    deeper.rename(deepest)
+    assert f"move what {deepest} holds to" in message_of(name, tmp_path / "b")
 
 
 def test_other_data_sets_are_left_where_they_are(tmp_path):
@@ -148,10 +153,34 @@ def test_class_folders_out_of_place_are_to_be_moved(tmp_path):
 
 
 def test_class_folders_right_in_the_source_path_are_to_be_moved(tmp_path):
-    for name in ("cat", "dog"):
+    for name in ("ant", "bee", "cat", "dog"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "1.jpg").touch()
     assert f"move or link the class folders from {tmp_path} to {tmp_path}/mine/images" in message_of("mine", tmp_path)
+
+
+def test_cars_as_downloads_lay_them_out(tmp_path):
+    root = tmp_path / "cars196"
+    for half in ("train", "test"):
+        write_class_folders(tmp_path / half)
+        (root / f"cars_{half}").mkdir(parents=True)
+        (tmp_path / half / "images" / "class_00").rename(root / f"cars_{half}" / f"cars_{half}")
+    flat = f"{root}/cars_test/cars_test holds images without their classes: put them into {root}/images/<class>"
+    assert flat in message_of("cars196", tmp_path)
+    shutil.rmtree(root)
+    for half in ("train", "test"):
+        (root / "car_data").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(tmp_path / half)
+        (write_class_folders(tmp_path / half) / "images").rename(root / "car_data" / half)
+    halves = f"put the class folders of {root}/car_data/test, {root}/car_data/train together in {root}/images; rename"
+    assert halves in message_of("cars196", tmp_path)
+
+
+@pytest.mark.parametrize("dead", ["cub200/images", "cub200"])
+def test_a_dead_link_is_to_be_mended(tmp_path, dead):
+    (tmp_path / dead).parent.mkdir(exist_ok=True)
+    (tmp_path / dead).symlink_to("/nowhere")
+    assert f"mend the link {tmp_path}/{dead}, which leads to /nowhere: nothing" in message_of("cub200", tmp_path)
 
 
 def test_a_misspelt_data_set_is_told_its_name(tmp_path):
@@ -347,3 +376,51 @@ def test_a_file_of_factors_that_cannot_be_read_is_not_left_out(tmp_path, kind):
     else:
         path.write_bytes(b"image,light\n\xff\xfe,left\n")
     assert message_of("mine", tmp_path).startswith(f"{path}: cannot be read (")
+
+
+def test_what_is_no_image_of_a_class_is_counted_and_left_out(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(3, 3, 3, 3)) / "images"
+    for name in ("class_00/Thumbs.db", "class_01/desktop.ini", "class_01/notes.txt", "class_01/.hidden", "readme.md"):
+        (images / name).touch()
+    for name, copy in {"0.jpg": "front/0.jpg", "1.jpg": "front/deeper/1.jpg", "2.jpg": "../2.jpg"}.items():
+        (images / "class_02" / copy).parent.mkdir(exist_ok=True)
+        (images / "class_02" / copy).write_bytes((images / "class_02" / name).read_bytes())
+    for old, new in {"0.jpg": "bare", "1.jpg": "1.JFIF", "2.jpg": "2.avif"}.items():
+        (images / "class_03" / old).rename(images / "class_03" / new)
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert (len(train), len(tests[""])) == (6, 6)
+    assert train.warnings == (
+        f"{images}: 2 images in subfolders of class folders are left out: in class_02",
+        f"{images}: 1 images beside the class folders are left out: 2.jpg",
+        f"{images}: 3 files with an ending that no image has are left out: class_00/Thumbs.db, class_01/desktop.ini, "
+        "class_01/notes.txt",
+    )
+    assert set(train.warnings) <= set(datasets.count_warnings("mine", train, tests))
+
+
+def test_class_folders_with_images_in_subfolders_only_are_refused(tmp_path):
+    images = write_class_folders(tmp_path / "mine") / "images"
+    (images / "class_01" / "front").mkdir()
+    for path in images.glob("class_01/*.jpg"):
+        path.rename(path.parent / "front" / path.name)
+    assert message_of("mine", tmp_path) == (
+        f"{images}: 1 class folders hold images in subfolders only: class_01; move the images up into the class "
+        f"folders, or the subfolders into {images} if they are the classes"
+    )
+
+
+def test_a_folder_of_the_users_is_not_replaced_by_the_rendered_set(tmp_path):
+    write_class_folders(tmp_path / "shapes")
+    message = message_of("shapes", tmp_path)
+    assert message == f"--dataset shapes: is the built-in set, and {tmp_path}/shapes is a folder of yours: rename that"
+
+
+def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "others").mkdir()
+    lines = message_of("tiny", tmp_path).splitlines()
+    assert lines[2] == f"  found       {tmp_path} holds others, gone, loop"
+    write_class_folders(tmp_path / "tiny")
+    (tmp_path / "tiny" / "images" / "more").symlink_to("more")
+    assert message_of("tiny", tmp_path).endswith("images: 1 dead links: more; mend or remove them")

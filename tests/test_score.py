@@ -1,6 +1,8 @@
 """The command evaluate.py: a stored run scored, embeddings stored, and what it refuses."""
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import layouts
@@ -8,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import refused, run, small_flags, write_class_folders
+from conftest import refused, run, run_in_process, small_flags, write_class_folders
 
 import datasets
 import evaluate
@@ -215,3 +217,44 @@ def test_table_and_plot_in_the_same_file_are_refused(tmp_path, capsys, monkeypat
     argv = ["a", "--compare", "--csv", "x.svg", "--plot", spelt.format(tmp_path.name)]
     assert "are the same file" in refused(capsys, argv, score)
     assert os.listdir(tmp_path) == ["link"]
+
+
+def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys):
+    shutil.copytree(stored.parent.parent / "source", tmp_path / "source")
+    images = tmp_path / "source" / "tiny" / "images"
+    for label, heading in ((7, ""), (3, "Val ")):  # the last test class, the last of those held out
+        capsys.readouterr()
+        run([stored, "--source_path", tmp_path / "source"], score)
+        assert "warning" not in capsys.readouterr().out
+        shutil.copy(images / "class_00" / "0.jpg", images / f"class_0{label}" / "1.jpg")
+        run([stored, "--source_path", tmp_path / "source"], score)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+        which = "training images" if heading else "test images"
+        assert line.startswith(
+            f"warning: not the images that the run was scored on: {which}: class 'class_0{label}' has"
+        )
+        shutil.copy(
+            stored.parent.parent / "source" / "tiny" / "images" / f"class_0{label}" / "1.jpg",
+            images / f"class_0{label}",
+        )
+
+
+def run_where_a_folder_cannot_be_read(folder, argv):
+    """Run evaluate.py where the system refuses to list a folder."""
+
+    def refuse(event, args):
+        if event == "os.scandir" and args[0] == folder:
+            raise PermissionError(13, "Permission denied", folder)
+
+    sys.addaudithook(refuse)
+    run(argv, score)
+
+
+def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, tmp_path):
+    images = write_class_folders(tmp_path / "new") / "images"
+    argv = [stored, "--embed", images, "--save_embeddings", tmp_path / "new.npz"]
+    process = run_in_process(run_where_a_folder_cannot_be_read, str(images / "class_02"), argv)
+    assert (process.returncode, process.stderr) == (
+        1, f"evaluate.py: stopped: 1 folders cannot be read and were left out: {images}/class_02\n"
+    )  # fmt: skip
+    assert len(np.load(tmp_path / "new.npz")["paths"]) == 15

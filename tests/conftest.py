@@ -62,14 +62,14 @@ ALONE = ("--arch", "googlenet")
 
 
 HANG = 900
-"""Seconds after which a process that has not ended fails its test; none takes nearly as long, however busy its machine.
-"""
+"""Seconds after which a process that has not ended fails its test; none takes nearly as long on a busy machine."""
 
 
 class At(NamedTuple):
-    """A point in a process: it opens a file ("open"), or puts one in its place ("os.rename"), for the n-th time.
+    """A point in a process, for the n-th time just before it does something with a file.
 
-    event: see sys.audit; it comes before what it is named after. name: of the file, * stands for anything.
+    event: "open", "os.rename" (a file takes the place of `name`), "os.mkdir", "os.scandir"; Python calls them audit
+    events. name: of the file, without its folder; * stands for anything.
     """
 
     event: str

@@ -204,11 +204,10 @@ def test_the_set_ups_that_the_readme_starts_are_there(name):
 def is_kept(path):
     """Tell whether a file or folder of the top level belongs to the repository, with git or without it."""
     ignored = {".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())}
-    if path.is_file():
-        return path.name not in ignored
-    is_environment = (path / "pyvenv.cfg").exists()
-    files = (file.relative_to(ROOT) for file in path.rglob("*") if file.is_file())
-    return not is_environment and any(not ignored & set(file.parts) for file in files)
+    if path.name in ignored or (path / "pyvenv.cfg").exists():
+        return False
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(file.is_file() and not ignored & set(file.relative_to(ROOT).parts) for file in files)
 
 
 def test_the_repository_map_is_complete():

@@ -1,11 +1,17 @@
 """Fixtures and helpers: small image folders, programs run as a user would, and processes of their own."""
 
 import contextlib
+import fnmatch
+import functools
 import multiprocessing
 import os
+import runpy
+import select
 import signal
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,12 +61,27 @@ ALONE = ("--arch", "googlenet")
 """For runs in programs that do not import this file, and so know no small backbone."""
 
 
+HANG = 900
+"""Seconds after which a process that has not ended fails its test; none takes nearly as long on a busy machine."""
+
+
+class At(NamedTuple):
+    """A point in a process, for the n-th time just before it does something with a file.
+
+    event: "open", "os.rename" (a file takes the place of `name`), "os.mkdir", "os.scandir"; Python calls them audit
+    events. name: of the file, without its folder; * stands for anything.
+    """
+
+    event: str
+    name: str
+    n: int = 1
+
+
 class Ended(NamedTuple):
-    """How a process ended. Those that it started are of the session of this number."""
+    """How a process ended, and what it and all that it started wrote on stderr."""
 
     returncode: int
     stderr: str
-    session: int
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,64 +98,118 @@ def call_like_new(function, *args):
     function(*args)
 
 
+def act_at(points, act):
+    """Let this process act where it comes by the last of some points, each of them after the one before.
+
+    Processes that it forks from then on go on from where it is, each for itself.
+    """
+    ahead, n_passed = list(points), 0
+
+    def watch(event, details):
+        """Follow the points; details: of rename (old path, new path, ...), of others (path, ...)."""
+        nonlocal n_passed
+        if not ahead or event != ahead[0].event:
+            return
+        path = details[event == "os.rename"]
+        if isinstance(path, (str, os.PathLike)) and fnmatch.fnmatchcase(os.path.basename(path), ahead[0].name):
+            n_passed += 1
+            if n_passed == ahead[0].n:
+                del ahead[0]
+                n_passed = 0
+                if not ahead:
+                    act()
+
+    sys.addaudithook(watch)
+
+
 def call_in_session(stderr, function, args):
-    """Call a function in a session of its own, its errors written to a file."""
+    """Call a function in a session of its own, its errors written to a pipe."""
     os.setsid()
-    with open(stderr, "wb", 0) as file, open(os.devnull, "wb", 0) as nowhere:
+    with open(os.devnull, "wb", 0) as nowhere:
         os.dup2(nowhere.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    os.dup2(stderr.fileno(), 2)
+    stderr.close()
     call_like_new(function, *args)
 
 
-def run_in_process(function, *args, meanwhile=lambda process: None, timeout=300):
+def read_to_end(pipe):
+    """Return what comes out of a pipe until every process that could write to it has ended."""
+    parts, deadline = [b""], time.monotonic() + HANG
+    while len(parts) == 1 or parts[-1]:
+        if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0))[0]:
+            pytest.fail(f"not ended after {HANG} s: {b''.join(parts).decode()}")
+        parts.append(os.read(pipe.fileno(), 65536))
+    return b"".join(parts).decode()
+
+
+def run_in_process(function, *args):
     """Call a function of a module in a new process that has main imported; return how it ended.
 
-    meanwhile: is given the process while it runs. Not for what happens when Python itself shuts down: such a process
+    Waits until all that it started have ended too. Not for what happens when Python itself shuts down: such a process
     ends without.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        stderr = Path(folder) / "stderr"
-        process = FORKSERVER.Process(target=call_in_session, args=(stderr, function, args))
-        process.start()
+    receiver, sender = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=call_in_session, args=(sender, function, args))
+    process.start()
+    sender.close()
+    try:
+        stderr = read_to_end(receiver)
+        process.join()
+    except BaseException:  # Ctrl-C too, which does not reach another session
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Ended(process.exitcode, stderr)
+
+
+def run_script(path, argv, folder, output):
+    """Run a program from its file as if it had been started in a folder; what it prints goes to another file."""
+    os.chdir(folder)
+    sys.argv = [str(path), *map(str, argv)]
+    with open(output, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def run_and_act(argv, points, act):
+    """Run main in this process, which acts where it comes by the last of some points."""
+    act_at(points, act)
+    run(argv)
+
+
+def killed_run(argv, *points):
+    """Run main in a process of its own that is killed at the last of some points."""
+    process = run_in_process(run_and_act, argv, points, functools.partial(signal.raise_signal, signal.SIGKILL))
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+def hold(reached, go_on):
+    """Tell that a point is reached, and wait."""
+    reached.set()
+    assert go_on.wait(HANG)
+
+
+@contextlib.contextmanager
+def held_run(argv, *points):
+    """Run main in a process of its own, held at the last of some points while the block runs.
+
+    Yields the future of how it ends.
+    """
+    reached, go_on = FORKSERVER.Event(), FORKSERVER.Event()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run_in_process, run_and_act, argv, points, functools.partial(hold, reached, go_on))
+        ended.add_done_callback(lambda _: reached.set())  # it never came there
         try:
-            meanwhile(process)
-            process.join(timeout)
-            if process.exitcode is None:
-                pytest.fail(f"not ended after {timeout} s: {stderr.read_text()}")
-        finally:  # after Ctrl-C too, which does not reach another session
-            if process.exitcode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.join()
-        return Ended(process.exitcode, stderr.read_text(), process.pid)
+            assert reached.wait(HANG)
+            assert not ended.done(), ended.result()
+            yield ended
+        finally:
+            go_on.set()
 
 
 def epochs_logged(folder, log="log_train_Class.csv"):
     """Return how many rows a log of a run has, 0 where there is none yet."""
     path = folder / log
     return path.read_text().count("\n") - 1 if path.exists() else 0
-
-
-def when(condition, act):
-    """Return a `meanwhile` that waits until a condition holds, then acts on the process."""
-
-    def wait_and_act(process):
-        while process.is_alive() and not condition():
-            time.sleep(0.005)
-        assert process.is_alive(), "the run ended too early"
-        act(process)
-
-    return wait_and_act
-
-
-def when_logged(folder, n_rows, act, log="log_train_Class.csv"):
-    """Return a `meanwhile` that waits until a log of a run has so many rows, then acts on the process."""
-    return when(lambda: epochs_logged(folder, log) >= n_rows, act)
-
-
-def killed_run(argv, folder, n_rows=1, log="log_train_Class.csv", signum=signal.SIGKILL):
-    """Run main in a process of its own that is sent a signal as soon as a log of its run folder has so many rows."""
-    act = when_logged(folder, n_rows, lambda process: os.kill(process.pid, signum), log)
-    return run_in_process(run, argv, meanwhile=act)
 
 
 def parse(*argv):
@@ -172,6 +247,13 @@ def write_class_folders(root, per_class=(5, 5, 5, 5), size=40, contrast=1.0):
             pixels = np.clip(colour + rng.normal(0, 25, (size, size + 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
     return root
+
+
+def as_bitmap(image):
+    """Write an image anew as BMP, which Pillow opens whatever reads others: At("open", ...) sees it."""
+    with Image.open(image) as picture:
+        picture.save(image.with_suffix(".bmp"))
+    image.unlink()
 
 
 def small_flags(source, folder, *more):

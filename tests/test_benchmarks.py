@@ -1,21 +1,20 @@
 """Every benchmark runs to its end at its smallest size and prints its table with numbers in it."""
 
 import re
-import subprocess
-import sys
+import tempfile
 
 import pytest
-from conftest import ROOT, write_class_folders
+from conftest import ROOT, run_in_process, run_script, small_flags, write_class_folders
 
 NUMBER = r"-?\d+\.\d+"
 
 
 def printed(folder, name, *flags):
     """Run a benchmark in a folder, where it leaves nothing, and return the lines that it printed."""
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, flags)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as output:
+        done = run_in_process(run_script, ROOT / "benchmarks" / name, flags, folder, output.name)
+        assert done.returncode == 0, done.stderr
+        return output.read().splitlines()
 
 
 def assert_row(lines, start, n_numbers):
@@ -99,3 +98,11 @@ def test_factor_curves(tmp_path):
     text = (tmp_path / "plot.svg").read_text()
     for words in ("a (2 runs)", "b (1 runs)", "Recall @ 1 on the test classes", "light: read from Class, test images"):
         assert words in text
+
+
+def test_kills(tmp_path):
+    write_class_folders(tmp_path / "tiny")
+    argv = small_flags(tmp_path, tmp_path / "results", "--arch", "googlenet", "--n_epochs", 2)
+    lines = printed(tmp_path, "kills.py", "--kills", 1, *argv)
+    assert re.match(r"\d kills, epochs logged at each: \[", lines[-2])  # 0 where it was killed too late
+    assert lines[-1] == "logs, weights, optimiser and random states are bit-identical"

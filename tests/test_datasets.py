@@ -304,8 +304,9 @@ def test_command_prints_a_diagnosis_of_several_lines(tmp_path, capsys):
     assert capsys.readouterr().err == "datasets.py: error: unrecognized arguments: --chek; near: --check\n"
 
 
-def test_command_ends_in_one_line_where_nothing_can_be_printed():
+def test_command_ends_in_one_line_where_nothing_can_be_printed(class_folders):
+    command = [sys.executable, datasets.__file__, "tiny", "--source_path", class_folders]
     with open("/dev/full", "wb") as full:
-        ended = subprocess.run([sys.executable, datasets.__file__, "shapes"], stdout=full, stderr=subprocess.PIPE)
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
     assert ended.returncode == 1
     assert ended.stderr.decode().count("\n") == 1

@@ -6,11 +6,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ALONE, ROOT, read_logs, run, small_flags, write_class_folders
+from conftest import ALONE, ROOT, read_logs, run, run_in_process, run_script, small_flags, write_class_folders
 
 import losses
 import main
@@ -180,15 +179,15 @@ PYTHON = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"
 
 
 @pytest.mark.parametrize(("name", "code"), PYTHON, ids=[name for name, _ in PYTHON])
-def test_python_in_the_docs_runs(own_run, tmp_path, monkeypatch, name, code):
-    monkeypatch.chdir(tmp_path)
+def test_python_in_the_docs_runs(own_run, tmp_path, name, code):
     images = own_run.parent.parent.parent / "Datasets" / "mine" / "images"
-    run([own_run, "--embed", images, "--save_embeddings", "new.npz"], score)
-    shutil.copy(images / "class_00" / "0.jpg", "bird.jpg")
-    shutil.copytree(own_run, "run")
+    run([own_run, "--embed", images, "--save_embeddings", tmp_path / "new.npz"], score)
+    shutil.copy(images / "class_00" / "0.jpg", tmp_path / "bird.jpg")
+    shutil.copytree(own_run, tmp_path / "run")
     code = re.sub(r"Training_Results/[\w/-]+", "run", code).replace("test_transform(224)", "test_transform(32)")
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 0
+    (tmp_path / "snippet.py").write_text(code)
+    done = run_in_process(run_script, tmp_path / "snippet.py", [], tmp_path, tmp_path / "output")
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_is_found_in_the_docs():
@@ -203,10 +202,18 @@ def test_the_set_ups_that_the_readme_starts_are_there(name):
     flags.check(main.get_args_parser().parse_args(printed.stdout.split()[1:]), main.get_args_parser())
 
 
+def is_kept(path):
+    """Tell whether a file or folder of the top level belongs to the repository, with git or without it."""
+    ignored = {".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())}
+    if path.name in ignored or (path / "pyvenv.cfg").exists():
+        return False
+    files = path.rglob("*") if path.is_dir() else [path]
+    return any(file.is_file() and not ignored & set(file.relative_to(ROOT).parts) for file in files)
+
+
 def test_the_repository_map_is_complete():
     block = next(block for name, block in BLOCKS if name == "README.md" and "main.py  " in block)
     named = set(re.findall(r"^(\S+)", block, re.M))
-    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    top = {path.split("/")[0] + ("/" if "/" in path else "") for path in kept}
+    top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if is_kept(path)}
     apart = {"README.md", "LICENSE", "requirements.txt", "constraints.txt", "pyproject.toml", ".gitignore", ".ci/"}
     assert named == top - apart

@@ -11,28 +11,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ALONE, ROOT, run, run_in_process, small_flags, when, when_logged, write_class_folders
+from conftest import (
+    ALONE,
+    ROOT,
+    At,
+    act_at,
+    as_bitmap,
+    run,
+    run_and_act,
+    run_in_process,
+    small_flags,
+    write_class_folders,
+)
 
 from run.errors import InputError, first_line, stop_reason
-
-
-def processes_of(session):
-    """Return the ids of the processes of a session."""
-    found = subprocess.run(["pgrep", "-s", str(session)], capture_output=True, text=True)
-    assert found.returncode in (0, 1), found.stderr  # some, none
-    return found.stdout.split()
-
-
-def children_of(pid):
-    """Return the ids of the processes that a process started."""
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
 
 
 def assert_tells_how_to_go_on(error, beginning, path):
@@ -44,66 +44,82 @@ def assert_tells_how_to_go_on(error, beginning, path):
     return command[2:]
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_stops_a_run_with_a_command_to_go_on(class_folders, tmp_path, name, code):
-    path = tmp_path / "with space" / "tiny" / "run"
-
-    def tell(process):
-        os.kill(process.pid, getattr(signal, name))
-        while name == "SIGTERM" and process.is_alive():  # what is told again is not answered again
-            time.sleep(0.002)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGTERM)
-
-    argv = small_flags(class_folders, tmp_path / "with space", "--kernels", 2, "--eval_every", 1)
-    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, tell, "log_val_Class.csv"))
-    assert process.returncode == code, process.stderr
-    assert_tells_how_to_go_on(process.stderr, f" by {name}: ", path)
-    assert not processes_of(process.session)
+SCORED = At("os.rename", "log_val_Class.csv")
 
 
-def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(class_folders, tmp_path):
-    argv = small_flags(class_folders, tmp_path, *ALONE, "--kernels", 2, "--n_epochs", 500, "--eval_every", 1)
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", *argv],
+def act_in_a_worker(act):
+    """Let the next process that reads the bitmap act: a loader's worker of this one."""
+    act_at([At("open", "4.bmp")], act)
+
+
+@pytest.fixture
+def with_bitmap(class_folders):
+    """The data set "tiny", one of whose training images is a bitmap; returns the source path."""
+    as_bitmap(class_folders / "tiny" / "images" / "class_01" / "4.jpg")
+    return class_folders
+
+
+def tell_owner(signum):
+    """Send a signal to the process that started this one."""
+    os.kill(os.getppid(), signum)
+
+
+def tell_owner_again_and_again(signum):
+    """Send a signal to the process that started this one, as long as both live."""
+    owner = os.getppid()
+
+    def tell():
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(owner, signum)
+                time.sleep(0.001)
+
+    threading.Thread(target=tell, daemon=True).start()
+
+
+@pytest.mark.parametrize(
+    ("signum", "tell"), [(signal.SIGTERM, tell_owner_again_and_again), (signal.SIGINT, tell_owner)]
+)
+def test_a_signal_stops_a_run_with_a_command_to_go_on(with_bitmap, tmp_path, signum, tell):
+    argv = small_flags(with_bitmap, tmp_path / "with space", "--kernels", 2, "--eval_every", 1)
+    process = run_in_process(run_and_act, argv, [SCORED], partial(act_in_a_worker, partial(tell, signum)))
+    assert process.returncode == 128 + signum, process.stderr
+    assert_tells_how_to_go_on(process.stderr, f" by {signum.name}: ", tmp_path / "with space" / "tiny" / "run")
+
+
+def signal_all_in_a_worker():
+    """Let the next worker that reads the bitmap send SIGTERM to all processes of its group, after the first scores."""
+    act_at([SCORED], partial(act_in_a_worker, partial(os.killpg, 0, signal.SIGTERM)))
+
+
+def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp_path):
+    code = "import runpy, sys, test_errors; test_errors.signal_all_in_a_worker(); del sys.argv[0]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    argv = small_flags(with_bitmap, tmp_path, "--kernels", 2, "--eval_every", 1)
+    process = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "main.py", *argv],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    path = tmp_path / "tiny" / "run"
-    while process.poll() is None and not (path / "log_val_Class.csv").exists():
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 143, error
-    assert_tells_how_to_go_on(error, " by SIGTERM: ", path)
-    assert not processes_of(process.pid)
+    assert process.returncode == 143, process.stderr
+    assert_tells_how_to_go_on(process.stderr, " by SIGTERM: ", tmp_path / "tiny" / "run")
 
 
-def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path):
-    argv = small_flags(class_folders, tmp_path / "results", "--go_on", "--arch", "resnet50", "--img_size", 128)
-    taken = tmp_path / "results" / "tiny" / ".run.lock"  # is there as long as the start takes
-
-    def stop(process):
-        time.sleep(0.2)  # it may have made the file and not hold it yet
-        os.kill(process.pid, signal.SIGTERM)
-
-    process = run_in_process(run, argv, meanwhile=when(taken.exists, stop))
-    assert (process.returncode, process.stderr) == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
-    assert [path.name for path in taken.parent.iterdir()] == [taken.name]
+@pytest.mark.parametrize("point", [At("os.scandir", "class_03"), At("os.mkdir", "run")], ids=["reads", "makes folder"])
+def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path, point):
+    argv = small_flags(class_folders, tmp_path / "results", "--go_on")
+    process = run_in_process(run_and_act, argv, [point], partial(signal.raise_signal, signal.SIGTERM))
+    assert process == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert os.listdir(tmp_path / "results" / "tiny") == [".run.lock"]
 
 
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, tmp_path, n_workers):
     image, path = class_folders / "tiny" / "images" / "class_01" / "3.jpg", tmp_path / "tiny" / "run"
     good = image.read_bytes()
-
-    def spoil(_):
-        if n_workers:
-            image.write_bytes(good[:400])
-        else:
-            image.unlink()
-
+    spoil = partial(image.write_bytes, good[:400]) if n_workers else image.unlink
     argv = small_flags(class_folders, tmp_path, "--kernels", n_workers)
-    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, spoil))
+    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv")], spoil)
     assert process.returncode == 1
     flags = assert_tells_how_to_go_on(process.stderr, f": cannot decode the image {image} (", path)
     image.write_bytes(good)
@@ -111,19 +127,12 @@ def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, 
     assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
 
-def test_a_worker_that_dies_stops_a_run_that_can_go_on(class_folders, tmp_path):
-    path = tmp_path / "tiny" / "run"
-
-    def kill_workers(process):
-        while process.is_alive():
-            for child in children_of(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-
-    argv = small_flags(class_folders, tmp_path, "--kernels", 1)
-    process = run_in_process(run, argv, meanwhile=when_logged(path, 1, kill_workers))
+def test_a_worker_that_dies_stops_a_run_that_can_go_on(with_bitmap, tmp_path):
+    die = partial(act_in_a_worker, partial(signal.raise_signal, signal.SIGKILL))
+    argv = small_flags(with_bitmap, tmp_path, "--kernels", 1)
+    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv")], die)
     assert process.returncode == 1, process.stderr
-    assert_tells_how_to_go_on(process.stderr, ": DataLoader worker ", path)
+    assert_tells_how_to_go_on(process.stderr, ": DataLoader worker ", tmp_path / "tiny" / "run")
 
 
 def command_line(program, *flags, redirection=""):
@@ -131,7 +140,7 @@ def command_line(program, *flags, redirection=""):
     command = shlex.join([sys.executable, str(ROOT / program), *map(str, flags)])
     shell = ["bash", "-c", f"{command} {redirection}"]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    return subprocess.run(shell, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(shell, capture_output=True, text=True, env=environment)
 
 
 def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
@@ -151,6 +160,7 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
     done = command_line("evaluate.py", "nowhere")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "evaluate.py: error: nowhere: no such run folder or checkpoint file\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
@@ -178,20 +188,11 @@ def test_reasons_are_one_line_that_names_the_file():
     assert first_line(KeyError()) == "KeyError"
 
 
-def run_with_little_shared_memory(argv):
-    """Run main; once it has stored something, no file may be as large as a batch, as where /dev/shm is too small."""
-
-    def limit_files(event, args):
-        if event == "os.rename" and str(args[1]).endswith("last.pth.tar"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
-    sys.addaudithook(limit_files)
-    run(argv)
-
-
 def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(class_folders, tmp_path):
     argv = small_flags(class_folders, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 1)
-    process = run_in_process(run_with_little_shared_memory, argv)
+    # No file may be as large as a batch once something is stored, as where /dev/shm is too small
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    process = run_in_process(run_and_act, argv, [At("os.rename", "last.pth.tar")], limit)
     assert process.returncode == 1, process.stderr
     reason = (
         ": too little shared memory (/dev/shm) for the loader workers (File too large (27)): give --kernels 0, or in "

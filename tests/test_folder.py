@@ -1,14 +1,12 @@
 """A run on disk: killed and resumed, its images and flags, lock, logs, checkpoints and summary."""
 
+import functools
 import os
 import pickle
 import random
 import re
 import resource
-import runpy
 import shutil
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,16 +15,16 @@ import pytest
 import torch
 from conftest import (
     ALONE,
-    ROOT,
+    At,
+    as_bitmap,
     assert_same_run,
-    epochs_logged,
+    held_run,
     killed_run,
     refused,
     run,
+    run_and_act,
     run_in_process,
     small_flags,
-    when,
-    when_logged,
     write_class_folders,
 )
 
@@ -41,7 +39,9 @@ BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
 def whole(tmp_path_factory):
     """An uninterrupted run on classes that are hard to tell apart: (source path, run folder)."""
     top = tmp_path_factory.mktemp("whole")
-    write_class_folders(top / "source" / "tiny", contrast=0.1)
+    images = write_class_folders(top / "source" / "tiny", contrast=0.1) / "images"
+    for name in ("class_01", "class_03"):  # one that trains, one that tests
+        as_bitmap(images / name / "4.jpg")
     return top / "source", run(small_flags(top / "source", top, *BASE))
 
 
@@ -68,26 +68,21 @@ def linked_run(whole, path):
 
 
 @pytest.mark.parametrize(
-    ("log", "n_rows"),
+    "points",
     [
-        ("log_train_Class.csv", 2),  # in the evaluation of epoch 1, or when its best checkpoint is written
-        ("log_val_Class.csv", 2),  # probes, draws, or writes the best checkpoint
-        ("log_mining.csv", 3),  # mined after epoch 1: draws, or writes last.pth.tar
-        (None, None),  # while last.pth.tar is written
+        [At("os.rename", "log_train_Class.csv", 2), At("open", "4.bmp")],  # in the evaluation of epoch 1
+        [At("os.rename", "log_val_Class.csv", 2), At("open", "4.bmp")],  # while it is probed
+        [At("os.rename", "checkpoint.pth.tar")],  # before the first best checkpoint has its name
+        [At("os.rename", "InfoPlot_Class.svg", 2)],  # while epoch 1 is drawn
+        [At("os.rename", "log_mining.csv", 3), At("open", ".mined_clusters.png.*.tmp")],  # mined after epoch 1
+        [At("os.rename", "last.pth.tar", 3)],  # its file for epoch 2 is written, and has not its name yet
     ],
+    ids=["evaluates", "probes", "best", "draws", "mined", "last"],
 )
-def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, log, n_rows):
+def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     source, expected = whole
-    path, argv = tmp_path / "tiny" / "run", small_flags(source, tmp_path, *BASE)
-    if log:
-        process = killed_run(argv, path, n_rows, log)
-    else:
-
-        def is_writing():
-            return epochs_logged(path, "log_mining.csv") > 1 and any(path.glob(".last.pth.tar.*.tmp"))
-
-        process = run_in_process(run, argv, meanwhile=when(is_writing, lambda process: process.kill()))
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    killed_run(small_flags(source, tmp_path, *BASE), *points)
+    path = tmp_path / "tiny" / "run"
     with open(path / "log_train_Class.csv", "a") as file:
         file.write("7,torn li")
     assert run(["--resume", path]) == path
@@ -109,8 +104,7 @@ def test_all_that_has_state_is_resumed(whole, tmp_path, flags):
     argv = [*flags, "--n_epochs", 2, *(BASE if "--scheduler" not in flags else [])]
     expected = run(small_flags(whole[0], tmp_path / "whole", *argv))
     path = tmp_path / "cut" / "tiny" / "run"
-    process = killed_run(small_flags(whole[0], tmp_path / "cut", *argv), path, 2)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    killed_run(small_flags(whole[0], tmp_path / "cut", *argv), At("os.rename", "log_train_Class.csv", 2))
     assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 1
     torch.rand(3), random.random(), np.random.rand()  # another process would have other states
     assert_same_run(run(["--resume", path]), expected)
@@ -158,7 +152,7 @@ def replace_image(images):
 
 
 def remove_test_image(images):
-    (images / "class_03" / "4.jpg").unlink()
+    (images / "class_03" / "3.jpg").unlink()
 
 
 @pytest.mark.parametrize(
@@ -237,25 +231,26 @@ def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
     assert outcomes.count("refused") > 45, outcomes
 
 
+def assert_refused_while_held(argv, point, path):
+    """See that of two runs with one command line the second is refused while the first trains, which goes on."""
+    with held_run(argv, point) as first:
+        second = run_in_process(run, argv)
+    refusal = f"main.py: error: {path}: is being trained by another process; wait for it, or stop it first\n"
+    assert second == (2, refusal)
+    assert first.result() == (0, "")
+
+
 def test_only_one_of_two_resumes_goes_on(whole, tmp_path):
     path = linked_run(whole, tmp_path / "run")
     (path / ".lock").touch()  # of a dead process: no hindrance
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: run_in_process(run, ["--resume", path, "--n_epochs", 6]), range(2)))
-    assert sorted(process.returncode for process in both) == [0, 2], both
-    (refusal,) = [process.stderr for process in both if process.returncode == 2]
-    assert refusal == f"main.py: error: {path}: is being trained by another process; wait for it, or stop it first\n"
-    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == list(range(6))
+    assert_refused_while_held(["--resume", path, "--n_epochs", 4], At("os.rename", "hypa.pkl"), path)
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == list(range(4))
 
 
 def test_of_two_starts_of_one_name_the_second_is_refused(whole, tmp_path):
-    argv = small_flags(whole[0], tmp_path, *BASE, "--go_on")
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda _: run_in_process(run, argv), range(2)))
-    assert sorted(process.returncode for process in both) == [0, 2], both
-    (refusal,) = [process.stderr for process in both if process.returncode == 2]
     path = tmp_path / "tiny" / "run"
-    assert refusal == f"main.py: error: {path}: is being trained by another process; wait for it, or stop it first\n"
+    argv = small_flags(whole[0], tmp_path, *BASE, "--go_on")
+    assert_refused_while_held(argv, At("open", "4.bmp"), path)  # before there is a folder to lock
     assert {entry.name for entry in (tmp_path / "tiny").iterdir()} == {"run", ".run.lock"}
     assert_same_run(path, whole[1])
 
@@ -266,8 +261,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     content["flags"] |= {"savename": "run_7", "lr": 0.5}
     stored_run(top / "run_7", content)  # of another name that looks like it
     (top / "run").mkdir()  # was stopped before anything was stored: it stays as it is
-    process = killed_run(named, top / "run_1", 2)
-    assert process.returncode == -signal.SIGKILL
+    killed_run(named, At("os.rename", "log_train_Class.csv", 2))
     for flags, message in [
         (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
         (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
@@ -316,8 +310,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
 
 def test_a_folder_that_goes_away_is_told(whole, tmp_path):
     path = tmp_path / "tiny" / "run"
-    move = when_logged(path, 1, lambda _: path.rename(tmp_path / "elsewhere"))
-    process = run_in_process(run, small_flags(whole[0], tmp_path, *BASE), meanwhile=move)
+    move = functools.partial(path.rename, tmp_path / "elsewhere")
+    argv, point = small_flags(whole[0], tmp_path, *BASE), At("os.rename", "log_train_Class.csv")
+    process = run_in_process(run_and_act, argv, [point], move)
     assert process.returncode == 1
     assert process.stderr.startswith(f"main.py: stopped: cannot read or write {path}/"), process.stderr
     assert process.stderr.endswith(" (No such file or directory); nothing had been stored to go on with\n")
@@ -350,16 +345,10 @@ def spoil_logs(path):
 
 
 def test_logs_that_are_spoilt_during_a_run_are_whole_at_its_end(whole, tmp_path):
-    path, done = tmp_path / "tiny" / "run", []
-
-    def spoil(_):
-        spoil_logs(path)
-        done.append(epochs_logged(path, "log_val_Class.csv"))
-
-    spoil_after_epoch_0 = when_logged(path, 1, spoil, "log_probe.csv")
-    process = run_in_process(run, small_flags(whole[0], tmp_path, *BASE), meanwhile=spoil_after_epoch_0)
-    assert (process.returncode, process.stderr) == (0, "")
-    assert done == [1]
+    path, end_of_epoch_0 = tmp_path / "tiny" / "run", At("os.rename", "last.pth.tar", 2)
+    argv = small_flags(whole[0], tmp_path, *BASE)
+    process = run_in_process(run_and_act, argv, [end_of_epoch_0], functools.partial(spoil_logs, path))
+    assert process == (0, "")
     assert_same_run(path, whole[1])
 
 
@@ -368,8 +357,7 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     path = tmp_path / "tiny" / "run"
-    process = killed_run(small_flags(whole[0], tmp_path, *BASE, "--tensorboard"), path, 2, "log_val_Class.csv")
-    assert process.returncode == -signal.SIGKILL
+    killed_run(small_flags(whole[0], tmp_path, *BASE, "--tensorboard"), At("os.rename", "log_val_Class.csv", 2))
     before = torch.load(path / "last.pth.tar", weights_only=True)["training"]
     assert before["epoch"] == 1  # the board has epoch 1 too
     run(["--resume", path])
@@ -379,15 +367,6 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
     board = EventAccumulator(str(path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("train/Class Loss")] == [0, 1, 2]
     assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2, 3]
-
-
-def test_kills_benchmark_runs_to_its_end(whole, tmp_path, monkeypatch, capsys):
-    flags = ["kills.py", "--kills", 1, *small_flags(whole[0], tmp_path, *ALONE, "--eval_every", 1)]
-    monkeypatch.setattr(sys, "argv", list(map(str, flags)))
-    runpy.run_path(str(ROOT / "benchmarks" / "kills.py"), run_name="__main__")
-    output = capsys.readouterr().out
-    assert "1 kills, epochs logged at each: [" in output
-    assert output.endswith("logs, weights, optimiser and random states are bit-identical\n")
 
 
 def test_runs_of_one_name_get_counters(tmp_path):

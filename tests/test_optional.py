@@ -1,11 +1,10 @@
 """Backbones of timm and losses of pytorch-metric-learning, where these packages are installed."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import assert_equal, assert_same_run, killed_run, parse, read_logs, refused, run, small_flags
+from conftest import At, assert_equal, assert_same_run, killed_run, parse, read_logs, refused, run, small_flags
 from torch.nn.functional import normalize
 
 import losses
@@ -98,10 +97,10 @@ def test_a_classifier_in_the_weights_of_a_timm_model_is_not_used(timm, tmp_path)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_run_with_a_timm_backbone_resumes_exactly_and_is_scored(timm, class_folders, tmp_path, capsys, arch):
-    more = ("--arch", arch, "--img_size", 64, "--eval_every", 1)
+    more = ("--arch", arch, "--img_size", 64, "--eval_every", 1, "--n_epochs", 2)
     whole = run(small_flags(class_folders, tmp_path / "whole", *more))
     cut = tmp_path / "cut" / "tiny" / "run"
-    assert killed_run(small_flags(class_folders, tmp_path / "cut", *more), cut, 2).returncode == -9
+    killed_run(small_flags(class_folders, tmp_path / "cut", *more), At("os.rename", "log_train_Class.csv", 2))
     run(["--resume", cut])
     assert_same_run(cut, whole)
     assert "\nstarted from: random weights\n" in (cut / "Curr_Summary_Class.txt").read_text()
@@ -194,22 +193,17 @@ def test_losses_get_the_sizes_that_they_or_their_bases_ask_for(library, name):
 
 @pytest.mark.parametrize("name", LIBRARY_LOSSES)
 def test_a_run_with_a_loss_of_the_library_trains_it_and_resumes_exactly(library, class_folders, tmp_path, name):
-    more = ("--losses", f"pml/{name}", f"pml/{name}", "--proxy_lr", 0.01, 0.02, "--task_p", 1, 1, "--eval_every", 1)
+    more = ("--losses", f"pml/{name}", f"pml/{name}", "--proxy_lr", 0.01, 0.02, "--task_p", 1, 1)
+    more += ("--n_epochs", 2)
     whole = run(small_flags(class_folders, tmp_path / "whole", *more))
     assert np.isfinite(read_logs(whole)["log_train_Class.csv"][["Class Loss", "Shared Loss"]].to_numpy()).all()
     cut = tmp_path / "cut" / "tiny" / "run"
-    assert killed_run(small_flags(class_folders, tmp_path / "cut", *more), cut, 2).returncode == -9
+    killed_run(small_flags(class_folders, tmp_path / "cut", *more), At("os.rename", "log_train_Class.csv", 2))
     run(["--resume", cut])
     assert_same_run(cut, whole)
     optimizer = torch.load(whole / "last.pth.tar", weights_only=True)["training"]["optimizer"]
     rates = [group["lr"] for group in optimizer["param_groups"]]
     assert rates == ([1e-3, 0.01, 0.02, 1e-3] if name == "ProxyAnchorLoss" else [1e-3, 1e-3])
-
-
-def test_losses_of_the_library_in_a_whole_epoch_on_shapes(library, tmp_path):
-    pairs = ("--losses", *(f"pml/{name}" for name in LIBRARY_LOSSES), "--task_p", 1, 1)
-    folder = run(small_flags(".", tmp_path, "--dataset", "shapes", "--n_epochs", 1, "--bs", 144, *pairs))
-    assert pd.read_csv(folder / "log_train_Class.csv")[["Class Loss", "Shared Loss"]].notna().all(axis=None)
 
 
 def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, capsys):

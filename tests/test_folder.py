@@ -93,7 +93,8 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard"],
+        ["--losses", "proxynca", "triplet", "--sampling", "distance", "semihard", "--task_p", 1, 0.5, "--bs", 4],
+        ["--adv_weights", 0, "--task_p", 1, 0.5, "--bs", 4],  # heads and betas take no part in half of the steps
         ["--losses", "triplet", "proxynca", "--adversarial", "Shared-Class", "Class-Shared", "--adv_weights", 5, 9],
         ["--sampling", "random", "semihard", "--nu", 0.1, 0.1, "--task_p", 1, 0.6, "--amp", "fp16"],
         ["--task_p", 1, 0, "--adv_weights", 0, "--scheduler", "step", "--tau", 1, "--eval_every", 2],

@@ -77,7 +77,7 @@ class SmallNetwork(nn.Module):
 
 
 class Recorder(torch.optim.SGD):
-    """Gradient descent that remembers the gradients of each step."""
+    """Gradient descent with momentum, so with a state of what it has stepped, that remembers each step's gradients."""
 
     def step(self):
         groups = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -99,7 +99,7 @@ def gradients(loss, sampling, directions):
     batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(4)]
     own = [(images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches]
     trained = netlib.for_training(network, False, has_unused_heads=not objective.weights)
-    optimizer = Recorder([*network.parameters(), *objective.parameters()], lr=1e-2)
+    optimizer = Recorder([*network.parameters(), *objective.parameters()], lr=1e-2, momentum=0.9)
     optimizer.steps = []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = [(0, "Class"), (0, "Shared"), (1, "Class"), (1, "Shared")]

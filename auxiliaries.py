@@ -11,8 +11,8 @@ import faiss
 import numpy as np
 import torch
 
-from run import processes
-from run.errors import DivergedError, InputError
+from support import processes
+from support.errors import DivergedError, InputError
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
 """What a run's time is split into; loading is the time that the training steps wait for their batches."""

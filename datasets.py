@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from data import readers
 from data.images import ImageSet, Splits
+from data.published import known_of
 from data.shapes import render_shapes
-from run import processes
-from run.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
+from support import processes
+from support.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
 
 READERS = {
     "cub200": readers.read_class_folders,
@@ -255,7 +256,7 @@ def build_loaders(
 ) -> Loaders:
     """Return all loaders of a run.
 
-    tasks: the flags of each task, see flags.PAIRS; one that never takes a step has no batches. probed: indices of the
+    tasks: the flags of each task, see options.PAIRS; one that never takes a step has no batches. probed: indices of the
     training images of the probe. random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
     """
     make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
@@ -290,8 +291,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     sets, warnings = {"train": train, **tests}, []
     found = {split: row[:2] for split, row in split_table(train, tests).items()}
     found["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    published = readers.PUBLISHED[name].counts if name in readers.PUBLISHED else {}
-    for split, (n_classes, n_images) in published.items():
+    for split, (n_classes, n_images) in known_of(name).counts.items():
         if found[split] != (n_classes, n_images):
             counts = "{} classes with {} images".format(*found[split])
             warnings.append(f"{name}, {split}: {counts}; officially {n_classes} with {n_images}")

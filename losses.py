@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.adapters import LibraryLoss
+from support.packages import LibraryLoss
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8
@@ -404,7 +404,7 @@ def build_objective(
 ) -> Objective:
     """Build the loss of each task and the adversarial term of each direction that has a weight.
 
-    tasks: the flags of each task, see flags.PAIRS. n_classes: of each task. directions: "target-source" to weight.
+    tasks: the flags of each task, see options.PAIRS. n_classes: of each task. directions: "target-source" to weight.
     adv_dim: hidden width of the projection networks. lr: their learning rate.
     """
     task_losses, adversaries = {}, {}

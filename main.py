@@ -20,14 +20,16 @@ import datasets
 import evaluate
 import losses
 import netlib
-import report
 from data.cache import CACHES, cached
 from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
-from report import compare, plots, sheets
-from run import errors, flags, processes
-from run.errors import DivergedError, InputError, OneLineParser
-from run.flags import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
+from data.published import known_of
+from report import sheets
+from report.epoch import draw_evaluation, lesson
+from run import options
 from run.folder import Run, name_taken, scores_line, write_file
+from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
+from support import errors, packages, processes
+from support.errors import DivergedError, InputError, OneLineParser
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
@@ -39,13 +41,13 @@ SMALLEST_SCALE = 2.0**-14
 
 
 def get_args_parser() -> OneLineParser:
-    """Return the parser of all flags; flags.check resolves what it parsed."""
+    """Return the parser of all flags; options.check resolves what it parsed."""
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
     parser = OneLineParser(
         prog="main.py",
         description="Train MIC: deep metric learning with mined interclass characteristics.",
         epilog="CLASS SHARED are two values: one for the Class task, one for the Shared (interclass) task.",
-        formatter_class=flags.FlagHelpFormatter,
+        formatter_class=options.FlagHelpFormatter,
         allow_abbrev=False,
     )
     # fmt: off
@@ -195,7 +197,7 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
         warnings.append(
             f"Pillow decodes all images, JPEGs at half the speed: torchcodec cannot be used ({NO_TORCHCODEC})"
         )
-    for warning in [*warnings, *flags.doubts(args, len(train.class_names))]:
+    for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     print(
         f"loader workers: {auxiliaries.n_workers(args.kernels)} of --kernels {args.kernels}, one at most per CPU core"
@@ -375,7 +377,7 @@ def evaluate_epoch(
     run.keep_best(network, labels)
     rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
     bests = run.best_indices()
-    run.plot(epoch, lambda folder: report.draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
+    run.plot(epoch, lambda folder: draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
 
 
 def begin(
@@ -417,17 +419,17 @@ def train(args: argparse.Namespace) -> Path:
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     run = Run(
-        Path(args.resume or flags.run_folder(args)),
-        flags.kept(args),
+        Path(args.resume or options.run_folder(args)),
+        options.kept(args),
         args.n_epochs,
         is_resumed=args.resume is not None,
-        paper=compare.PAPER.get(args.dataset, {}),
+        paper=known_of(args.dataset).scores,
     )
     if run.is_finished:
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
         return run.folder
 
-    tasks = flags.per_task(args)
+    tasks = options.per_task(args)
     images, tests = load_images(args, run)
     loaders = datasets.build_loaders(
         images,
@@ -453,7 +455,7 @@ def train(args: argparse.Namespace) -> Path:
         ).to(device)
     run.flags.setdefault("started_from", network.started_from)
     if args.make_graph and run.is_new:
-        graph = plots.network_graph(network, args.img_size)
+        graph = packages.network_graph(network, args.img_size)
         run.plot(0, lambda folder: write_file(folder / "network.svg", graph))
     n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
     directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
@@ -489,7 +491,7 @@ def train(args: argparse.Namespace) -> Path:
             run.save(parts, labels, epoch + 1)
     print(run.summarise(), end="")
     if args.dataset == "shapes" and "Shared" in labels:
-        print(report.lesson(run.rows, run.initial_scores, run.folder))
+        print(lesson(run.rows, run.initial_scores, run.folder))
     return run.folder
 
 
@@ -497,12 +499,12 @@ def train(args: argparse.Namespace) -> Path:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
     parser = get_args_parser()
-    args = flags.check(parser.parse_args(argv), parser)
+    args = options.check(parser.parse_args(argv), parser)
     with errors.signals_stop("nothing had been stored yet"), processes.connected():
         if not args.go_on:
             return train(args)
-        with name_taken(flags.run_folder(args)):
-            return train(flags.of_named_run(args, parser))
+        with name_taken(options.run_folder(args)):
+            return train(options.of_named_run(args, parser))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from googlenet import GoogLeNet
-from run import processes, weights
-from run.adapters import TimmBackbone, create_timm_model, imported_timm, with_own_grid
-from run.errors import InputError, first_line
+from support import processes, weights
+from support.errors import InputError, first_line
+from support.packages import TimmBackbone, create_timm_model, imported_timm, with_own_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -237,7 +237,7 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
 
     It shares its weights with `network`, which is what is evaluated and stored. has_unused_heads: some heads take no
     part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it is
-    refused in run/flags.py. train() and eval() reach the network through either wrapper.
+    refused in run/options.py. train() and eval() reach the network through either wrapper.
     """
     if processes.count() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm

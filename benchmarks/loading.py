@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 from data.cache import cached
 from data.images import ImageSet, image_size
-from run.errors import InputError
+from support.errors import InputError
 
 SIZES = ((500, 375), (1200, 900))
 ENTRIES = 120_053

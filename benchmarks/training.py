@@ -37,7 +37,7 @@ import losses
 import main as program
 import netlib
 from data.images import ImageSet
-from run import flags
+from run import options
 
 SETTINGS = {
     "plain": [],
@@ -132,8 +132,8 @@ class Ours:
 
     def __init__(self, argv: list[str], device: torch.device):
         parser = program.get_args_parser()
-        self.args = args = flags.check(parser.parse_args([*argv, "--task_p", "1", "1"]), parser)
-        rng, tasks = np.random.default_rng(0), flags.per_task(args)
+        self.args = args = options.check(parser.parse_args([*argv, "--task_p", "1", "1"]), parser)
+        rng, tasks = np.random.default_rng(0), options.per_task(args)
         n_images, side = N_CLASSES * PER_CLASS, round(args.img_size * 256 / 224)
         pixels = rng.integers(0, 256, (n_images, side, side, 3), dtype=np.uint8)
         names, classes = ([str(i) for i in range(n)] for n in (n_images, N_CLASSES))
@@ -165,7 +165,7 @@ class Ours:
     def run(self, n_steps: int, marks: Marks | None = None) -> None:
         """Train one epoch of n_steps steps, half of them each task's."""
         torch.backends.cudnn.deterministic = True  # as a run of main has it
-        steps = [(i // 2, flags.TASKS[i % 2]) for i in range(n_steps)]
+        steps = [(i // 2, options.TASKS[i % 2]) for i in range(n_steps)]
         self.loaders.sampler.set_epoch(self.n_epochs, self.labels, [task for _, task in steps])
         self.n_epochs += 1
         network, is_scaled = self.trained, self.args.amp == "fp16"

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.images import ImageSet, file_status, image_size, read_image
-from run.errors import InputError
+from support.errors import InputError
 
 CACHES = ("none", "ram", "disk")
 

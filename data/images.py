@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from run.errors import InputError, first_line
+from support.errors import InputError, first_line
 
 NO_TORCHCODEC = ""
 """Why torchcodec cannot be used; empty where it can."""

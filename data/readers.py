@@ -4,7 +4,7 @@ import csv
 import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,65 +12,12 @@ import pandas as pd
 from scipy.io import loadmat
 
 from data.images import ImageSet, Splits
-from run.errors import InputError, first_few, first_line
+from data.published import PUBLISHED, Published, known_of
+from support.errors import InputError, first_few, first_line
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".rar", ".7z")
 IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".avif")
 """Endings of images; a file without an ending is an image too, as in the published layout of CUB200."""
-
-
-@dataclass(frozen=True)
-class Published:
-    """What is known of a published data set.
-
-    archive: folder that its official archive unpacks to. landmarks: any of these paths marks the data set's folder.
-    layout: what is expected there, in words. counts: split to (classes, images) as published.
-    """
-
-    archive: str
-    landmarks: tuple[str, ...]
-    layout: str
-    url: str
-    counts: dict[str, tuple[int, int]]
-
-
-PUBLISHED = {
-    "cub200": Published(
-        "CUB_200_2011",
-        ("images",),
-        "images/<class>/<image>",
-        "https://www.vision.caltech.edu/datasets/cub_200_2011",
-        {"all": (200, 11788)},
-    ),
-    "cars196": Published(
-        "cars196",
-        ("images", "car_ims"),
-        "images/<class>/<image>, or car_ims/<image> with cars_annos.mat",
-        "http://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-        {"all": (196, 16185)},
-    ),
-    "online_products": Published(
-        "Stanford_Online_Products",
-        ("images", "Info_Files", "Ebay_train.txt"),
-        "images/<category>/<image> and Info_Files/Ebay_train.txt, Ebay_test.txt, or all of them in one folder",
-        "https://cvgl.stanford.edu/projects/lifted_struct",
-        {"all": (22634, 120053), "train": (11318, 59551), "test": (11316, 60502)},
-    ),
-    "in-shop": Published(
-        "In-shop Clothes Retrieval Benchmark",
-        ("img", "Img/img"),
-        "img/... or Img/img/..., and Eval/list_eval_partition.txt",
-        "http://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html",
-        {"all": (7982, 52712), "train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
-    ),
-    "vehicle_id": Published(
-        "VehicleID_V1.0",
-        ("image",),
-        "image/<number>.jpg and train_test_split/train_list.txt, test_list_800.txt, ...",
-        "https://www.pkuml.org/resources/pku-vehicleid.html",
-        {"train": (13164, 110178), "Set 1": (800, 6493), "Set 2": (1600, 13377), "Set 3": (2400, 19777)},
-    ),
-}
 
 
 def locate(name: str, source: Path) -> Path:
@@ -78,8 +25,8 @@ def locate(name: str, source: Path) -> Path:
 
     Raises InputError that says, in several lines, what was looked for, what was found and what to do.
     """
-    known = PUBLISHED.get(name, Published(name, ("images",), "images/<class>/<image>", "", {}))
-    candidates = list(dict.fromkeys([source / name, source / name / known.archive, source / known.archive]))
+    known = known_of(name)
+    candidates = list(dict.fromkeys([source / name, source / name / known.archive, source / (known.archive or name)]))
     for root in candidates:
         if is_data_set(root, known):
             return root

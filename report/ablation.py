@@ -13,13 +13,13 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.published import PUBLISHED
 from report.compare import compare_runs, of_same_steps
-from run.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
-from run.flags import PATH, whole
+from run.options import PATH, whole
+from support.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ("cub200", "cars196", "online_products", "in-shop", "vehicle_id")
 STOPPING = (2, 129, 130, 143)
 """Exit codes of a run that end the series: bad flags, or told to stop."""
 

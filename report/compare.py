@@ -11,42 +11,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from data.published import known_of
 from report import plots
-from run.errors import InputError
-from run.flags import PAIRS, shown
 from run.folder import StoredRun, best_index, read_run, replaced_file
-
-PAPER = {
-    "cub200": {"": {"Recall @ 1": 0.661, "Recall @ 2": 0.768, "Recall @ 4": 0.856, "NMI": 0.697}},
-    "cars196": {"": {"Recall @ 1": 0.826, "Recall @ 2": 0.891, "Recall @ 4": 0.932, "NMI": 0.684}},
-    "online_products": {"": {"Recall @ 1": 0.772, "Recall @ 10": 0.894, "Recall @ 100": 0.956, "NMI": 0.900}},
-    "in-shop": {"": {"Recall @ 1": 0.882, "Recall @ 10": 0.970, "Recall @ 30": 0.980, "Recall @ 50": 0.988}},
-    "vehicle_id": {
-        "Set 1": {"Recall @ 1": 0.869, "Recall @ 5": 0.934},
-        "Set 3": {"Recall @ 1": 0.820, "Recall @ 5": 0.910},
-    },
-}
-"""Scores of MIC with margin loss in the paper's tables, by data set and test set (Roth et al., ICCV 2019)."""
-
-CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
-SIZES = ("0", "64", "128", "256", "512", "1024")
-PAPER_ABLATIONS = {
-    "shared_num_classes": {
-        "cub200": dict(zip(CLUSTERS, (0.604, 0.612, 0.636, 0.647, 0.641, 0.633, 0.621, 0.599, 0.602, 0.587))),
-        "cars196": dict(zip(CLUSTERS, (0.770, 0.769, 0.781, 0.786, 0.796, 0.798, 0.805, 0.805, 0.801, 0.800))),
-        "online_products": dict(zip(CLUSTERS, (0.728, 0.731, 0.730, 0.738, 0.741, 0.742, 0.740, 0.745, 0.744, 0.742))),
-    },
-    "cluster_update_freq": {
-        "cub200": {"1": 0.647, "50": 0.628},
-        "cars196": {"1": 0.800, "50": 0.783},
-        "online_products": {"1": 0.741, "50": 0.730},
-    },
-    "embed_sizes": {
-        "cub200": dict(zip(SIZES, (0.636, 0.647, 0.657, 0.666, 0.670, 0.667))),
-        "cars196": dict(zip(SIZES, (0.796, 0.817, 0.828, 0.842, 0.850, 0.845))),
-    },
-}
-"""Recall@1 over a flag, by data set, read off the paper's plots, +-0.002; of the update interval its ends only."""
+from run.options import PAIRS, shown
+from support.errors import InputError
 
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
 NO_SETTING += ("eval_shared", "tensorboard")
@@ -302,7 +271,9 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
     It has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of a
     setting; its differences to the base, paired by seed; its gap to the paper; and the paper's row.
     """
-    paper, rows = PAPER.get(dataset, {}).get(test_set, {}), []
+    published, rows = known_of(dataset).scores, []
+    start = f"{test_set} " if test_set else ""
+    paper = {name.removeprefix(start): value for name, value in published.items() if name.startswith(start)}
     for setting in settings:
         for at in ("best", "last"):
             head = {
@@ -418,7 +389,7 @@ def ablation_lines(
             for run in members:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
-    paper = PAPER_ABLATIONS.get(flag, {}).get(dataset, {})
+    paper = known_of(dataset).ablations.get(flag, {})
     if paper and not test_set:
         lines[f"paper, {dataset}"] = {value: [recall] for value, recall in paper.items()}
     return lines

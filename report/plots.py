@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +9,11 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from run.adapters import imported
-from run.errors import InputError
 from run.folder import replaced_file
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
@@ -253,26 +249,3 @@ def shortened(name: str, length: int) -> str:
 def plain(name: str, length: int = 80) -> str:
     """Return a name cut to `length` characters that Matplotlib does not take for a formula."""
     return shortened(name, length).replace("$", r"\$")
-
-
-def missing_for_graphs() -> list[str]:
-    """Return what has to be mended before network_graph works, in words."""
-    problems = []
-    for package in ("torchview", "graphviz"):
-        try:
-            imported(package, package, "--make_graph")
-        except InputError as error:
-            problems.append(str(error).removeprefix("--make_graph: "))
-    if not shutil.which("dot"):
-        problems.append("Graphviz's program dot is missing: https://graphviz.org/download")
-    return problems
-
-
-def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
-    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs."""
-    import torchview  # optional
-
-    device = next(network.parameters()).device
-    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
-    graph = torchview.draw_graph(network, image, device=device, depth=2)
-    return graph.visual_graph.pipe(format="svg", quiet=True)

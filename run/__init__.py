@@ -1,1 +1,1 @@
-"""What a run needs beside the method: errors, flags, its folder, processes, weights."""
+"""One run as its user sees it: its options and its folder."""

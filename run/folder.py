@@ -22,8 +22,8 @@ from PIL import Image
 
 import auxiliaries
 from data.images import VALIDATION, describe_change, digest
-from run import processes, weights
-from run.errors import DivergedError, InputError, Interrupted, StoppedError, first_line, signals_stop, stop_reason
+from support import processes, weights
+from support.errors import DivergedError, InputError, Interrupted, StoppedError, first_line, signals_stop, stop_reason
 
 LAST = "last.pth.tar"
 LOGS = {
@@ -76,11 +76,13 @@ class Run:
     that says how to go on. Of several processes, all keep the rows, and the first one writes files.
 
     folder: the wanted run folder, or the one to resume. flags: kept with the run. n_epochs: after which it is finished.
-    is_resumed: go on with the run in the folder. paper: published scores. Raises InputError where the run cannot be
-    made or read, or where another process trains it.
+    is_resumed: go on with the run in the folder. paper: published scores by column. Raises InputError where the run
+    cannot be made or read, or where another process trains it.
     """
 
-    def __init__(self, folder: Path, flags: Mapping[str, object], n_epochs: int, *, is_resumed: bool, paper: Scores):
+    def __init__(
+        self, folder: Path, flags: Mapping[str, object], n_epochs: int, *, is_resumed: bool, paper: Mapping[str, float]
+    ):
         self.folder, self.flags, self.n_epochs, self.is_new = folder, dict(flags), n_epochs, not is_resumed
         self.paper, self.writes = paper, processes.is_first()
         self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.time(), 0
@@ -303,14 +305,14 @@ class Run:
         return text
 
 
-def score_table(rows: Sequence[Row], initial: Scores, paper: Scores) -> str:
+def score_table(rows: Sequence[Row], initial: Scores, paper: Mapping[str, float]) -> str:
     """Return a table of the best value of each score with its epoch, the last, that before training, and the paper's.
 
     rows: of "val", at least one. A score that was left out of all rows is left out here.
     """
     history = pd.DataFrame([columns_of(row) for row in rows]).set_index("Epochs").drop(columns="Time")
     history = history.astype(float).dropna(axis="columns", how="all")
-    first, published = (pd.Series(columns_of({"scores": scores}), dtype=float) for scores in (initial, paper))
+    first, published = (pd.Series(scores, dtype=float) for scores in (columns_of({"scores": initial}), paper))
     table = pd.DataFrame({"best": history.max(), "epoch": history.idxmax(), "last": history.iloc[-1]})
     table["before training"] = first
     if paper:

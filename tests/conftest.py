@@ -23,11 +23,11 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import main
 import netlib
 from data.shapes import render_shapes
-from report import score
-from run import flags
+from run import options
 
 ROOT = Path(__file__).resolve().parent.parent
 # Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
@@ -215,11 +215,11 @@ def epochs_logged(folder, log="log_train_Class.csv"):
 def parse(*argv):
     """Return the checked arguments of a command line of main."""
     parser = main.get_args_parser()
-    return flags.check(parser.parse_args([str(flag) for flag in argv]), parser)
+    return options.check(parser.parse_args([str(flag) for flag in argv]), parser)
 
 
 def run(argv, program=main):
-    """Run main or report.score with a command line; main returns the run folder."""
+    """Run main or evaluate with a command line; main returns the run folder."""
     return program.main([str(flag) for flag in argv])
 
 
@@ -230,7 +230,7 @@ def refused(capsys, argv, program=main, code=2):
         run(argv, program)
     error = capsys.readouterr().err
     assert stop.value.code == code, error
-    name = {main: "main.py", score: "evaluate.py"}[program]
+    name = {main: "main.py", evaluate: "evaluate.py"}[program]
     assert error.startswith(f"{name}: error: " if code == 2 else f"{name}: stopped"), error
     assert error.count("\n") == 1, error
     return error
@@ -304,7 +304,7 @@ def assert_same_run(one, other):
                 content.get("training", {}).pop(part, None)
             for row in [row for rows in content["progress"]["rows"].values() for row in rows]:
                 row.pop("Time")
-            for flag in ("savename", "save_path", *flags.RESUMABLE):
+            for flag in ("savename", "save_path", *options.RESUMABLE):
                 content["flags"].pop(flag, None)
         assert_equal(*stored, name)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import auxiliaries
-from run.errors import DivergedError, InputError
+from support.errors import DivergedError, InputError
 
 CPU = torch.device("cpu")
 

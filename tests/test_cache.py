@@ -13,7 +13,7 @@ from PIL import Image
 import datasets
 from data.cache import cached, free_memory, image_views
 from data.images import ImageSet, hold_out_classes
-from run.errors import InputError
+from support.errors import InputError
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from data.published import known_of
 from report import compare
 from run import folder
-from run.errors import InputError
+from support.errors import InputError
 
 
 def write_run(path, recalls, **flags):
@@ -345,8 +346,8 @@ def test_confidence_interval_holds_the_mean_in_95_of_100(n):
 
 
 def test_runs_on_other_data_have_no_paper(tmp_path, capsys):
-    assert compare.PAPER["cub200"][""]["Recall @ 1"] == 0.661
-    assert "shapes" not in compare.PAPER
+    assert known_of("cub200").scores["Recall @ 1"] == 0.661
+    assert not known_of("shapes").scores
     write_run(tmp_path / "a", [0.25], dataset="shapes", shared_num_classes=5)
     compare.compare_runs([tmp_path / "a"], over="shared_num_classes")
     printed = capsys.readouterr().out

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 import datasets
 from data.images import ImageSet
-from run.errors import InputError, stop_reason
+from support.errors import InputError, stop_reason
 
 LABELS = np.repeat(np.arange(7), [9, 4, 12, 5, 4, 6, 1])
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ALONE, ROOT, read_logs, run, run_in_process, run_script, small_flags, write_class_folders
 
+import evaluate
 import losses
 import main
-from report import ablation, score
-from run import flags, folder
+from report import ablation
+from run import folder, options
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -40,7 +41,7 @@ def all_flags():
     """Return the flags of all commands; those of benchmarks and of datasets.py as their sources name them."""
     sources = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "datasets.py"]
     in_sources = {flag for path in sources for flag in re.findall(r'add_argument\("(--\w+)"', path.read_text())}
-    parsers = (main.get_args_parser(), score.get_args_parser(), ablation.get_args_parser())
+    parsers = (main.get_args_parser(), evaluate.get_args_parser(), ablation.get_args_parser())
     return set().union(in_sources, FOREIGN, *map(flags_of, parsers))
 
 
@@ -69,7 +70,7 @@ def test_every_link_leads_somewhere(name):
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_file_of_the_repository_exists(name):
     files = r"(?:main|losses|netlib|googlenet|datasets|evaluate|auxiliaries)\.py"
-    rooms = r"(?:data|run|report|docs|tests|benchmarks)/[\w./*]*"
+    rooms = r"(?:support|data|run|report|docs|tests|benchmarks)/[\w./*]*"
     for path in re.findall(rf"(?<![\w/.])(?:{files}|{rooms})", TEXTS[name]):
         path = path.rstrip("./")
         assert list(ROOT.glob(path)) or (ROOT / f"{path}.py").exists(), path  # a module without its ending
@@ -142,7 +143,7 @@ def test_commands_name_programs_and_flags_that_fit():
         words = shlex.split(re.sub(r"\.\.\.|\[|\]|\$\(|\)", "", command))
         program = next(word for word in words if word.endswith((".py", ".sh")) or word == "pytest")
         assert program == "pytest" or (ROOT / program).exists(), (name, command)
-        parsers = {"main.py": main.get_args_parser(), "evaluate.py": score.get_args_parser()}
+        parsers = {"main.py": main.get_args_parser(), "evaluate.py": evaluate.get_args_parser()}
         if program in parsers and "--help" not in words:
             _, unknown = parsers[program].parse_known_args(words[words.index(program) + 1 :])
             assert not unknown, (name, command)
@@ -170,7 +171,7 @@ def test_a_command_marked_as_runnable_runs_at_its_smallest_size(own_run, monkeyp
     if "--compile" in argv:  # takes minutes
         argv.remove("--compile")
     with pytest.raises(SystemExit, match="^0$") if "--help" in argv else contextlib.nullcontext():
-        run(argv, {"main.py": main, "evaluate.py": score}[program])
+        run(argv, {"main.py": main, "evaluate.py": evaluate}[program])
     for left in Path().glob("*.npz"):
         left.unlink()
 
@@ -181,7 +182,7 @@ PYTHON = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"
 @pytest.mark.parametrize(("name", "code"), PYTHON, ids=[name for name, _ in PYTHON])
 def test_python_in_the_docs_runs(own_run, tmp_path, name, code):
     images = own_run.parent.parent.parent / "Datasets" / "mine" / "images"
-    run([own_run, "--embed", images, "--save_embeddings", tmp_path / "new.npz"], score)
+    run([own_run, "--embed", images, "--save_embeddings", tmp_path / "new.npz"], evaluate)
     shutil.copy(images / "class_00" / "0.jpg", tmp_path / "bird.jpg")
     shutil.copytree(own_run, tmp_path / "run")
     code = re.sub(r"Training_Results/[\w/-]+", "run", code).replace("test_transform(224)", "test_transform(32)")
@@ -199,7 +200,7 @@ def test_the_set_ups_that_the_readme_starts_are_there(name):
     assert f"bash Result_Runs.sh {name}" in TEXTS["README.md"]
     script = ["bash", str(ROOT / "Result_Runs.sh"), name]
     printed = subprocess.run(script, env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True, check=True)
-    flags.check(main.get_args_parser().parse_args(printed.stdout.split()[1:]), main.get_args_parser())
+    options.check(main.get_args_parser().parse_args(printed.stdout.split()[1:]), main.get_args_parser())
 
 
 def is_kept(path):

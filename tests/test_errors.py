@@ -32,7 +32,7 @@ from conftest import (
     write_class_folders,
 )
 
-from run.errors import InputError, first_line, stop_reason
+from support.errors import InputError, first_line, stop_reason
 
 
 def assert_tells_how_to_go_on(error, beginning, path):

@@ -14,7 +14,7 @@ import datasets
 import evaluate
 import netlib
 from data.images import ImageSet
-from run.errors import DivergedError
+from support.errors import DivergedError
 
 GOLDEN = Path(__file__).parent / "golden"
 K_VALS = [1, 2, 5, 1000]

@@ -11,10 +11,11 @@ import pytest
 from conftest import ALONE, ROOT, parse, refused, small_flags, write_class_folders
 
 import datasets
+import evaluate
 import main
-from data.readers import PUBLISHED
-from report import ablation, score
-from run import flags
+from data.published import PUBLISHED
+from report import ablation
+from run import options
 
 DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
@@ -49,9 +50,9 @@ def test_a_task_that_never_steps_may_have_any_batches():
 def test_flags_that_train_badly_are_doubted():
     few = "--bs 112 draws 28 times 4 images of a class, and 6 classes train; a smaller batch repeats less"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
-    assert flags.doubts(parse("--not_pretrained"), 6) == [slow, few]
-    assert flags.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
-    assert flags.doubts(parse("--losses", "proxynca", "marginloss"), 6) == []
+    assert options.doubts(parse("--not_pretrained"), 6) == [slow, few]
+    assert options.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
+    assert options.doubts(parse("--losses", "proxynca", "marginloss"), 6) == []
 
 
 def test_defaults_that_depend_on_other_flags():
@@ -271,7 +272,7 @@ def test_a_path_may_begin_with_the_home_folder(class_folders, monkeypatch, capsy
     assert (args.source_path, args.save_path) == (f"{class_folders}/a", str(class_folders))
     assert args.weights == f"{class_folders}/b.pth"
     paths = []
-    for program in (main, score, ablation):
+    for program in (main, evaluate, ablation):
         for action in program.get_args_parser()._actions:
             if action.metavar in ("FILE", "FILE.npz", "FOLDER", "RUN"):
                 assert action.type("~/run") == f"{class_folders}/run", action.dest

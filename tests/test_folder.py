@@ -28,9 +28,9 @@ from conftest import (
     write_class_folders,
 )
 
-from report import score
+import evaluate
 from run import folder
-from run.errors import InputError
+from support.errors import InputError
 
 BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
 
@@ -212,7 +212,7 @@ def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
 def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
     """Truncated or with a bit flipped: refused with one line, or a file whose checksums are right."""
     rng, outcomes = random.Random(0), []
-    for name, program in (("last.pth.tar", None), ("checkpoint.pth.tar", score)):
+    for name, program in (("last.pth.tar", None), ("checkpoint.pth.tar", evaluate)):
         good, path = (whole[1] / name).read_bytes(), tmp_path / name
         for i in range(30):
             damaged = bytearray(good)
@@ -223,7 +223,7 @@ def test_damaged_checkpoints_are_refused_or_whole(whole, tmp_path, capsys):
                 damaged[rng.choice(places)] ^= 1 << rng.randrange(8)
             path.write_bytes(damaged)
             try:
-                error = refused(capsys, [path], score) if program else refused(capsys, ["--resume", tmp_path])
+                error = refused(capsys, [path], evaluate) if program else refused(capsys, ["--resume", tmp_path])
             except pytest.fail.Exception:
                 outcomes.append("whole")
             else:
@@ -424,7 +424,7 @@ def test_rows_are_columns_by_test_set_and_read_again(tmp_path):
 
 
 def test_summary_compares_best_and_last_with_before_training_and_the_paper():
-    paper = {"Set 1": {"Recall @ 1": 0.661}}
+    paper = {"Set 1 Recall @ 1": 0.661}
     table = folder.score_table(ROWS, {"Set 1": {"NMI": 0.1, "Recall @ 1": 0.05}}, paper)
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert lines == [

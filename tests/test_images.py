@@ -23,7 +23,7 @@ from data.images import (
     read_image,
     read_with_pillow,
 )
-from run.errors import InputError
+from support.errors import InputError
 
 
 def test_jpeg_pixels_are_those_of_pillow(tmp_path):

@@ -19,10 +19,11 @@ import evaluate
 import losses
 import main
 import netlib
-from report import plots, score, sheets
-from run import flags
+from report import sheets
+from run import options
 from run.folder import LAST
-from run.weights import read_checkpoint
+from support import packages
+from support.weights import read_checkpoint
 
 RUN_FILES = {
     "checkpoint.pth.tar",
@@ -159,7 +160,7 @@ def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_
     assert list(shared) == list(logs["log_val_Class.csv"])
     best = read_checkpoint(folder)["progress"]["rows"]["val"][-1]["Epochs"]
     capsys.readouterr()
-    run([folder, "--embedding", "Shared"], score)
+    run([folder, "--embedding", "Shared"], evaluate)
     printed = [line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[3:]]
     assert {name: float(value) for name, value in printed} == pytest.approx(
         shared.loc[best].drop("Epochs").to_dict(), abs=1e-12
@@ -207,11 +208,11 @@ def tiny_parts(class_folders, *more):
     args = parse(*small_flags(class_folders, ".", *more))
     train, tests = datasets.load_dataset("tiny", class_folders)
     loaders = datasets.build_loaders(
-        train, tests, flags.per_task(args), probed=[], batch_size=args.bs, random_pick_p=args.random_cluster_pick_p,
+        train, tests, options.per_task(args), probed=[], batch_size=args.bs, random_pick_p=args.random_cluster_pick_p,
         img_size=args.img_size, seed=args.seed, n_workers=0, pin_memory=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    sizes = dict(zip(flags.TASKS, args.embed_sizes))
+    sizes = dict(zip(options.TASKS, args.embed_sizes))
     return args, netlib.build_network(args.arch, sizes, pretrained=False, freeze_batchnorm=False), loaders
 
 
@@ -278,7 +279,7 @@ def test_labels_change_at_the_update_interval(tiny_run):
 def test_learning_rate_schedules(scheduler, expected):
     args = parse("--lr", 1, "--beta_lr", 2, 2, *scheduler)
     objective = losses.build_objective(
-        flags.per_task(args), {"Class": 3, "Shared": 3}, {"Class-Shared": 1.0}, args.adv_dim, args.lr
+        options.per_task(args), {"Class": 3, "Shared": 3}, {"Class-Shared": 1.0}, args.adv_dim, args.lr
     )
     optimizer, schedule = main.build_optimizer(args, torch.nn.Linear(2, 2), objective)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [4e-4, 0, 0, 1e-6]
@@ -423,7 +424,7 @@ def test_a_checkpoint_is_trained_on_with_weights(tiny_run):
     assert start[""] == pytest.approx(row["scores"][""], abs=1e-9)
 
 
-@pytest.mark.skipif(bool(plots.missing_for_graphs()), reason="needs torchview and graphviz")
+@pytest.mark.skipif(bool(packages.missing_for_graphs()), reason="needs torchview and graphviz")
 def test_make_graph_draws_the_network_into_the_run_folder(tiny_run):
     folder = tiny_run("--n_epochs", 1, "--make_graph")
     assert {path.name for path in folder.iterdir()} == RUN_FILES | {"network.svg"}
@@ -475,7 +476,7 @@ def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_clas
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
-    run([folder], score)
+    run([folder], evaluate)
     of_test, of_val = capsys.readouterr().out.split("Class embedding of 10 eight images, Val")  # 2 classes of 5
     assert "Class embedding of 20 eight images" in of_test
     best = read_logs(folder)["log_val_Class.csv"].iloc[read_checkpoint(folder)["progress"]["rows"]["val"][-1]["Epochs"]]

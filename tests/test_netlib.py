@@ -8,8 +8,8 @@ import torchvision
 from torch.nn.functional import avg_pool2d, linear, normalize
 
 import netlib
-from run import weights
-from run.errors import InputError
+from support import weights
+from support.errors import InputError
 
 SIZES = {"Class": 8, "Shared": 6}
 

@@ -7,11 +7,11 @@ import torchvision
 from conftest import At, assert_equal, assert_same_run, killed_run, parse, read_logs, refused, run, small_flags
 from torch.nn.functional import normalize
 
+import evaluate
 import losses
 import netlib
-from report import score
-from run.errors import InputError
-from run.weights import read_checkpoint
+from support.errors import InputError
+from support.weights import read_checkpoint
 
 SIZES = {"Class": 8, "Shared": 6}
 ARCHS = ["timm/test_efficientnet", "timm/test_vit"]
@@ -105,7 +105,7 @@ def test_a_run_with_a_timm_backbone_resumes_exactly_and_is_scored(timm, class_fo
     assert_same_run(cut, whole)
     assert "\nstarted from: random weights\n" in (cut / "Curr_Summary_Class.txt").read_text()
     capsys.readouterr()
-    run([whole], score)
+    run([whole], evaluate)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Recall @ 1")]
     assert len(set(line.split()[-2:])) == 1  # now, and as logged
     assert netlib.load(whole)(images(64, 1))["Class"].shape == (1, 128)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from report import plots
+from support import packages
 
 ROWS = [
     {"Epochs": 0, "Time": 1.0, "NMI": 0.5, "Recall @ 1": 0.3},
@@ -167,11 +168,11 @@ class Network(torch.nn.Module):
         return {"Class": self.head(self.norm(images.float()).mean((2, 3)))}
 
 
-@pytest.mark.skipif(bool(plots.missing_for_graphs()), reason="needs torchview and graphviz")
+@pytest.mark.skipif(bool(packages.missing_for_graphs()), reason="needs torchview and graphviz")
 def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
     network = Network().train()
     before, random_state = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
-    graph = plots.network_graph(network, 32)
+    graph = packages.network_graph(network, 32)
     shown = " ".join(texts(ElementTree.fromstring(graph)))
     assert "Linear" in shown
     assert "(1, 3, 32, 32)" in shown
@@ -182,4 +183,4 @@ def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
 
 def test_what_graphs_need_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert plots.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"
+    assert packages.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"

@@ -40,8 +40,8 @@ import losses
 import main
 import netlib
 from data.images import ImageSet
-from report import score
-from run import errors, folder, processes
+from run import folder
+from support import errors, processes
 
 BATCH_SIZE = 12
 CASES = {
@@ -373,7 +373,7 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
             flags_of(tmp_path, tmp_path, "--bn", "train"),
             "--bn train (the default with --not_pretrained): on CPUs",
         ),
-        (score, [tmp_path], "runs as one process: start it with python, not with torchrun"),
+        (evaluate, [tmp_path], "runs as one process: start it with python, not with torchrun"),
     ]:
         if rank == "0":
             assert message in refused(capsys, argv, program)

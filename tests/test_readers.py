@@ -12,8 +12,9 @@ from scipy.io import loadmat, savemat
 
 import datasets
 from data.images import contents
-from data.readers import PUBLISHED, images_below
-from run.errors import InputError
+from data.published import PUBLISHED
+from data.readers import images_below
+from support.errors import InputError
 
 LIST_FILES = {
     "online_products": ("Info_Files/Ebay_train.txt", 3),

@@ -14,9 +14,9 @@ from tqdm import tqdm
 import losses
 import main
 import netlib
-from run import flags
+from run import options
 from run.folder import LAST
-from run.weights import read_checkpoint
+from support.weights import read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "steps.npz"
 
@@ -156,7 +156,7 @@ def test_what_a_loss_trains_moves_on_in_a_step_of_the_other_task_and_the_backbon
     torch.manual_seed(0)
     sizes = {"Class": 8, "Shared": 6}
     network = netlib.build_network("small", sizes, pretrained=False, freeze_batchnorm=True, detached_heads=["Shared"])
-    objective = losses.build_objective(flags.per_task(args), dict.fromkeys(sizes, 2), {}, args.adv_dim, args.lr)
+    objective = losses.build_objective(options.per_task(args), dict.fromkeys(sizes, 2), {}, args.adv_dim, args.lr)
     optimizer, _ = main.build_optimizer(args, network, objective)
     states = parameters_before_and_after((network, objective, optimizer), ("Class", "Shared", "Class"))
     moved = [

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import netlib
-from run import weights
-from run.errors import InputError
+from support import weights
+from support.errors import InputError
 
 
 def refusal(function, *args):

@@ -19,7 +19,7 @@ from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.utils.data import dataloader
 
-from run import processes
+from support import processes
 
 OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
 LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"

@@ -11,16 +11,15 @@ from pathlib import Path
 import torch
 
 import losses
-from report import plots
-from run import adapters, processes, weights
-from run.errors import InputError, OneLineParser, first_few
+from data.published import known_of
 from run.folder import LAST
+from support import packages, processes, weights
+from support.errors import InputError, OneLineParser, first_few
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
 """Flags with a value for the Class and one for the Shared task."""
 
-K_VALS = {"online_products": [1, 10, 100, 1000], "in-shop": [1, 10, 20, 30, 50], "vehicle_id": [1, 5]}
 RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
 """Flags that may be given anew when a run is resumed, as they change no result."""
 
@@ -106,7 +105,7 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
         n if losses.needs_positives(name) or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
     ]
-    args.k_vals = sorted({1, *(args.k_vals or K_VALS.get(args.dataset, [1, 2, 4, 8]))})
+    args.k_vals = sorted({1, *(args.k_vals or known_of(args.dataset).k_vals)})
     args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
     check_batches(args, parser)
     return args
@@ -139,19 +138,19 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuse what needs a package that is missing or cannot be imported, and names that the packages do not know."""
-    problems = plots.missing_for_graphs() if args.make_graph and not args.resume else []
+    problems = packages.missing_for_graphs() if args.make_graph and not args.resume else []
     if problems:
         parser.error(f"--make_graph: {'; '.join(problems)}")
     try:
         if args.tensorboard:
-            adapters.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+            packages.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
         if args.weights and args.weights.endswith(".safetensors") and not args.resume:
-            adapters.imported("safetensors.torch", "safetensors", f"--weights {args.weights}")
+            packages.imported("safetensors.torch", "safetensors", f"--weights {args.weights}")
         if args.arch.startswith("timm/"):
-            adapters.imported_timm(args.arch.removeprefix("timm/"))
+            packages.imported_timm(args.arch.removeprefix("timm/"))
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
         for name, embed_size in library_losses.items():
-            adapters.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
+            packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
     without_sampler = [name for name in args.losses if not losses.takes_sampler(name)]

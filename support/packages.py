@@ -4,13 +4,14 @@ import copy
 import difflib
 import importlib
 import inspect
+import shutil
 from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from run.errors import InputError, first_line
+from support.errors import InputError, first_line
 
 
 def imported(module: str, package: str, flag: str) -> ModuleType:
@@ -150,3 +151,26 @@ def library_loss(name: str) -> type[nn.Module]:
         near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
         raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
     return known[name]
+
+
+def missing_for_graphs() -> list[str]:
+    """Return what has to be mended before network_graph works, in words."""
+    problems = []
+    for package in ("torchview", "graphviz"):
+        try:
+            imported(package, package, "--make_graph")
+        except InputError as error:
+            problems.append(str(error).removeprefix("--make_graph: "))
+    if not shutil.which("dot"):
+        problems.append("Graphviz's program dot is missing: https://graphviz.org/download")
+    return problems
+
+
+def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
+    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs."""
+    import torchview  # optional
+
+    device = next(network.parameters()).device
+    image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
+    graph = torchview.draw_graph(network, image, device=device, depth=2)
+    return graph.visual_graph.pipe(format="svg", quiet=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from run.adapters import imported
-from run.errors import InputError, first_few, first_line
+from support.errors import InputError, first_few, first_line
+from support.packages import imported
 
 CHECKPOINT_FORMAT = 2
 """Number of the layout of checkpoints; those of another one are refused."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-import report
+from report import epoch
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ import report
 def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(of_background, found):
     mined = {"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.01, "NMI background": of_background}
     rows = {"mining": [mined], "val": [{"scores": {"": {"Recall @ 1": 0.8}}}]}
-    lines = report.lesson(rows, {"": {"Recall @ 1": 0.25}}, Path("runs/demo")).splitlines()
+    lines = epoch.lesson(rows, {"": {"Recall @ 1": 0.25}}, Path("runs/demo")).splitlines()
     assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
     assert "is 0.80, before training 0.25" in lines[0]
     assert f"{found} (NMI of the labels with it {of_background:.2f}, with the class 0.36)" in lines[0]

@@ -16,7 +16,6 @@ import datasets
 import evaluate
 import netlib
 from data.images import read_image
-from report import score
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def stored(tmp_path_factory):
 def scored(capsys, *argv):
     """Run evaluate.py; return {heading: {score: [now, logged in the epoch]}} of what it printed."""
     capsys.readouterr()
-    run(argv, score)
+    run(argv, evaluate)
     tables = {}
     for line in capsys.readouterr().out.splitlines():
         cells = [cell.strip() for cell in line.split("  ") if cell.strip()]
@@ -84,9 +83,9 @@ def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
     assert next(iter(rows.values()))["Recall @ 1"][0] == repr(scores["Recall @ 1"])
     assert sorted(os.listdir(tmp_path)) == ["e.npz", "e_val.npz"]
     argv = [stored, "--save_embeddings", tmp_path / "e.npz"]
-    assert "exists already; nothing is overwritten" in refused(capsys, argv, score)
+    assert "exists already; nothing is overwritten" in refused(capsys, argv, evaluate)
     (tmp_path / "e.npz").unlink()
-    assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, score)
+    assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, evaluate)
     assert os.listdir(tmp_path) == ["e_val.npz"]
 
 
@@ -99,7 +98,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
     argv = [stored, "--embed", tmp_path / "mine", "--save_embeddings", tmp_path / "e.npz", "--embedding", "Shared"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run(argv, score)
+        run(argv, evaluate)
     printed = capsys.readouterr()
     assert stop.value.code == 1
     assert f"skipped 1 other files: {tmp_path}/mine/a/notes.txt\n" in printed.out
@@ -114,21 +113,21 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
     with torch.no_grad():
         expected = netlib.load(stored)(batch)["Shared"]
     np.testing.assert_allclose(embeddings, expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert "exists already" in refused(capsys, argv, score)
+    assert "exists already" in refused(capsys, argv, evaluate)
     argv[-3] = tmp_path / "f.npz"
     argv[2] = tmp_path / "nowhere"
-    assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, score)
+    assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, evaluate)
     (tmp_path / "mine" / "a" / "folder.png").mkdir()
     (tmp_path / "mine" / "._one.jpg").write_bytes(b"of another system")
     argv[2] = tmp_path / "mine" / "c"
     with pytest.raises(SystemExit) as stop:
-        run(argv, score)
+        run(argv, evaluate)
     assert (stop.value.code, (tmp_path / "f.npz").exists()) == (1, False)
     (tmp_path / "mine" / "c" / "broken.png").unlink()
     argv[2] = tmp_path / "mine"
-    run(argv, score)
+    run(argv, evaluate)
     assert len(np.load(tmp_path / "f.npz")["paths"]) == 3
-    assert "--embed: give --save_embeddings FILE.npz" in refused(capsys, [stored, "--embed", tmp_path], score)
+    assert "--embed: give --save_embeddings FILE.npz" in refused(capsys, [stored, "--embed", tmp_path], evaluate)
 
 
 def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, capsys):
@@ -159,20 +158,20 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
     }
     for message, content in wrong.items():
         torch.save(content, path)
-        line = refused(capsys, [path], score)
+        line = refused(capsys, [path], evaluate)
         assert f"{path}: " in line
         assert message in line
     whole = (stored / "checkpoint.pth.tar").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "damaged or truncated" in refused(capsys, [path], score)
-    assert "no such run folder" in refused(capsys, [tmp_path / "absent"], score)
+    assert "damaged or truncated" in refused(capsys, [path], evaluate)
+    assert "no such run folder" in refused(capsys, [tmp_path / "absent"], evaluate)
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint" in refused(capsys, [tmp_path / "empty"], score)
-    assert "absent.pth.tar: no such" in refused(capsys, [stored, "--checkpoint", "absent.pth.tar"], score)
-    assert "no images of --dataset" in refused(capsys, [stored, "--source_path", tmp_path], score)
+    assert "holds no checkpoint" in refused(capsys, [tmp_path / "empty"], evaluate)
+    assert "absent.pth.tar: no such" in refused(capsys, [stored, "--checkpoint", "absent.pth.tar"], evaluate)
+    assert "no images of --dataset" in refused(capsys, [stored, "--source_path", tmp_path], evaluate)
     contents["state_dict"]["heads.Class.bias"][:] = torch.nan
     torch.save(contents, path)
-    assert "Class features are not finite" in refused(capsys, [path], score, code=1)
+    assert "Class features are not finite" in refused(capsys, [path], evaluate, code=1)
 
 
 @pytest.mark.parametrize(
@@ -194,19 +193,19 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
     ],
 )
 def test_bad_flags_are_one_line(flags, message, capsys):
-    assert message in refused(capsys, flags, score)
+    assert message in refused(capsys, flags, evaluate)
 
 
 def test_files_that_exist_or_cannot_be_written_are_refused(tmp_path, capsys):
     for name, flag in (("t.csv", "--csv"), ("p.svg", "--plot")):
         (tmp_path / name).write_text("kept")
-        line = refused(capsys, ["a", "--compare", flag, tmp_path / name], score)
+        line = refused(capsys, ["a", "--compare", flag, tmp_path / name], evaluate)
         assert f"{flag} {tmp_path / name}: exists already; nothing is overwritten" in line
         assert (tmp_path / name).read_text() == "kept"
     (tmp_path / "closed").mkdir(mode=0o555)
     if os.access(tmp_path / "closed", os.W_OK):
         pytest.skip("root may write anywhere")
-    line = refused(capsys, ["a", "--compare", "--csv", tmp_path / "closed" / "t.csv"], score)
+    line = refused(capsys, ["a", "--compare", "--csv", tmp_path / "closed" / "t.csv"], evaluate)
     assert f"there is no folder {tmp_path / 'closed'} that can be written to" in line
 
 
@@ -215,7 +214,7 @@ def test_table_and_plot_in_the_same_file_are_refused(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     argv = ["a", "--compare", "--csv", "x.svg", "--plot", spelt.format(tmp_path.name)]
-    assert "are the same file" in refused(capsys, argv, score)
+    assert "are the same file" in refused(capsys, argv, evaluate)
     assert os.listdir(tmp_path) == ["link"]
 
 
@@ -224,10 +223,10 @@ def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys)
     images = tmp_path / "source" / "tiny" / "images"
     for label, heading in ((7, ""), (3, "Val ")):  # the last test class, the last of those held out
         capsys.readouterr()
-        run([stored, "--source_path", tmp_path / "source"], score)
+        run([stored, "--source_path", tmp_path / "source"], evaluate)
         assert "warning" not in capsys.readouterr().out
         shutil.copy(images / "class_00" / "0.jpg", images / f"class_0{label}" / "1.jpg")
-        run([stored, "--source_path", tmp_path / "source"], score)
+        run([stored, "--source_path", tmp_path / "source"], evaluate)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         which = "training images" if heading else "test images"
         assert line.startswith(
@@ -247,7 +246,7 @@ def run_where_a_folder_cannot_be_read(folder, argv):
             raise PermissionError(13, "Permission denied", folder)
 
     sys.addaudithook(refuse)
-    run(argv, score)
+    run(argv, evaluate)
 
 
 def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, tmp_path):

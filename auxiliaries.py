@@ -54,12 +54,12 @@ def pick_device(gpu: int) -> torch.device:
     Of several processes on a machine each takes its own GPU, from `gpu` on. Raises InputError for a GPU that does not
     exist.
     """
-    among = f", in {processes.launched()} processes" if processes.launched() > 1 else ""
+    among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     if not torch.cuda.is_available():
         print(f"device: CPU (no CUDA GPU found){among}")
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
-    if not 0 <= gpu <= n_gpus - processes.local():
+    if not 0 <= gpu <= n_gpus - processes.local_world_size():
         raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
     torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
@@ -102,7 +102,7 @@ def n_cores() -> int:
 
 def n_workers(wanted: int) -> int:
     """Return how many loader workers this process starts: its share of those wanted, which are one per core at most."""
-    return max(min(wanted, n_cores()) // processes.local(), min(wanted, 1))
+    return max(min(wanted, n_cores()) // processes.local_world_size(), min(wanted, 1))
 
 
 def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -131,12 +131,17 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
 def all_cores() -> Iterator[None]:
     """Let faiss use the cores of the other processes of this machine, which wait for this one."""
     n_threads = faiss.omp_get_max_threads()
-    if processes.launched() > 1:  # torchrun allows each process one thread
+    if processes.world_size() > 1:  # torchrun allows each process one thread
         faiss.omp_set_num_threads(n_cores())
     try:
         yield
     finally:
         faiss.omp_set_num_threads(n_threads)
+
+
+def seconds_since(start: float) -> float:
+    """Return the seconds since a time of time.time(), as logs hold them."""
+    return round(time.time() - start, 2)
 
 
 class LossMeter:

@@ -45,7 +45,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """Return the training images and the test sets of a data set.
 
     name: a published data set of READERS; "shapes", which is rendered; any other name is a folder in source_path with
-    images/<class>/<image>. A single test set is called "". Raises InputError, for a missing data set with a
+    images/<class>/<image>. A single test set is called "test". Raises InputError, for a missing data set with a
     diagnosis of several lines.
     """
     if name == "shapes":
@@ -264,7 +264,7 @@ def build_loaders(
     for i, (name, task) in enumerate(tasks.items()):
         if task.task_p > 0:
             pick_p = random_pick_p if name == "Shared" else 0.0
-            share = processes.own_share(batch_size)
+            share = processes.shard(batch_size)
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
             flip = name == "Class"  # as published: a mirrored image may show another characteristic
             augmented[name] = ImageDataset(train, train_transform(img_size, flip))
@@ -273,7 +273,7 @@ def build_loaders(
     def in_order(dataset: Dataset) -> DataLoader:
         """Return a loader of all items once, of which each process takes its share in whole batches."""
         size = min(batch_size, SCORING_BATCH_SIZE)
-        return make(dataset, batch_size=size, sampler=processes.own_share(len(dataset), size))
+        return make(dataset, batch_size=size, sampler=processes.shard(len(dataset), size))
 
     plain = ImageDataset(train, test_transform(img_size))
     return Loaders(
@@ -296,7 +296,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
             counts = "{} classes with {} images".format(*found[split])
             warnings.append(f"{name}, {split}: {counts}; officially {n_classes} with {n_images}")
     for split, images in sets.items():
-        where = f"{name}, {split or 'test'}"
+        where = f"{name}, {split}"
         both = set(images.class_names).intersection(train.class_names)
         if both and images is not train:
             warnings.append(f"{where}: {len(both)} classes are trained on too: {first_few(sorted(both))}")
@@ -312,7 +312,7 @@ def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tup
     splits = {"train": train.labels}
     for name, images in tests.items():
         if images.is_query is None:
-            splits[name or "test"] = images.labels
+            splits[name] = images.labels
         else:
             splits["query"], splits["gallery"] = images.labels[images.is_query], images.labels[~images.is_query]
     table = {}

@@ -44,12 +44,12 @@ def extract_features(
     loader: Iterable[tuple[Tensor, Tensor]],
     outputs: Sequence[str],
     amp: str = "none",
-    everywhere: bool = True,
+    to_all: bool = True,
 ) -> dict[str, np.ndarray | None]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
     Of several processes each embeds the images of its own loader, which holds its share of them, and gets them all.
-    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16. everywhere: False leaves all features
+    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16. to_all: False leaves all features
     to the first process, and None to the others.
     Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
     """
@@ -77,7 +77,7 @@ def extract_features(
                 f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "
                 "weights it started from are damaged"
             )
-    return {name: processes.gather_rows(values, everywhere) for name, values in features.items()}
+    return {name: processes.gather_rows(values, to_all) for name, values in features.items()}
 
 
 def retrieval_scores(
@@ -103,7 +103,7 @@ def retrieval_scores(
     labels = np.asarray(labels)
     is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~np.asarray(is_query)
     queries = np.flatnonzero(is_gallery if is_query is None else is_query)
-    share = processes.own_share(len(queries))
+    share = processes.shard(len(queries))
     points = torch.as_tensor(np.asarray(embeddings), device=device).double()
     points = points - points.mean(0)  # around the origin, float32 products tell distances apart best
     points = (points / points.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)).float()
@@ -215,12 +215,12 @@ def score_set(
     NMI and F1 out, as None. Returns {"NMI", "F1"} and what retrieval_scores returns.
     """
 
-    def cluster() -> tuple[float, float]:
-        """Return NMI and F1 of a k-means."""
-        clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
-        return clustering_scores(labels, clusters)
-
-    nmi, f1 = processes.computed_by_first(cluster) if with_clustering else (None, None)
+    nmi = f1 = None
+    if with_clustering:
+        if processes.is_first():  # the others wait for it
+            clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
+            nmi, f1 = clustering_scores(labels, clusters)
+        nmi, f1 = processes.broadcast((nmi, f1))
     return {"NMI": nmi, "F1": f1} | retrieval_scores(embeddings, labels, k_vals, device, is_query)
 
 
@@ -259,15 +259,17 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
     by its own images only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
+    n_per_class = max(images_per_class, n_images // n_classes)
     rng = np.random.default_rng([seed, PROBE_IMAGES])
-    order, place = rng.permutation(len(labels)), rng.permutation(n_classes)
-    place[np.bincount(labels, minlength=n_classes) < 2] += n_classes  # a class of one comes last
-    place = place.argsort().argsort()  # of each class in the order in which classes are taken
-    order = order[np.argsort(place[labels[order]], kind="stable")]  # class by class
-    sizes = np.bincount(place[labels], minlength=n_classes)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    chosen = order[rank < max(images_per_class, n_images // n_classes)][:n_images]
-    return np.sort(chosen[np.bincount(labels[chosen])[labels[chosen]] > 1])
+    images, classes = rng.permutation(len(labels)), rng.permutation(n_classes).argsort()
+    members = {label: [] for label in classes}
+    for image in images:
+        members[labels[image]].append(image)
+    chosen: list[int] = []
+    for label in classes:
+        taken = members[label][: min(n_per_class, n_images - len(chosen))]
+        chosen += taken if len(taken) > 1 else []
+    return np.sort(chosen).astype(np.int64)
 
 
 def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
@@ -304,31 +306,29 @@ def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.n
 def probe_sets(
     network: netlib.EmbeddingNetwork,
     loaders: datasets.Loaders,
-    labels: Mapping[str, np.ndarray],
+    mined: np.ndarray | None,
     test_embeddings: Mapping[str, Mapping[str, np.ndarray]],
     seed: int,
     amp: str,
 ) -> dict[str, float]:
     """Return what is read from the embeddings of training images, and of each test set whose factors are known.
 
-    labels: of all training images by task; without Shared ones its head is not trained, and not probed.
-    test_embeddings: {test set: {task: (N, D)}}. See probe_scores.
+    mined: labels of all training images (N,); None where none are mined: the Shared head is not trained then, and not
+    probed. test_embeddings: {test set: {task: (N, D)}}. See probe_scores.
     """
-    tasks = list(labels)
-
-    def read(images: ImageSet, chosen: np.ndarray, embeddings: Mapping[str, np.ndarray], **mined: np.ndarray) -> dict:
-        known = {"Class": images.labels} | mined | images.factors
-        return probe_scores(embeddings, {name: values[chosen] for name, values in known.items()})
-
-    features = extract_features(network, loaders.probe, tasks, amp)
-    mined = {"Mined": labels["Shared"]} if "Shared" in labels else {}
-    scores = read(loaders.train.dataset.images, loaders.probe.dataset.indices, features, **mined)
+    tasks = ["Class"] if mined is None else ["Class", "Shared"]
+    images, chosen = loaders.train.dataset.images, loaders.probe.dataset.indices
+    labels = {"Class": images.labels} | ({} if mined is None else {"Mined": mined}) | images.factors
+    embeddings = extract_features(network, loaders.probe, tasks, amp)
+    scores = probe_scores(embeddings, {name: values[chosen] for name, values in labels.items()})
     for test_set, loader in loaders.tests.items():
         images = loader.dataset.images
         chosen = probe_subset(images.labels, seed) if images.factors else []
         if len(chosen):
-            found = read(images, chosen, {task: test_embeddings[test_set][task][chosen] for task in tasks})
-            scores |= {f"{test_set or 'Test'} {name}": value for name, value in found.items()}
+            labels = {name: values[chosen] for name, values in ({"Class": images.labels} | images.factors).items()}
+            embeddings = {task: test_embeddings[test_set][task][chosen] for task in tasks}
+            of_set = probe_scores(embeddings, labels)
+            scores |= {f"{test_set.capitalize()} {name}": value for name, value in of_set.items()}
     return scores
 
 
@@ -347,12 +347,15 @@ def score_sets(
     seed: int,
     device: torch.device,
     with_clustering: bool,
-) -> dict[str, Scores]:
-    """Return the scores of one task's embedding on each test set, each by itself; see score_set."""
-    return {
-        name: score_set(embeddings[name][task], images.labels, k_vals, seed, device, images.is_query, with_clustering)
-        for name, images in tests.items()
-    }
+) -> folder.Row:
+    """Return the scores of one task's embedding on each test set, each by itself, by column; see score_set."""
+    row = {}
+    for name, images in tests.items():
+        scores = score_set(
+            embeddings[name][task], images.labels, k_vals, seed, device, images.is_query, with_clustering
+        )
+        row |= {folder.column(name, score): value for score, value in scores.items()}
+    return row
 
 
 def score_run(args: argparse.Namespace) -> None:
@@ -380,7 +383,8 @@ def score_run(args: argparse.Namespace) -> None:
         flags, rows = stored["flags"], stored["progress"]["rows"]
         embeddings = embed(path, flags, images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
-        print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{f', {name}' if name else ''}")
+        of_set = "" if name == "test" else f", {name}"
+        print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
         # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
@@ -460,7 +464,7 @@ def embed_folder(args: argparse.Namespace) -> None:
 
 def print_scores(scores: Scores, row: folder.Row | None, test_set: str) -> None:
     """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
-    logged = row["scores"][test_set] if row else {}
+    logged = folder.scores_of(row, test_set) if row else {}
     width = max(map(len, scores))
     print(f"{'score':<{width}}  {'now':<20}" + (f"  logged in epoch {row['Epochs']}" if row else ""))
     for name, value in scores.items():
@@ -524,7 +528,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     for flag in only["score" if args.compare else "compare"]:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
-    if processes.launched() > 1:
+    if processes.world_size() > 1:
         parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
         parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")

@@ -4,9 +4,8 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 """
 
 import argparse
-import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,14 @@ import datasets
 import evaluate
 import losses
 import netlib
-from data.cache import CACHES, cached
+from auxiliaries import seconds_since
+from data.cache import cached
 from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
 from data.published import known_of
 from report import sheets
 from report.epoch import draw_evaluation, lesson
 from run import options
-from run.folder import Run, name_taken, scores_line, write_file
+from run.folder import Run, scores_line, write_file
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from support import errors, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
@@ -41,7 +41,7 @@ SMALLEST_SCALE = 2.0**-14
 
 
 def get_args_parser() -> OneLineParser:
-    """Return the parser of all flags; options.check resolves what it parsed."""
+    """Return the parser of all flags; options.resolve reads a command line with it."""
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
     parser = OneLineParser(
         prog="main.py",
@@ -68,8 +68,8 @@ def get_args_parser() -> OneLineParser:
     add("--k_vals", type=whole(1), nargs="+", metavar="K", help="the k of Recall@k; 1, which picks the best epoch, is "
         "always among them (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, others "
         "1 2 4 8)")
-    add("--cache", choices=CACHES, default="none", help="keep decoded images: in memory, or in a file in "
-        "SAVE_PATH/DATASET that later runs reuse; does not change results")
+    add("--cache", choices=["none", "ram"], default="none", help="keep decoded images in memory; does not "
+        "change results")
 
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs; each has (training images / bs) "
@@ -177,13 +177,13 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
     """
     train, tests = datasets.load_dataset(args.dataset, args.source_path)
     warnings = datasets.count_warnings(args.dataset, train, tests)
-    found = contents({"train": train, **tests})
-    if len(set(processes.from_all(digest(found)))) > 1:
+    described = contents({"train": train, **tests})
+    if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
-    run.require_images(found)
-    with processes.first_goes_first() if args.cache == "disk" else contextlib.nullcontext():
-        tests = cached({"train": train, **tests}, args.cache, run.folder.parent, processes.local())
-    train = tests.pop("train")
+    run.require_images(described)
+    if args.cache == "ram":
+        tests = cached({"train": train, **tests}, processes.local_world_size())
+        train = tests.pop("train")
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
@@ -192,11 +192,9 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
     if args.task_p[1] > 0 and args.shared_num_classes > len(train):
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
-        print(f"{name or 'test'}: {images.describe()}")
+        print(f"{name}: {images.describe()}")
     if NO_TORCHCODEC and train.pixels is None:
-        warnings.append(
-            f"Pillow decodes all images, JPEGs at half the speed: torchcodec cannot be used ({NO_TORCHCODEC})"
-        )
+        warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     print(
@@ -237,23 +235,21 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
 
 
 def mine_labels(
-    args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, output: str
+    args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, is_first_time: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster all training images; return labels (N,) int64 in [0, --shared_num_classes), and squared distances to
-    their centres (N,).
+    """Cluster all training images (MIC paper, section 3.2).
 
-    output: "Early", features that are standardised per class, for the first time; later "Shared", the embedding as it
-    is (MIC paper, section 3.2). loader: the training images in order.
+    The first time early features, standardised per class; later the Shared embedding as it is. loader: the training
+    images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,).
     """
-    features = evaluate.extract_features(network, loader, [output], args.amp, everywhere=False)[output]
-
-    def cluster() -> tuple[np.ndarray, np.ndarray]:
-        """Return labels and squared distances, on the first process, which alone has the features."""
-        mode = args.cluster_mode if output == "Early" else "no_norm"
-        points = standardise_per_class(features, loader.dataset.images.labels, mode)
-        return auxiliaries.kmeans(points, args.shared_num_classes, args.seed)
-
-    return processes.computed_by_first(cluster)
+    output = "Early" if is_first_time else "Shared"
+    features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False)[output]
+    clustered = None
+    if processes.is_first():  # which alone has the features; the others wait for the labels
+        if is_first_time:
+            features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
+        clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed)
+    return processes.broadcast(clustered)
 
 
 def renew_labels(
@@ -261,27 +257,31 @@ def renew_labels(
     run: Run,
     network: netlib.EmbeddingNetwork,
     loader: DataLoader,
-    labels: Mapping[str, np.ndarray],
+    previous: np.ndarray | None,
     before_epoch: int,
-) -> dict[str, np.ndarray]:
-    """Return the labels by task with newly mined ones for Shared; log and draw what was mined.
+) -> np.ndarray:
+    """Return newly mined labels (N,) of the training images; log and draw what was mined.
 
-    Clusters are numbered anew each time; betas and proxies stay with the number, as published.
+    previous: the labels so far, None for the first time. Clusters are numbered anew each time; betas and proxies stay
+    with the number, as published.
     """
-    start, images, previous = time.time(), loader.dataset.images, labels.get("Shared")
+    start, images = time.time(), loader.dataset.images
     with run.stopwatch.measure("mining"):
-        mined, squared_distances = mine_labels(args, network, loader, "Shared" if before_epoch else "Early")
-        found = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
-    row = {"Before Epoch": before_epoch, "Time": round(time.time() - start, 2)}
-    run.log("mining", row | {"Inertia": float(squared_distances.sum(dtype=np.float64))} | found)
-    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in found.items() if name.startswith("NMI "))
+        mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
+        described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
+    row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
+    run.log("mining", row | {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described)
+    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
     print(
-        f"mined for epoch {before_epoch}: {found['Clusters']} clusters of {found['Smallest']} to {found['Largest']} "
-        f"images; NMI of the labels with {matches}"
+        f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
+        f"{described['Largest']} images; NMI of the labels with {matches}"
     )
-    drawn = (before_epoch, images, mined, squared_distances)
-    run.plot(before_epoch, lambda folder: sheets.draw_clusters(folder / "mined_clusters.png", folder.name, *drawn))
-    return {**labels, "Shared": mined}
+    with run.stopwatch.measure("drawing"):
+        if run.writes:
+            path = run.folder / "mined_clusters.png"
+            sheets.draw_clusters(path, run.folder.name, before_epoch, images, mined, squared_distances)
+            run.show([path], before_epoch)
+    return mined
 
 
 def draw_steps(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
@@ -351,7 +351,7 @@ def evaluate_epoch(
     run: Run,
     network: netlib.EmbeddingNetwork,
     loaders: datasets.Loaders,
-    labels: Mapping[str, np.ndarray],
+    mined: np.ndarray | None,
     epoch: int,
 ) -> None:
     """Score and probe the embeddings, log it, keep the network where it is the best so far, and redraw the plots."""
@@ -359,52 +359,47 @@ def evaluate_epoch(
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
-
-    def log(name: str, start: float, found: dict[str, object]) -> None:
-        """Add a row to a log."""
-        run.log(name, {"Epochs": epoch, "Time": round(time.time() - start, 2)} | found)
-
     with run.stopwatch.measure("evaluation"):
         start = time.time()
         embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
-        log("val", start, {"scores": evaluate.score_sets("Class", embeddings, tests, **scoring)})
+        scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
+        run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
             start = time.time()
-            log("shared", start, {"scores": evaluate.score_sets("Shared", embeddings, tests, **scoring)})
+            scores = evaluate.score_sets("Shared", embeddings, tests, **scoring)
+            run.log("shared", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if len(loaders.probe.dataset):
             start = time.time()
-            log("probe", start, evaluate.probe_sets(network, loaders, labels, embeddings, args.seed, args.amp))
-    run.keep_best(network, labels)
-    rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
-    bests = run.best_indices()
-    run.plot(epoch, lambda folder: draw_evaluation(folder, run.rows, bests, tests, embeddings, rate_steps))
+            accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
+            run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
+    run.keep_best(network, mined)
+    with run.stopwatch.measure("drawing"):
+        if run.writes:
+            rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
+            pictures = draw_evaluation(run.folder, run.rows, run.best_indices(), tests, embeddings, rate_steps)
+            run.show(pictures, epoch)
+    run.summarise()
 
 
-def begin(
-    args: argparse.Namespace,
-    run: Run,
-    network: netlib.EmbeddingNetwork,
-    loaders: datasets.Loaders,
-    labels: dict[str, np.ndarray],
-) -> dict[str, np.ndarray]:
-    """Score the network before training and mine the first labels; return the labels by task.
-
-    There is no run folder yet: the run keeps rows and pictures until `with run` makes it. So all images are decoded
-    once here, by mining or without it: a broken one is bad input, not the end of a run.
-    """
+def score_before_training(
+    args: argparse.Namespace, run: Run, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
+) -> None:
+    """Score the network as it is, for the summary."""
     with run.stopwatch.measure("evaluation"):
-        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
+        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
         tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
+        scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
         run.initial_scores = evaluate.score_sets(
-            "Class", embeddings, tests, args.k_vals, args.seed, network.mean.device, not args.fast_eval
+            "Class", embeddings, tests, **scoring, with_clustering=not args.fast_eval
         )
     print(f"before training  {scores_line(run.initial_scores)}")
-    if args.task_p[1] > 0:
-        return renew_labels(args, run, network, loaders.train, labels, before_epoch=0)
-    if loaders.train.dataset.images.pixels is None:
-        for _ in loaders.train:
+
+
+def decode_all(loader: DataLoader) -> None:
+    """Decode every image of a loader once: a broken one is bad input before training, and would end a run in it."""
+    if loader.dataset.images.pixels is None:
+        for _ in loader:
             pass
-    return labels
 
 
 def progress_bar(epoch: int, n_images: int) -> tqdm:
@@ -423,74 +418,79 @@ def train(args: argparse.Namespace) -> Path:
         options.kept(args),
         args.n_epochs,
         is_resumed=args.resume is not None,
+        may_take_over=args.go_on,
         paper=known_of(args.dataset).scores,
     )
     if run.is_finished:
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
         return run.folder
 
-    tasks = options.per_task(args)
-    images, tests = load_images(args, run)
-    loaders = datasets.build_loaders(
-        images,
-        tests,
-        tasks,
-        probed=evaluate.probe_subset(images.labels, args.seed) if args.task_p[1] > 0 or images.factors else [],
-        batch_size=args.bs,
-        random_pick_p=args.random_cluster_pick_p,
-        img_size=args.img_size,
-        seed=args.seed,
-        n_workers=auxiliaries.n_workers(args.kernels),
-        pin_memory=device.type == "cuda",
-    )
-    with processes.first_goes_first():  # it downloads the weights
-        network = netlib.build_network(
-            args.arch,
-            {name: task.embed_sizes for name, task in tasks.items()},
-            pretrained=not args.not_pretrained and run.is_new,
-            weights_file=args.weights if run.is_new else None,
-            freeze_batchnorm=args.bn == "frozen",
-            img_size=args.img_size,
-            detached_heads=["Shared"] if args.shared_gradient == "head" else [],
-        ).to(device)
-    run.flags.setdefault("started_from", network.started_from)
-    if args.make_graph and run.is_new:
-        graph = packages.network_graph(network, args.img_size)
-        run.plot(0, lambda folder: write_file(folder / "network.svg", graph))
-    n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
-    directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
-    objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)
-    optimizer, scheduler = build_optimizer(args, network, objective)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
-    parts = {"network": network, "objective": objective}
-    parts |= {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-
-    labels = {"Class": images.labels}
-    labels = begin(args, run, network, loaders, labels) if run.is_new else run.restore(parts, labels)
-
     with run:
-        run.save(parts, labels, run.epoch)
+        tasks = options.per_task(args)
+        images, tests = load_images(args, run)
+        loaders = datasets.build_loaders(
+            images,
+            tests,
+            tasks,
+            probed=evaluate.probe_subset(images.labels, args.seed) if args.task_p[1] > 0 or images.factors else [],
+            batch_size=args.bs,
+            random_pick_p=args.random_cluster_pick_p,
+            img_size=args.img_size,
+            seed=args.seed,
+            n_workers=auxiliaries.n_workers(args.kernels),
+            pin_memory=device.type == "cuda",
+        )
+        with processes.first_goes_first():  # it downloads the weights
+            network = netlib.build_network(
+                args.arch,
+                {name: task.embed_sizes for name, task in tasks.items()},
+                pretrained=not args.not_pretrained and run.is_new,
+                weights_file=args.weights if run.is_new else None,
+                freeze_batchnorm=args.bn == "frozen",
+                img_size=args.img_size,
+                detached_heads=["Shared"] if args.shared_gradient == "head" else [],
+            ).to(device)
+        run.note(started_from=network.started_from)
+        if args.make_graph and run.is_new and run.writes:
+            write_file(run.folder / "network.svg", packages.network_graph(network, args.img_size))
+        n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
+        directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
+        objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)
+        optimizer, scheduler = build_optimizer(args, network, objective)
+        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+        trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
+        parts = {"network": network, "objective": objective, "optimizer": optimizer}
+        parts |= {"scheduler": scheduler, "scaler": scaler}
+
+        if run.is_new:
+            score_before_training(args, run, network, loaders)
+            mined = None
+            if args.task_p[1] > 0:
+                mined = renew_labels(args, run, network, loaders.train, previous=None, before_epoch=0)
+            else:
+                decode_all(loaders.train)
+            run.save(parts, mined, epoch=0)
+        else:
+            mined = run.restore(parts)
         print(f"run folder: {run.folder}")
-        for epoch in run.epochs():
-            began = time.time()
+        for epoch in range(run.epoch, args.n_epochs):
+            start = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)
-            loaders.sampler.set_epoch(epoch, labels, [task for _, task in steps])
+            loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, [task for _, task in steps])
             batches = run.stopwatch.loading(loaders.batches)
             with run.stopwatch.measure("training"), progress_bar(epoch, args.bs * len(steps)) as bar:
                 averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, bar)
-            run.log("train", {"Epochs": epoch, "Time": round(time.time() - began, 2)} | averages)
+            run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
-                evaluate_epoch(args, run, network, loaders, labels, epoch)
-                run.summarise()
-                scores = scores_line(run.rows["val"][-1]["scores"])
-                print(f"epoch {epoch}  {scores}  (best Recall @ 1: {run.best_line()})  {time.time() - began:.1f} s")
-            if "Shared" in labels and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
-                labels = renew_labels(args, run, network, loaders.train, labels, before_epoch=epoch + 1)
+                evaluate_epoch(args, run, network, loaders, mined, epoch)
+                scores, best = scores_line(run.rows["val"][-1]), run.best_line()
+                print(f"epoch {epoch}  {scores}  (best Recall @ 1: {best})  {time.time() - start:.1f} s")
+            if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
+                mined = renew_labels(args, run, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()
-            run.save(parts, labels, epoch + 1)
+            run.save(parts, mined, epoch + 1)
     print(run.summarise(), end="")
-    if args.dataset == "shapes" and "Shared" in labels:
+    if args.dataset == "shapes" and mined is not None:
         print(lesson(run.rows, run.initial_scores, run.folder))
     return run.folder
 
@@ -498,13 +498,9 @@ def train(args: argparse.Namespace) -> Path:
 @errors.one_line_errors("main.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
-    parser = get_args_parser()
-    args = options.check(parser.parse_args(argv), parser)
+    args = options.resolve(argv, get_args_parser())
     with errors.signals_stop("nothing had been stored yet"), processes.connected():
-        if not args.go_on:
-            return train(args)
-        with name_taken(options.run_folder(args)):
-            return train(options.of_named_run(args, parser))
+        return train(args)
 
 
 if __name__ == "__main__":

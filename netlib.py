@@ -239,12 +239,12 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
     part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it is
     refused in run/options.py. train() and eval() reach the network through either wrapper.
     """
-    if processes.count() > 1 and not network.freeze_batchnorm:
+    if processes.world_size() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
         if isinstance(network.backbone, TimmBackbone):  # whose BatchNorm may hold an activation
             from timm.layers import convert_sync_batchnorm as convert
         convert(network)
     trained = torch.compile(network, dynamic=False) if compiled else network
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         return trained
     return DistributedDataParallel(trained, find_unused_parameters=has_unused_heads)

@@ -3,7 +3,7 @@
     python benchmarks/loading.py [--images FOLDER] [--seconds 3] [--n_images 32] [--per_pass 1024] [--entries 120053]
 
 Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tensor. Ours: the training dataset of
-datasets.py, a uint8 tensor that is normalised on the device; without a cache, from --cache ram and from --cache disk.
+datasets.py, a uint8 tensor that is normalised on the device; without a cache and from --cache ram.
 First a single process and thread, then loaders with workers. Images are generated (with the 1/f amplitude spectrum of
 natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then the time to read a generated
 online_products of 120,053 entries, for one epoch of its batches without decoding, and the peak memory of the
@@ -112,8 +112,7 @@ def compare(title: str, paths: list[str], seconds: float, per_pass: int, folder:
     """Print images per second per core, and with workers, for one set of images."""
     images = ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
     sets = {"plain": Plain(paths), "ours": Drawn(images)}
-    for kind in ("ram", "disk"):
-        sets[f"ours, {kind} cache"] = Drawn(cached({"train": images}, kind, folder)["train"])
+    sets["ours, ram cache"] = Drawn(cached({"train": images})["train"])
 
     def one_by_one(dataset: Dataset) -> int:
         return sum(len(dataset[i][None]) for i in range(len(dataset)))

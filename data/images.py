@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -79,7 +78,7 @@ class ImageSet:
 
 
 Splits = tuple[ImageSet, dict[str, ImageSet]]
-"""Training images, and the test sets by name: one that is called "", or several that are scored separately."""
+"""Training images, and the test sets by name: one that is called "test", or several that are scored separately."""
 
 
 def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
@@ -158,51 +157,44 @@ def file_status(path: str) -> os.stat_result:
         raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
 
 
-def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, str]]:
-    """Return {set: {class name: digest}}: 12 hex digits for the class's files, 8 for their places in the set.
+def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
+    """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
 
-    A file counts with its name, without folder, its size and whether it is a query, and where its ending is not that of
-    a compressed format, so that its size says nothing, with its bytes; rendered images with their names.
-    Sets are called "train" and as the test sets; {"": digest} called "factors" stands for those of a factors.csv.
-    Raises InputError for a file that has gone.
+    A file counts with its name, without folder, its size, class and place, and whether it is a query; where its ending
+    is not that of a compressed format, so that its size says nothing, with its bytes; rendered images with their names.
+    Sets are called "train" and as the test sets; "factors" has the digest of a factors.csv. Raises InputError for a
+    file that has gone.
     """
-    digests, factors = {}, []
+    described, factors = {}, []
     for split, images in image_sets.items():
-        is_rendered = images.pixels is not None
-        files, places = [hashlib.sha256() for _ in images.class_names], [0] * len(images.class_names)
+        is_rendered, files = images.pixels is not None, hashlib.sha256()
         for i, (name, label) in enumerate(zip(images.names, images.labels)):
-            size = "" if is_rendered else file_status(name).st_size
-            is_query = "" if images.is_query is None else bool(images.is_query[i])
-            files[label].update(f"{os.path.basename(name)}\0{size}\0{is_query}\0".encode(errors="surrogateescape"))
+            size = None if is_rendered else file_status(name).st_size
+            is_query = None if images.is_query is None else bool(images.is_query[i])
+            known = (os.path.basename(name), size, images.class_names[label], is_query)
+            files.update(repr(known).encode())
             if not is_rendered and not name.lower().endswith(COMPRESSED):
                 with open(name, "rb") as file:
-                    files[label].update(hashlib.file_digest(file, "sha256").digest())
-            places[label] = zlib.crc32(i.to_bytes(8, "little"), places[label])
-        digests[split] = {
-            name: f"{file.hexdigest()[:12]}{place:08x}" for name, file, place in zip(images.class_names, files, places)
-        }
+                    files.update(hashlib.file_digest(file, "sha256").digest())
+        described[split] = {"images": len(images), "classes": len(images.class_names), "digest": files.hexdigest()[:12]}
         if not is_rendered:
             factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
-    return digests | ({"factors": {"": digest(factors)}} if factors else {})
+    return described | ({"factors": {"digest": digest(factors)}} if factors else {})
 
 
-def describe_change(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> str | None:
-    """Return None where two `contents` are equal, else a clause that names the first difference."""
+def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | None:
+    """Return None where two `contents` are equal, else a clause that says in which set they differ, and how."""
     for split in dict.fromkeys([*before, *now]):
-        old, new = before.get(split, {}), now.get(split, {})
-        if list(old.items()) == list(new.items()):
+        old, new = ({"images": 0, "classes": 0} | of.get(split, {}) for of in (before, now))
+        if old == new:
             continue
         if split == "factors":
             return "the known factors in factors.csv are others"
-        where = {"train": "training images", "": "test images"}.get(split, f"test images of {split}")
-        for name in [*old, *new]:
-            if name not in new:
-                return f"{where}: class {name!r} is missing"
-            if name not in old:
-                return f"{where}: class {name!r} is new"
-            if old[name][:12] != new[name][:12]:
-                return f"{where}: class {name!r} has other files"
-        return f"{where}: the {'images' if list(old) == list(new) else 'classes'} are in another order"
+        where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
+        if (old["images"], old["classes"]) == (new["images"], new["classes"]):
+            return f"{where}: as many, but other files"
+        was = f"{old['images']:,} in {old['classes']:,} classes then"
+        return f"{where}: {was}, {new['images']:,} in {new['classes']:,} now"
     return None
 
 

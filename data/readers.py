@@ -167,7 +167,7 @@ def read_class_folders(root: Path) -> Splits:
     factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
     train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
     for column in factors:
-        if 1 in (len(np.unique(images.factors[column])) for images in (train, tests[""])):
+        if 1 in (len(np.unique(images.factors[column])) for images in (train, tests["test"])):
             raise InputError(
                 f"{root / 'factors.csv'}: {column} has one value in all training or all test images; leave it out"
             )
@@ -255,7 +255,7 @@ def split_halves(
         factors=dict(factors or {}),
     )
     half = len(names) // 2
-    return images.classes(0, half), {"": images.classes(half, len(names))}
+    return images.classes(0, half), {"test": images.classes(half, len(names))}
 
 
 def read_cars(root: Path) -> Splits:
@@ -287,7 +287,7 @@ def read_online_products(root: Path) -> Splits:
         path = first_existing(root, f"Info_Files/Ebay_{split}.txt", f"Ebay_{split}.txt")
         table = read_list(path, columns)
         splits[split] = listed_split(path, images, table["path"], table["class_id"])
-    return splits["train"], {"": splits["test"]}
+    return splits["train"], {"test": splits["test"]}
 
 
 def read_in_shop(root: Path) -> Splits:
@@ -303,7 +303,7 @@ def read_in_shop(root: Path) -> Splits:
         listed_split(path, images, part["image_name"], part["item_id"]) for part in (table[is_train], table[~is_train])
     )
     is_query = (table["evaluation_status"] == "query")[~is_train]
-    return train, {"": replace(test, is_query=is_query.to_numpy())}
+    return train, {"test": replace(test, is_query=is_query.to_numpy())}
 
 
 def read_vehicle_id(root: Path) -> Splits:

@@ -39,7 +39,7 @@ def render_shapes() -> Splits:
         pixels=np.stack(pixels),
         factors={factor: np.concatenate(values) for factor, values in levels.items()},
     )
-    return images.classes(0, N_CLASSES // 2), {"": images.classes(N_CLASSES // 2, N_CLASSES)}
+    return images.classes(0, N_CLASSES // 2), {"test": images.classes(N_CLASSES // 2, N_CLASSES)}
 
 
 def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random.Generator], np.ndarray]:

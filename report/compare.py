@@ -13,7 +13,7 @@ from scipy import stats
 
 from data.published import known_of
 from report import plots
-from run.folder import StoredRun, best_index, read_run, replaced_file
+from run.folder import StoredRun, best_index, column, read_run, replaced_file, scores_of, test_sets_of
 from run.options import PAIRS, shown
 from support.errors import InputError
 
@@ -38,7 +38,7 @@ class Setting:
     @property
     def test_sets(self) -> list[str]:
         """The test sets on which the runs were scored."""
-        return list(self.runs[0].rows[0]["scores"])
+        return test_sets_of(self.runs[0].rows[0])
 
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
         """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
@@ -55,7 +55,7 @@ class Setting:
     def curve(self, test_set: str) -> pd.DataFrame:
         """Return Recall@1 of the runs that count, (epochs that all of them have scored, runs)."""
         by_seed = {
-            seed: {row["Epochs"]: row["scores"][test_set]["Recall @ 1"] for row in run.rows}
+            seed: {row["Epochs"]: row[column(test_set, "Recall @ 1")] for row in run.rows}
             for seed, run in self.counted.items()
         }
         return pd.DataFrame(by_seed).dropna().sort_index()
@@ -85,7 +85,7 @@ def compare_runs(
     parts = parts_of(list(runs.values()))
     for dataset, test_set, settings in parts:
         base = next((setting for setting in settings if reference in setting.runs), None)
-        title = f"{dataset} {test_set}".rstrip()
+        title = dataset if test_set == "test" else f"{dataset} {test_set}"
         prefix = f"{title}, " if len(parts) > 1 else ""
         tables.append(table_of(settings, base, dataset, test_set))
         print(f"\n{title}\n{table_text(tables[-1], settings[0].flags)}")
@@ -262,7 +262,7 @@ def epochs_done(run: StoredRun) -> int:
 def scores_at(run: StoredRun, test_set: str, at: str) -> tuple[int, dict[str, float]]:
     """Return the "best" or the "last" scored epoch of a run, and its scores on a test set."""
     index = best_index(run.rows, test_set, run.flags.get("select", "test")) if at == "best" else -1
-    return run.rows[index]["Epochs"], run.rows[index]["scores"][test_set]
+    return run.rows[index]["Epochs"], scores_of(run.rows[index], test_set)
 
 
 def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, test_set: str) -> pd.DataFrame:
@@ -271,9 +271,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
     It has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of a
     setting; its differences to the base, paired by seed; its gap to the paper; and the paper's row.
     """
-    published, rows = known_of(dataset).scores, []
-    start = f"{test_set} " if test_set else ""
-    paper = {name.removeprefix(start): value for name, value in published.items() if name.startswith(start)}
+    paper, rows = scores_of(known_of(dataset).scores, test_set), []
     for setting in settings:
         for at in ("best", "last"):
             head = {
@@ -390,7 +388,7 @@ def ablation_lines(
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
     paper = known_of(dataset).ablations.get(flag, {})
-    if paper and not test_set:
+    if paper and test_set == "test":
         lines[f"paper, {dataset}"] = {value: [recall] for value, recall in paper.items()}
     return lines
 

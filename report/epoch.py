@@ -1,4 +1,4 @@
-"""What a run shows: plots, contact sheets, stored runs scored and compared, series of runs."""
+"""What is drawn after an evaluation, and what the demo ends with."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +7,12 @@ import numpy as np
 
 from data.images import VALIDATION, ImageSet
 from report import plots, sheets
-from run.folder import file_suffix
+from run.folder import Row, column, file_suffix, scores_of
 
 
 def draw_evaluation(
     folder: Path,
-    rows: Mapping[str, Sequence[Mapping]],
+    rows: Mapping[str, Sequence[Row]],
     bests: Mapping[str, int],
     tests: Mapping[str, ImageSet],
     embeddings: Mapping[str, Mapping[str, np.ndarray]],
@@ -26,7 +26,7 @@ def draw_evaluation(
     pictures, history = [], rows["val"]
     mined_before = [row["Before Epoch"] for row in rows["mining"]]
     for name, best in bests.items():
-        suffix, title = file_suffix(name), f"{plots.shortened(folder.name, 50)} {name}".strip()
+        suffix, title = file_suffix(name), plots.shortened(folder.name, 50) + ("" if name == "test" else f" {name}")
         for task in ("Class", "Shared") if mined_before else ("Class",):
             if best == len(history) - 1:
                 path = folder / f"sample_recoveries{'' if task == 'Class' else '_Shared'}{suffix}.png"
@@ -43,19 +43,19 @@ def draw_evaluation(
     return pictures
 
 
-def plotted_scores(row: Mapping, test_set: str) -> dict[str, object]:
+def plotted_scores(row: Row, test_set: str) -> Row:
     """Return the scores of a test set in a row of "val", with Recall@1 on the classes held out, if there are any."""
-    held_out = row["scores"].get(VALIDATION)
-    first = {f"{VALIDATION} Recall @ 1": held_out["Recall @ 1"]} if held_out else {}
-    return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **row["scores"][test_set]}
+    held_out = column(VALIDATION, "Recall @ 1")
+    first = {held_out: row[held_out]} if held_out in row else {}
+    return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **scores_of(row, test_set)}
 
 
-def lesson(rows: Mapping[str, Sequence[Mapping]], initial: Mapping[str, Mapping[str, float]], folder: Path) -> str:
+def lesson(rows: Mapping[str, Sequence[Row]], initial: Row, folder: Path) -> str:
     """Return the three lines that the demo ends with: what was learned, what to look at, what to try next.
 
-    rows: of each log; factors are known. initial: scores before training, {test set: {score: value}}.
+    rows: of each log; factors are known. initial: scores before training.
     """
-    before, after = (scores[""]["Recall @ 1"] for scores in (initial, rows["val"][-1]["scores"]))
+    before, after = (row["Recall @ 1"] for row in (initial, rows["val"][-1]))
     mined = {name.removeprefix("NMI "): value for name, value in rows["mining"][-1].items() if name.startswith("NMI ")}
     of_class = mined.pop("class")
     factor = max(mined, key=mined.get)

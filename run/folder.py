@@ -4,12 +4,15 @@
 """
 
 import contextlib
+import errno
 import io
 import os
 import pickle
 import shlex
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -23,7 +26,7 @@ from PIL import Image
 import auxiliaries
 from data.images import VALIDATION, describe_change, digest
 from support import processes, weights
-from support.errors import DivergedError, InputError, Interrupted, StoppedError, first_line, signals_stop, stop_reason
+from support.errors import DivergedError, InputError, Interrupted, StoppedError, first_line, stop_reason
 
 LAST = "last.pth.tar"
 LOGS = {
@@ -35,29 +38,41 @@ LOGS = {
 }
 """The CSV files of a run folder, by the names of their rows in a checkpoint."""
 
-Row = dict[str, object]
-"""A row of a log. That of "val" and "shared" is {"Epochs", "Time", "scores": Scores}."""
+FILES = ("hypa.pkl", "Parameter_Info.txt", "Curr_Summary_Class.txt", "InfoPlot_*.svg", "sample_recoveries*.png")
+FILES += ("mined_clusters.png", "network.svg", "tensorboard", "*.pth.tar", ".*.tmp", ".lock", *LOGS.values())
+"""All that a run writes into its folder."""
 
-Scores = Mapping[str, Mapping[str, float | None]]
-"""{test set: {score: value}}, None for what was left out."""
+Row = dict[str, object]
+"""A row of a log, {column of its CSV: value}, None for what was left out."""
 
 
 def file_suffix(test_set: str) -> str:
-    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for the only one, ""."""
-    return f"_{test_set.lower().replace(' ', '')}" if test_set else ""
+    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for "test"."""
+    return "" if test_set == "test" else f"_{test_set.lower().replace(' ', '')}"
 
 
-def columns_of(row: Row) -> Row:
-    """Return a row with its scores under their columns in the CSV, test set first: "Set 1 NMI"."""
-    scores = row.get("scores", {})
-    flat = {f"{name} {score}".strip(): value for name, values in scores.items() for score, value in values.items()}
-    return {name: value for name, value in row.items() if name != "scores"} | flat
+def column(test_set: str, score: str) -> str:
+    """Return the column of a test set's score: the score for "test", else the set's name in front."""
+    return score if test_set == "test" else f"{test_set} {score}"
 
 
-def scores_line(scores: Scores) -> str:
-    """Return scores as one line of text; those that were left out are not in it."""
-    columns = columns_of({"scores": scores})
-    return "  ".join(f"{name} {value:.4f}" for name, value in columns.items() if value is not None)
+def test_sets_of(row: Row) -> list[str]:
+    """Return the names of the test sets that a row has scores of."""
+    return [name.removesuffix("Recall @ 1").strip() or "test" for name in row if name.endswith("Recall @ 1")]
+
+
+def scores_of(row: Row, test_set: str) -> dict[str, float | None]:
+    """Return one test set's scores in a row, by their names without the set's."""
+    if test_set != "test":
+        return {name.removeprefix(f"{test_set} "): row[name] for name in row if name.startswith(f"{test_set} ")}
+    others = tuple(f"{name} " for name in test_sets_of(row) if name != "test")
+    return {name: row[name] for name in row if name not in ("Epochs", "Time") and not name.startswith(others)}
+
+
+def scores_line(row: Row) -> str:
+    """Return the scores of a row as one line of text; those that were left out are not in it."""
+    scores = {name: value for name, value in row.items() if name not in ("Epochs", "Time") and value is not None}
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 def best_index(rows: Sequence[Row], test_set: str, select: str) -> int:
@@ -65,42 +80,50 @@ def best_index(rows: Sequence[Row], test_set: str, select: str) -> int:
 
     The first one with the highest Recall@1 on that set or, where select is "val", on the classes held out.
     """
-    name = VALIDATION if select == "val" else test_set
-    return max(range(len(rows)), key=lambda index: rows[index]["scores"][name]["Recall @ 1"])
+    recall = column(VALIDATION if select == "val" else test_set, "Recall @ 1")
+    return max(range(len(rows)), key=lambda index: rows[index][recall])
 
 
 class Run:
     """A run in training: a new one, or one that is resumed from its last complete epoch.
 
-    Used as a context it makes the folder, or goes on in it, locks it, and turns what stops the training into one line
-    that says how to go on. Of several processes, all keep the rows, and the first one writes files.
+    As a context it makes and locks the folder of a new run. What ends a new run before it has stored anything removes
+    what the run made; what stops the training later becomes one line that says how to go on. Of several processes, all
+    keep the rows, and the first one writes files.
 
     folder: the wanted run folder, or the one to resume. flags: kept with the run. n_epochs: after which it is finished.
-    is_resumed: go on with the run in the folder. paper: published scores by column. Raises InputError where the run
-    cannot be made or read, or where another process trains it.
+    is_resumed: go on with the run in the folder. may_take_over: start in a folder of this name that a killed run left
+    before it had stored anything. paper: published scores by column. Raises InputError where the run cannot be made or
+    read, or where another process trains it.
     """
 
     def __init__(
-        self, folder: Path, flags: Mapping[str, object], n_epochs: int, *, is_resumed: bool, paper: Mapping[str, float]
+        self,
+        folder: Path,
+        flags: Mapping[str, object],
+        n_epochs: int,
+        *,
+        is_resumed: bool,
+        may_take_over: bool,
+        paper: Mapping[str, float],
     ):
         self.folder, self.flags, self.n_epochs, self.is_new = folder, dict(flags), n_epochs, not is_resumed
-        self.paper, self.writes = paper, processes.is_first()
+        self.may_take_over, self.paper, self.writes = may_take_over, paper, processes.is_first()
         self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.time(), 0
         self.rows: dict[str, list[Row]] = {name: [] for name in LOGS}
-        self.initial_scores: Scores = {}
+        self.initial_scores: Row = {}
+        self.contents: dict[str, dict] = {}
         self.stored: dict[str, dict] | None = None
-        self.board, self.is_open = None, False
-        self.pending: list[tuple[int, Callable[[Path], Iterable[Path] | None]]] = []
+        self.is_locked = self.can_go_on = False
+        self.board = None
+        self.made: list[Path] = []
         self.stack = contextlib.ExitStack()
-        if self.is_new:
-            check_folder(folder)
-        else:
+        if is_resumed:
             self._read_stored()
 
     def _read_stored(self) -> None:
         """Lock the folder, and take up flags, rows and time from last.pth.tar."""
-        if self.writes:
-            self.stack.enter_context(locked(self.folder / ".lock", self.folder))
+        self._lock()
         self.stored = weights.read_checkpoint(self.folder, LAST)
         if "training" not in self.stored:
             raise InputError(f"{self.folder / LAST}: holds a network without the state of its training")
@@ -110,96 +133,110 @@ class Run:
         self.epoch, self.stopwatch.seconds = training["epoch"], dict(training["spent"])
         self.start -= training["seconds"]
 
+    def _lock(self) -> None:
+        """Let no other process train in the folder. Raises InputError where one does."""
+        if self.writes:
+            self.stack.enter_context(locked(self.folder))
+            self.is_locked = True
+
     @property
     def is_finished(self) -> bool:
         """Whether all epochs are done."""
         return self.epoch >= self.n_epochs
 
-    def require_images(self, contents: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
-        self.contents, self.flags["images"] = contents, digest(contents)
-        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], contents)
-        if change:
-            raise InputError(f"--resume {self.folder}: not the images that it was trained with: {change}; "
-                             "give it those, or start a new run")  # fmt: skip
-
     def __enter__(self) -> "Run":
-        """Make the folder of a new run, or go on in that of a resumed one; write flags and logs as they are so far."""
-        if self.is_new:
-            self.folder = processes.computed_by_first(lambda: make_folder(self.folder))
-            if self.writes:
-                self.stack.enter_context(locked(self.folder / ".lock", self.folder))
+        """Make and lock the folder of a new run, and write the flags as far as they are known."""
+        if not self.is_new:
+            return self
+        made = make_folder(self.folder, self.may_take_over) if self.writes else []
+        self.made = processes.broadcast(made)
+        self.folder = self.made[-1]
         try:
-            self._write_first_files()
+            self._lock()
+            if self.writes:
+                if (self.folder / LAST).exists():
+                    raise InputError(f"{self.folder}: was trained meanwhile; start again to go on with it")
+                try_file_system(self.folder)
+                self._open()
         except BaseException as error:  # ends as in the block
             self.__exit__(type(error), error, None)
             raise
-        self.stack.enter_context(signals_stop(""))
         return self
 
-    def _write_first_files(self) -> None:
-        """Write flags, logs and pictures as they are so far."""
-        if self.writes:
-            for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
-            write_flags(self.folder, self.flags)
-            for name in LOGS:
-                self._write_log(name)
-            if self.flags["tensorboard"]:
-                self._open_board()
-        self.is_open = True
-        for step, draw in self.pending:
-            self.plot(step, draw)
+    def _open(self) -> None:
+        """Write flags and logs as they are so far, over whatever has happened to the files."""
+        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        write_flags(self.folder, self.flags)
+        for name in LOGS:
+            self._write_log(name)
+        if self.flags["tensorboard"]:
+            self._open_board()
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Let go of the folder; raise Interrupted or StoppedError with how to go on, where the run was stopped."""
+        """Let go of the folder; raise Interrupted or StoppedError with how to go on, where the training was stopped."""
+        if self.is_new and self.writes and not self.can_go_on:
+            self._remove()
         self.stack.close()
         if isinstance(error, Interrupted):
             raise Interrupted(error.signum, self._hint()) from None
+        if not self.can_go_on:  # bad input
+            return
         if isinstance(error, DivergedError):
             raise StoppedError(f"in epoch {self.epoch} {error}; {self.folder / LAST} is from before that") from error
         reason = stop_reason(error) if isinstance(error, Exception) else None
         if reason:
             raise StoppedError(f"{reason}; {self._hint()}") from error
 
+    def _remove(self) -> None:
+        """Remove the folders that this run made, unless something lies in them that no run writes."""
+        for path in [path for name in FILES for path in self.folder.glob(name) if self.is_locked]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove_empty(self.made)
+
     def _hint(self) -> str:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():
-            return "nothing had been stored to go on with"
-        n_local = processes.local()
+            return "nothing had been stored yet"
+        n_local = processes.local_world_size()
         program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
-        if processes.launched() > n_local:  # on several machines
+        if processes.world_size() > n_local:  # on several machines
             program = "torchrun as before,"
         resume = f"main.py --resume {shlex.quote(str(self.folder))}"
         return f"the last complete epoch is safe; go on with: {program} {resume}"
 
-    def epochs(self) -> Iterator[int]:
-        """Yield the epochs to train; each is done when the next one is asked for, or the last one is over."""
-        while not self.is_finished:
-            yield self.epoch
+    def require_images(self, contents: Mapping[str, Mapping]) -> None:
+        """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
+        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], contents)
+        if change:
+            raise InputError(f"--resume {self.folder}: not the images that it was trained with: {change}; "
+                             "give it those, or start a new run")  # fmt: skip
+        self.contents = dict(contents)
+        self.note(images=digest(contents))
+
+    def note(self, **facts: str) -> None:
+        """Keep with the flags what is known now only; a resumed run keeps what it knew first."""
+        self.flags = facts | self.flags
+        if self.is_new and self.writes:
+            write_flags(self.folder, self.flags)
 
     def log(self, name: str, row: Row) -> None:
         """Add a row to a log, see LOGS."""
         self.rows[name].append(row)
-        if self.is_open and self.writes:
+        if self.writes:
             self._write_log(name)
             if self.board:
                 self._add_to_board(name, row)
 
-    def plot(self, step: int, draw: Callable[[Path], Iterable[Path] | None]) -> None:
-        """Let a function draw into the folder, as soon as there is one; TensorBoard gets the PNG files it returns."""
-        if not self.is_open:
-            self.pending.append((step, draw))
-        elif self.writes:
-            with self.stopwatch.measure("drawing"):
-                pictures = draw(self.folder)
-            for path in (pictures or []) if self.board else []:
-                with Image.open(path) as picture:
-                    self.board.add_image(path.stem, np.asarray(picture), step, dataformats="HWC")
+    def show(self, pictures: Iterable[Path], step: int) -> None:
+        """Give PNG files to TensorBoard, if it is wanted."""
+        for path in pictures if self.board else []:
+            with Image.open(path) as picture:
+                self.board.add_image(path.stem, np.asarray(picture), step, dataformats="HWC")
 
     def _write_log(self, name: str) -> None:
         """Write a CSV anew from the rows in memory, whatever has happened to the file. Without rows there is none."""
-        path, rows = self.folder / LOGS[name], [columns_of(row) for row in self.rows[name]]
+        path, rows = self.folder / LOGS[name], self.rows[name]
         if not rows:
             path.unlink(missing_ok=True)
             return
@@ -218,25 +255,25 @@ class Run:
     def _add_to_board(self, name: str, row: Row) -> None:
         """Write a row to TensorBoard."""
         step = row["Before Epoch"] if name == "mining" else row["Epochs"]
-        for column, value in columns_of(row).items():
-            if value is not None and column not in ("Epochs", "Before Epoch"):
-                self.board.add_scalar(f"{name}/{column}", value, step)
+        for key, value in row.items():
+            if value is not None and key not in ("Epochs", "Before Epoch"):
+                self.board.add_scalar(f"{name}/{key}", value, step)
         self.board.flush()  # it is to be there when last.pth.tar holds its epoch
 
     def best_indices(self) -> dict[str, int]:
         """Return which row of "val" is the best of each test set so far."""
         rows, select = self.rows["val"], self.flags["select"]
-        return {name: best_index(rows, name, select) for name in rows[-1]["scores"] if name != VALIDATION}
+        return {name: best_index(rows, name, select) for name in test_sets_of(rows[-1]) if name != VALIDATION}
 
     def best_line(self) -> str:
         """Return the best Recall@1 of each test set so far as text."""
         texts = []
         for name, index in self.best_indices().items():
-            best = self.rows["val"][index]
-            texts.append(f"{name} {best['scores'][name]['Recall @ 1']:.4f} in epoch {best['Epochs']}".strip())
+            best, prefix = self.rows["val"][index], "" if name == "test" else f"{name} "
+            texts.append(f"{prefix}{best[column(name, 'Recall @ 1')]:.4f} in epoch {best['Epochs']}")
         return ", ".join(texts)
 
-    def keep_best(self, network: torch.nn.Module, labels: Mapping[str, np.ndarray]) -> None:
+    def keep_best(self, network: torch.nn.Module, mined: np.ndarray | None) -> None:
         """Store the network for each test set whose best epoch the last evaluation is of.
 
         On resume, an epoch that last.pth.tar does not hold is trained again and overwrites its checkpoint.
@@ -244,36 +281,35 @@ class Run:
         last = len(self.rows["val"]) - 1
         for name, index in self.best_indices().items():
             if index == last and self.writes:
-                self._store(f"checkpoint{file_suffix(name)}.pth.tar", network, labels)
+                self._store(f"checkpoint{file_suffix(name)}.pth.tar", network, mined)
 
-    def _store(self, name: str, network: torch.nn.Module, labels: Mapping[str, np.ndarray], **more: object) -> None:
+    def _store(self, name: str, network: torch.nn.Module, mined: np.ndarray | None, **more: object) -> None:
         """Write a checkpoint of tensors and plain values only, see weights.read_checkpoint."""
-        shared = torch.from_numpy(labels["Shared"]) if "Shared" in labels else None
-        progress = {"rows": self.rows, "initial_scores": self.initial_scores, "shared_labels": shared}
-        progress |= {"contents": self.contents}
+        progress = {"rows": self.rows, "initial_scores": self.initial_scores, "contents": self.contents}
+        progress["shared_labels"] = None if mined is None else torch.from_numpy(mined)
         content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
         content |= {"flags": self.flags, "progress": progress}
         buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
         torch.save(content | more, buffer)
         write_file(self.folder / name, buffer.getbuffer())
 
-    def save(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray], epoch: int) -> None:
+    def save(self, parts: Mapping[str, object], mined: np.ndarray | None, epoch: int) -> None:
         """Store all that `restore` needs to go on with an epoch, as last.pth.tar.
 
-        parts: "network", and whatever else has a state_dict. labels: of the training images by task.
+        parts: "network", and whatever else has a state_dict. mined: labels of the training images (N,) int64, or None.
         """
         self.epoch = epoch
-        if not self.writes:
-            return
-        network = parts["network"]
-        training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
-        training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
-        training |= {"random": auxiliaries.random_states(network.mean.device)}
-        self._store(LAST, network, labels, training=training)
+        if self.writes:
+            network = parts["network"]
+            training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
+            training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
+            training |= {"random": auxiliaries.random_states(network.mean.device)}
+            self._store(LAST, network, mined, training=training)
+        self.can_go_on = True
 
-    def restore(self, parts: Mapping[str, object], labels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Set parts and random states to what `save` stored; return all labels. Raises InputError where they misfit."""
-        training, shared = self.stored["training"], self.stored["progress"]["shared_labels"]
+    def restore(self, parts: Mapping[str, object]) -> np.ndarray | None:
+        """Set parts and random states to what `save` stored; return mined labels. Raises InputError for a misfit."""
+        training, mined = self.stored["training"], self.stored["progress"]["shared_labels"]
         try:
             parts["network"].load_state_dict(self.stored["state_dict"])
             for name, part in parts.items():
@@ -284,8 +320,11 @@ class Run:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{self.folder / LAST}: holds no training of this run ({reason})") from error
         self.stored = None  # as large as all parts
+        if self.writes:
+            self._open()
+        self.can_go_on = True
         print(f"resumed: {self.epoch} of {self.n_epochs} epochs are done")
-        return dict(labels) if shared is None else {**labels, "Shared": shared.numpy()}
+        return None if mined is None else mined.numpy()
 
     def summarise(self) -> str:
         """Write Curr_Summary_Class.txt and return its text."""
@@ -305,14 +344,14 @@ class Run:
         return text
 
 
-def score_table(rows: Sequence[Row], initial: Scores, paper: Mapping[str, float]) -> str:
+def score_table(rows: Sequence[Row], initial: Row, paper: Mapping[str, float]) -> str:
     """Return a table of the best value of each score with its epoch, the last, that before training, and the paper's.
 
     rows: of "val", at least one. A score that was left out of all rows is left out here.
     """
-    history = pd.DataFrame([columns_of(row) for row in rows]).set_index("Epochs").drop(columns="Time")
+    history = pd.DataFrame(rows).set_index("Epochs").drop(columns="Time")
     history = history.astype(float).dropna(axis="columns", how="all")
-    first, published = (pd.Series(scores, dtype=float) for scores in (columns_of({"scores": initial}), paper))
+    first, published = (pd.Series(scores, dtype=float) for scores in (initial, paper))
     table = pd.DataFrame({"best": history.max(), "epoch": history.idxmax(), "last": history.iloc[-1]})
     table["before training"] = first
     if paper:
@@ -322,43 +361,82 @@ def score_table(rows: Sequence[Row], initial: Scores, paper: Mapping[str, float]
     return f"{text}\npaper: MIC with margin loss, ResNet50 (arXiv 1909.11574)" if paper else text
 
 
-def check_folder(folder: Path) -> None:
-    """Raise InputError where a folder could not be made, as far as that shows without making anything."""
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"--save_path: {existing} is a file, or a folder that is not writable")
+def make_folder(wanted: Path, may_take_over: bool = False) -> list[Path]:
+    """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
 
-
-def make_folder(wanted: Path) -> Path:
-    """Create and return a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten."""
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    folder, counter = wanted, 0
-    while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-        counter += 1
-        folder = wanted.with_name(f"{wanted.name}_{counter}")
-
-
-def locked(file: Path, folder: Path) -> contextlib.AbstractContextManager:
-    """Lock a file for the run in a folder, and return a context that ends with letting go of it.
-
-    A process that has died holds no lock. Raises InputError where another process holds it.
+    may_take_over: take a folder of this name that holds nothing but what a run wrote before it had stored anything.
+    Returns the folder behind the parents that this made. Raises InputError where it cannot be made.
     """
+    made = [parent for parent in reversed(wanted.parents) if not parent.exists()]
+    folder, counter = wanted, 0
     try:
-        return filelock.FileLock(file).acquire(timeout=0)
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return [*made, folder]
+            if may_take_over and is_left_over(folder):
+                return [folder]
+            counter += 1
+            folder = wanted.with_name(f"{wanted.name}_{counter}")
+    except BaseException as error:
+        remove_empty(made)
+        if isinstance(error, OSError):
+            raise InputError(f"--save_path: cannot make the folder {folder} ({error.strerror})") from error
+        raise
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those of some folders, parents first, that are empty when those behind them are gone."""
+    for folder in reversed(folders):
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def is_left_over(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what a run writes before it has stored anything to go on with."""
+    written = {path for name in FILES for path in folder.glob(name)}
+    return folder.is_dir() and not (folder / LAST).exists() and written == set(folder.iterdir())
+
+
+def try_file_system(folder: Path) -> None:
+    """Raise InputError that says what the file system of a folder cannot do, of what checkpoints need."""
+    needed, trial = "write", folder / ".trial.tmp"
+    try:
+        with open(trial, "wb") as file:
+            needed = "flush"
+            os.fsync(file.fileno())
+        needed = "rename"
+        os.replace(trial, folder / "hypa.pkl")
+    except OSError as error:
+        raise InputError(
+            f"--save_path: the file system of {folder} cannot {needed} files ({error.strerror}); give another folder"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. A process that has died holds none.
+
+    Raises InputError where another process holds it, or the file system knows no locks.
+    """
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of a file in place of a lock, which a killed process would leave
+            lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
-
-
-def name_taken(folder: Path) -> contextlib.AbstractContextManager:
-    """Hold the name of a run, be there a folder of it or not. Raises InputError where another process holds it."""
-    if not processes.is_first():
-        return contextlib.nullcontext()
-    check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return locked(folder.parent / f".{folder.name}.lock", folder)
+    except (OSError, NotImplementedError, UserWarning) as error:
+        (folder / ".lock").unlink(missing_ok=True)
+        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSYS)
+        raise InputError(
+            f"--save_path: the file system of {folder} cannot lock files ({reason}); give another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
@@ -437,15 +515,4 @@ def read_run(folder: Path) -> StoredRun:
         raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:
         raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
-    test_sets = [name.removesuffix("Recall @ 1").strip() for name in recalls]
-    return StoredRun(folder, flags, [with_scores(row, test_sets) for row in table.to_dict("records")])
-
-
-def with_scores(row: Row, test_sets: Sequence[str]) -> Row:
-    """Return a row of the CSV with its scores by test set: what columns_of makes columns of."""
-    scores: dict[str, dict[str, float]] = {name: {} for name in test_sets}
-    for column, value in row.items():
-        if column not in ("Epochs", "Time"):
-            owner = next((name for name in test_sets if name and column.startswith(f"{name} ")), "")
-            scores[owner][column.removeprefix(owner).strip()] = value
-    return {"Epochs": int(row["Epochs"]), "Time": row.get("Time"), "scores": scores}
+    return StoredRun(folder, flags, table.to_dict("records"))

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -86,13 +86,21 @@ PATH = os.path.expanduser
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
-def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return the flags with defaults that depend on others filled in; `parser.error` on flags that do not fit.
+def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> argparse.Namespace:
+    """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
-    With --resume they are those of the stored run, but for what may be given anew.
+    They are those of a new run, of the one that --resume names, but for what may be given anew, or with --go_on of the
+    one of that name where there is one.
     """
+    args = parser.parse_args(argv)
     if args.resume is not None:
         return resumed(args, parser)
+    args = check(args, parser)
+    return of_named_run(args, parser) if args.go_on else args
+
+
+def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
+    """Return a new run's flags, those that depend on others filled in; `parser.error` on flags that do not fit."""
     args = argparse.Namespace(**vars(args))
     check_names(args, parser)
     check_objective(args, parser)
@@ -169,7 +177,7 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
             parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
         if losses.needs_positives(name) and args.bs < 2 * images_per_class:
             parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
-    n_processes = processes.launched()
+    n_processes = processes.world_size()
     if args.bs % n_processes:
         parser.error(f"--bs {args.bs} is not divisible by the {n_processes} processes that torchrun started")
     if n_processes > 1 and args.bn == "train" and not torch.cuda.is_available():
@@ -246,7 +254,6 @@ def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespa
 def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
     """Return the flags that resume the run of this name, for --go_on, or these flags where there is none.
 
-    Where a run was stopped before it had stored anything, the one that took its place has a counter behind its name.
     `parser.error` where the run has other flags.
     """
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")

@@ -139,7 +139,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except Interrupted as error:
         end(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", 128 + error.signum)
     except Exception as error:
-        if processes.launched() > 1:  # torchrun reports it, whichever process it is of
+        if processes.world_size() > 1:  # torchrun reports it, whichever process it is of
             get_error_handler().record_exception(error)
         reason = stop_reason(error)
         if reason is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from support.errors import InputError, first_few, first_line
 from support.packages import imported
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 """Number of the layout of checkpoints; those of another one are refused."""
 
 NEEDED = {

@@ -335,4 +335,4 @@ def tiny_run(class_folders, tmp_path):
 def shapes():
     """The built-in data set, (train, test)."""
     train, tests = render_shapes()
-    return train, tests[""]
+    return train, tests["test"]

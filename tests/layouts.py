@@ -106,15 +106,15 @@ LAYOUTS = {
 TABLE = {
     "cub200": {
         "train": (["001.Albatross", "002.Auklet"], [0, 0, 0, 0, 1, 1, 1, 1]),
-        "": (["003.Bunting", "004.Cardinal"], [0, 0, 0, 0, 1, 1, 1, 1]),
+        "test": (["003.Bunting", "004.Cardinal"], [0, 0, 0, 0, 1, 1, 1, 1]),
     },
     "online_products": {
         "train": (["1", "3"], [1, 0, 1, 0, 1, 0, 1, 0]),
-        "": (["4", "7"], [0, 1, 0, 1, 0, 1, 0, 1]),
+        "test": (["4", "7"], [0, 1, 0, 1, 0, 1, 0, 1]),
     },
     "in-shop": {
         "train": (["id_00000001", "id_00000002"], [1, 1, 1, 1, 0, 0, 0, 0]),
-        "": (["id_00000005", "id_00000009"], [1, 1, 1, 0, 0, 0]),
+        "test": (["id_00000005", "id_00000009"], [1, 1, 1, 0, 0, 0]),
         "queries": [1, 0, 0, 0, 1, 0],
     },
     "vehicle_id": {
@@ -127,9 +127,9 @@ TABLE = {
 # folders are sorted by name, the official file has an order of its own
 TABLE[("cars196", "readme")] = {
     "train": ([CARS[0], CARS[1]], [0, 0, 0, 0, 1, 1, 1, 1]),
-    "": ([CARS[3], CARS[2]], [0, 0, 0, 0, 1, 1, 1, 1]),
+    "test": ([CARS[3], CARS[2]], [0, 0, 0, 0, 1, 1, 1, 1]),
 }
 TABLE[("cars196", "official")] = {
     "train": ([CARS[0], CARS[1]], [0, 0, 0, 0, 1, 1, 1, 1]),
-    "": ([CARS[2], CARS[3]], [0, 0, 0, 0, 1, 1, 1, 1]),
+    "test": ([CARS[2], CARS[3]], [0, 0, 0, 0, 1, 1, 1, 1]),
 }

@@ -50,7 +50,7 @@ def test_loading(tmp_path):
     starts = [i for i, line in enumerate(lines) if "bits per pixel" in line] + [len(lines)]
     assert len(starts) == 3
     for start, end in zip(starts, starts[1:]):
-        for name in ("plain ", "ours ", "ours, ram cache", "ours, disk cache"):
+        for name in ("plain ", "ours ", "ours, ram cache"):
             assert_row(lines[start:end], f"  {name}", 1)
         for n_workers in (0, 1, 2):
             assert_row(lines[start:end], f"  {n_workers} workers, images per second: plain ", 4)
@@ -59,7 +59,7 @@ def test_loading(tmp_path):
 def test_loading_of_images_in_a_folder(tmp_path):
     write_class_folders(tmp_path / "tiny", per_class=(1, 1))
     flags = ["--images", tmp_path / "tiny", "--seconds", 0, "--per_pass", 4, "--entries", 600]
-    assert_row(printed(tmp_path, "loading.py", *flags), "  ours, disk cache", 1)
+    assert_row(printed(tmp_path, "loading.py", *flags), "  ours, ram cache", 1)
 
 
 def test_losses(tmp_path):

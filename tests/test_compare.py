@@ -193,7 +193,7 @@ def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path
     write_run(tmp_path / "c", [0.5], embed_sizes=[512, 64], task_p=[1.0, 0.8], dataset="shapes")
     write_run(tmp_path / "d", [0.6], embed_sizes=[128, 64], task_p=[1.0, 0.8], adv_weights=[1.0], dataset="shapes")
     settings = compare.settings_of([folder.read_run(tmp_path / name) for name in "abcd"])
-    lines = compare.ablation_lines(settings, "shapes", "", "embed_sizes", "shapes, ")
+    lines = compare.ablation_lines(settings, "shapes", "test", "embed_sizes", "shapes, ")
     assert {name: points for name, points in lines.items() if name.endswith("best epoch")} == {
         "shapes, adv_weights 2500.0 embed_sizes of Class 128 best epoch": {"64": [0.4], "0": [0.3]},
         "shapes, adv_weights 2500.0 embed_sizes of Class 512 best epoch": {"64": [0.5]},
@@ -332,10 +332,10 @@ def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, name
     compare.compare_runs([tmp_path / name for name in names], csv=tmp_path / "t.csv")
     assert "mean of" not in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "t.csv")
-    best = table[table["at"] == "best"].fillna({"test set": ""}).set_index(["run", "test set"])["Recall @ 1"]
+    best = table[table["at"] == "best"].set_index(["run", "test set"])["Recall @ 1"]
     assert best.loc[[("b", "Val")]].tolist() == [0.6]
     assert ("a", "Val") not in best.index
-    assert best.loc[[("b", "")]].tolist() == [0.4]
+    assert best.loc[[("b", "test")]].tolist() == [0.4]
 
 
 @pytest.mark.parametrize("n", [2, 5, 30])

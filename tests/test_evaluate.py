@@ -255,7 +255,7 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     torch.manual_seed(0)
     network = netlib.build_network("googlenet", {"Class": 4, "Shared": 3}, pretrained=False, freeze_batchnorm=False)
     train, test = (images.classes(0, 5) for images in shapes)  # 120 images each
-    sets = {"": test, "Set 1": replace(test.classes(0, 3), factors={}), "Set 2": alone(test)}
+    sets = {"test": test, "Set 1": replace(test.classes(0, 3), factors={}), "Set 2": alone(test)}
     make = partial(datasets.make_loader, n_workers=0, pin_memory=False, batch_size=40)
     whole, *tests = (
         make(datasets.ImageDataset(images, datasets.test_transform(32))) for images in (train, *sets.values())
@@ -264,14 +264,14 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     chosen, chosen_of_test = (evaluate.probe_subset(images.labels, 1) for images in (train, test))
     part = make(Subset(whole.dataset, chosen))
     of_run = datasets.Loaders(sampler=None, batches=None, train=whole, tests=tests, probe=part)
-    labels = {"Class": train.labels, "Shared": np.arange(120) % 7}
-    embeddings = evaluate.embed_sets(network, tests, list(labels), "none")
-    found = evaluate.probe_sets(network, of_run, labels, embeddings, 1, "none")
-    features, read = evaluate.extract_features(network, part, list(labels)), evaluate.nearest_neighbour_accuracy
+    mined, tasks = np.arange(120) % 7, ["Class", "Shared"]
+    embeddings = evaluate.embed_sets(network, tests, tasks, "none")
+    found = evaluate.probe_sets(network, of_run, mined, embeddings, 1, "none")
+    features, read = evaluate.extract_features(network, part, tasks), evaluate.nearest_neighbour_accuracy
     assert found["Class from Shared"] == read(features["Shared"], train.labels[chosen])
-    assert found["Mined from Class"] == read(features["Class"], labels["Shared"][chosen])
+    assert found["Mined from Class"] == read(features["Class"], mined[chosen])
     assert found["size from Shared"] == read(features["Shared"], train.factors["size"][chosen])
-    features = {task: values[chosen_of_test] for task, values in embeddings[""].items()}
+    features = {task: values[chosen_of_test] for task, values in embeddings["test"].items()}
     assert found["Test Class from Class"] == read(features["Class"], test.labels[chosen_of_test])
     assert found["Test light from Shared"] == read(features["Shared"], test.factors["light"][chosen_of_test])
     assert not [name for name in found if name.startswith("Set ") or name == "Test Mined from Class"]

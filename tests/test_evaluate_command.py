@@ -230,7 +230,7 @@ def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         which = "training images" if heading else "test images"
         assert line.startswith(
-            f"warning: not the images that the run was scored on: {which}: class 'class_0{label}' has"
+            f"warning: not the images that the run was scored on: {which}: as many, but other files;"
         )
         shutil.copy(
             stored.parent.parent / "source" / "tiny" / "images" / f"class_0{label}" / "1.jpg",

@@ -144,7 +144,11 @@ def spoil_first_image(root):
         (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
         (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
         (["--dataset", "tiny", "--task_p", "1", "0"], spoil_first_image, "class_01/2.jpg"),
-        (["--dataset", "tiny", "--save_path", "/dev/null/x"], None, "--save_path: /dev/null is a file"),
+        (
+            ["--dataset", "tiny", "--save_path", "/dev/null/x"],
+            None,
+            "--save_path: cannot make the folder /dev/null/x/tiny/run (Not a directory)",
+        ),
     ],
 )
 def test_bad_data_is_one_line_and_leaves_no_run_folder(flags, spoil, message, class_folders, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """A run on disk: killed and resumed, its images and flags, lock, logs, checkpoints and summary."""
 
+import errno
 import functools
 import os
 import pickle
@@ -7,6 +8,8 @@ import random
 import re
 import resource
 import shutil
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -159,10 +162,10 @@ def remove_test_image(images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rename_class, "training images: class 'class_00' is missing"),
-        (swap_classes, "training images: class 'class_00' has other files"),
-        (replace_image, "training images: class 'class_01' has other files"),
-        (remove_test_image, "test images: class 'class_03' has other files"),
+        (rename_class, "training images: as many, but other files"),
+        (swap_classes, "training images: as many, but other files"),
+        (replace_image, "training images: as many, but other files"),
+        (remove_test_image, "test images: 10 in 2 classes then, 9 in 2 now"),
     ],
 )
 def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, capsys, change, message):
@@ -251,8 +254,8 @@ def test_only_one_of_two_resumes_goes_on(whole, tmp_path):
 def test_of_two_starts_of_one_name_the_second_is_refused(whole, tmp_path):
     path = tmp_path / "tiny" / "run"
     argv = small_flags(whole[0], tmp_path, *BASE, "--go_on")
-    assert_refused_while_held(argv, At("open", "4.bmp"), path)  # before there is a folder to lock
-    assert {entry.name for entry in (tmp_path / "tiny").iterdir()} == {"run", ".run.lock"}
+    assert_refused_while_held(argv, At("open", "4.bmp"), path)  # before there is a checkpoint to go on from
+    assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["run"]
     assert_same_run(path, whole[1])
 
 
@@ -261,7 +264,8 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     named, top = small_flags(source, tmp_path, *BASE, "--go_on"), tmp_path / "tiny"
     content["flags"] |= {"savename": "run_7", "lr": 0.5}
     stored_run(top / "run_7", content)  # of another name that looks like it
-    (top / "run").mkdir()  # was stopped before anything was stored: it stays as it is
+    (top / "run").mkdir()
+    (top / "run" / "notes.txt").touch()  # is no run's, and stays as it is
     killed_run(named, At("os.rename", "log_train_Class.csv", 2))
     for flags, message in [
         (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
@@ -273,8 +277,68 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     capsys.readouterr()
     run(named)
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
-    assert sorted(path.name for path in top.iterdir()) == [".run.lock", "run", "run_1", "run_7"]
-    assert not list((top / "run").iterdir())
+    assert sorted(path.name for path in top.iterdir()) == ["run", "run_1", "run_7"]
+    assert [path.name for path in (top / "run").iterdir()] == ["notes.txt"]
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    "point", [At("open", ".hypa.pkl.*.tmp"), At("open", "4.bmp"), At("open", ".last.pth.tar.*.tmp")]
+)
+def test_a_signal_before_anything_is_stored_leaves_no_folder_that_the_run_made(whole, tmp_path, point):
+    (tmp_path / "results").mkdir()
+    argv = small_flags(whole[0], tmp_path / "results" / "deeper", *BASE, "--go_on")
+    ended = run_in_process(run_and_act, argv, [point], interrupt)
+    assert ended == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert not list((tmp_path / "results").iterdir())
+
+
+def add_a_file(path):
+    (path / "notes.txt").touch()
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_file_of_the_users_in_a_run_folder_is_not_removed_with_the_run(whole, tmp_path):
+    path, argv = tmp_path / "tiny" / "run", small_flags(whole[0], tmp_path, *BASE)
+    assert (
+        run_in_process(run_and_act, argv, [At("open", "4.bmp")], functools.partial(add_a_file, path)).returncode == 143
+    )
+    assert [entry.name for entry in path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_was_killed_before_it_had_stored_anything_starts_anew_in_its_folder(whole, tmp_path):
+    path, argv = tmp_path / "tiny" / "run", small_flags(whole[0], tmp_path, *BASE)
+    killed_run(argv, At("open", ".last.pth.tar.*.tmp"))
+    assert (path / "log_mining.csv").exists()
+    assert run([*argv, "--go_on"]) == path
+    assert_same_run(path, whole[1])
+    killed_run([*argv, "--savename", "other"], At("open", ".last.pth.tar.*.tmp"))
+    assert run([*argv, "--savename", "other", "--n_epochs", 1]).name == "other_1"  # a new run takes no folder over
+
+
+def run_where_files_cannot(event, argv):
+    """Run main where the system refuses an operation on files."""
+
+    def refuse(happened, args):
+        if happened == event and not (event == "os.rename" and "hypa.pkl" not in str(args[1])):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    sys.addaudithook(refuse)
+    run(argv)
+
+
+@pytest.mark.parametrize(("event", "what"), [("os.rename", "rename files"), ("fcntl.flock", "lock files")])
+def test_what_a_file_system_cannot_do_is_told_when_the_folder_is_made(whole, tmp_path, event, what):
+    argv = small_flags(whole[0], tmp_path / "results", *BASE)
+    ended = run_in_process(run_where_files_cannot, event, argv)
+    assert ended.returncode == 2, ended.stderr
+    assert f"{tmp_path}/results/tiny/run" in ended.stderr
+    assert f" cannot {what} (Function not implemented)" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_name_goes_on_with_a_run_from_before_a_flag_was_there(whole, tmp_path, capsys):
@@ -316,7 +380,7 @@ def test_a_folder_that_goes_away_is_told(whole, tmp_path):
     process = run_in_process(run_and_act, argv, [point], move)
     assert process.returncode == 1
     assert process.stderr.startswith(f"main.py: stopped: cannot read or write {path}/"), process.stderr
-    assert process.stderr.endswith(" (No such file or directory); nothing had been stored to go on with\n")
+    assert process.stderr.endswith(" (No such file or directory); nothing had been stored yet\n")
     assert process.stderr.count("\n") == 1
     assert not path.exists()
 
@@ -372,15 +436,14 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
 
 def test_runs_of_one_name_get_counters(tmp_path):
     with ThreadPoolExecutor(16) as pool:
-        made = list(pool.map(lambda _: folder.make_folder(tmp_path / "results" / "run"), range(16)))
+        made = [paths[-1] for paths in pool.map(lambda _: folder.make_folder(tmp_path / "results" / "run"), range(16))]
     assert {path.name for path in made} == {"run", *(f"run_{i}" for i in range(1, 16))}
 
 
 def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--save_path: .*/file is a file, or a folder that is not writable"):
-        folder.check_folder(tmp_path / "file" / "below" / "run")
-    folder.check_folder(tmp_path / "new" / "deeper" / "run")
+    with pytest.raises(InputError, match=r"--save_path: cannot make the folder .*/file/below/run \(Not a directory\)"):
+        folder.make_folder(tmp_path / "file" / "below" / "run")
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -407,25 +470,29 @@ def test_flags_are_written_for_programs_and_people(tmp_path):
 
 
 ROWS = [
-    {"Epochs": 0, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.5, "Recall @ 1": 0.3}, "Val": {"Recall @ 1": 0.1}}},
-    {"Epochs": 2, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.4, "Recall @ 1": 0.6}, "Val": {"Recall @ 1": 0.4}}},
-    {"Epochs": 4, "Time": 1.0, "scores": {"Set 1": {"NMI": 0.45, "Recall @ 1": 0.6}, "Val": {"Recall @ 1": 0.5}}},
+    {"Epochs": 0, "Time": 1.0, "Set 1 NMI": 0.5, "Set 1 Recall @ 1": 0.3, "Val Recall @ 1": 0.1},
+    {"Epochs": 2, "Time": 1.0, "Set 1 NMI": 0.4, "Set 1 Recall @ 1": 0.6, "Val Recall @ 1": 0.4},
+    {"Epochs": 4, "Time": 1.0, "Set 1 NMI": 0.45, "Set 1 Recall @ 1": 0.6, "Val Recall @ 1": 0.5},
 ]
 
 
-def test_rows_are_columns_by_test_set_and_read_again(tmp_path):
-    columns = [folder.columns_of(row) for row in ROWS]
-    assert list(columns[0]) == ["Epochs", "Time", "Set 1 NMI", "Set 1 Recall @ 1", "Val Recall @ 1"]
-    pd.DataFrame(columns).to_csv(tmp_path / "log_val_Class.csv", index=False)
+def test_rows_are_those_of_the_csv_and_tell_their_test_sets(tmp_path):
+    pd.DataFrame(ROWS).to_csv(tmp_path / "log_val_Class.csv", index=False)
     folder.write_flags(tmp_path, {"dataset": "vehicle_id"})
     assert folder.read_run(tmp_path).rows == ROWS
-    assert folder.scores_line(ROWS[0]["scores"]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
+    assert folder.test_sets_of(ROWS[0]) == ["Set 1", "Val"]
+    assert folder.scores_of(ROWS[0], "Set 1") == {"NMI": 0.5, "Recall @ 1": 0.3}
+    alone = {"Epochs": 0, "Time": 1.0, "Recall @ 1": 0.5, "mAP @ R": 0.2, "Val Recall @ 1": 0.1}
+    assert folder.test_sets_of(alone) == ["test", "Val"]
+    assert folder.scores_of(alone, "test") == {"Recall @ 1": 0.5, "mAP @ R": 0.2}
+    assert [folder.column(name, "NMI") for name in ("test", "Set 1")] == ["NMI", "Set 1 NMI"]
+    assert folder.scores_line(ROWS[0]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
     assert [folder.best_index(ROWS, "Set 1", select) for select in ("test", "val")] == [1, 2]
 
 
 def test_summary_compares_best_and_last_with_before_training_and_the_paper():
     paper = {"Set 1 Recall @ 1": 0.661}
-    table = folder.score_table(ROWS, {"Set 1": {"NMI": 0.1, "Recall @ 1": 0.05}}, paper)
+    table = folder.score_table(ROWS, {"Set 1 NMI": 0.1, "Set 1 Recall @ 1": 0.05}, paper)
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert lines == [
         "score best epoch last before training paper best - paper",

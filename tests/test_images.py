@@ -109,10 +109,9 @@ def contents_of(source):
 
 def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
     before = contents_of(class_folders)
-    assert {split: list(classes) for split, classes in before.items()} == {
-        "train": ["class_00", "class_01"],
-        "": ["class_02", "class_03"],
-    }
+    assert {split: (known["images"], known["classes"]) for split, known in before.items()} == {
+        "train": (10, 2), "test": (10, 2)
+    }  # fmt: skip
     shutil.copytree(class_folders, tmp_path / "copy")
     now = contents_of(tmp_path / "copy")
     assert describe_change(before, now) is None
@@ -123,10 +122,13 @@ def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
 @pytest.mark.parametrize(
     ("change", "described"),
     [
-        (lambda root: (root / "class_03/1.jpg").unlink(), "test images: class 'class_03' has other files"),
-        (lambda root: (root / "class_01/1.jpg").write_bytes(b""), "training images: class 'class_01' has other files"),
-        (lambda root: (root / "class_01").rename(root / "a"), "training images: class 'class_01' is missing"),
-        (lambda root: shutil.copytree(root / "class_03", root / "class_04"), "test images: class 'class_04' is new"),
+        (lambda root: (root / "class_03/1.jpg").unlink(), "test images: 10 in 2 classes then, 9 in 2 now"),
+        (lambda root: (root / "class_01/1.jpg").write_bytes(b""), "training images: as many, but other files"),
+        (lambda root: (root / "class_01").rename(root / "a"), "training images: as many, but other files"),
+        (
+            lambda root: shutil.copytree(root / "class_03", root / "class_04"),
+            "test images: 10 in 2 classes then, 15 in 3 now",
+        ),
     ],
 )
 def test_changed_images_are_described(class_folders, change, described):
@@ -141,16 +143,12 @@ def test_another_order_and_other_queries_are_changes(class_folders, shapes):
     train, _ = datasets.load_dataset("tiny", class_folders)
     before = contents({"Set 1": train})
     swapped = replace(train, labels=1 - train.labels, class_names=train.class_names[::-1])
-    assert describe_change(before, contents({"Set 1": swapped})) == (
-        "test images of Set 1: the classes are in another order"
-    )
+    assert describe_change(before, contents({"Set 1": swapped})) is None  # the same classes under other numbers
     moved = replace(train, names=train.names[5:] + train.names[:5], labels=1 - train.labels)
-    assert (
-        describe_change(before, contents({"Set 1": moved})) == "test images of Set 1: the images are in another order"
-    )
+    assert describe_change(before, contents({"Set 1": moved})) == "test images of Set 1: as many, but other files"
     queries = replace(train, is_query=np.arange(10) == 7)
     other = replace(train, is_query=np.arange(10) == 8)
-    assert "'class_01' has other files" in describe_change(contents({"": queries}), contents({"": other}))
+    assert "as many, but other" in describe_change(contents({"test": queries}), contents({"test": other}))
     rendered = contents({"train": shapes[0]})
     assert describe_change(rendered, contents({"train": replace(shapes[0], pixels=shapes[0].pixels + 1)})) is None
 
@@ -239,7 +237,7 @@ def test_an_uncompressed_file_of_the_same_size_is_a_change(class_folders, suffix
     size = path.stat().st_size
     Image.new("RGB", (48, 40), "red").save(path)
     assert path.stat().st_size == size
-    assert describe_change(before, contents_of(class_folders)) == "training images: class 'class_01' has other files"
+    assert describe_change(before, contents_of(class_folders)) == "training images: as many, but other files"
 
 
 def test_a_run_without_torchcodec_says_so(class_folders, tmp_path):
@@ -247,4 +245,4 @@ def test_a_run_without_torchcodec_says_so(class_folders, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['torchcodec'] = None; import main; "
     done = subprocess.run([sys.executable, "-c", f"{code}main.main({flags})"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("JPEGs at half the speed: torchcodec cannot be used (") == 1
+    assert done.stdout.count("torchcodec cannot be used (") == 1

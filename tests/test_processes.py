@@ -95,7 +95,7 @@ def gradients(loss, sampling, directions):
     }
     weights = dict.fromkeys(directions, 30.0)
     objective = losses.build_objective(tasks, dict.fromkeys(sizes, 4), weights, adv_dim=7, lr=1.0).double()
-    share = processes.own_share(BATCH_SIZE)
+    share = processes.shard(BATCH_SIZE)
     batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(4)]
     own = [(images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches]
     trained = netlib.for_training(network, False, has_unused_heads=not objective.weights)
@@ -115,11 +115,11 @@ def features(n_images):
     images = ImageSet([str(i) for i in range(n_images)], np.zeros(n_images, int), ["a"], pixels)
     torch.manual_seed(0)
     network = netlib.build_network("googlenet", {"Class": 8, "Shared": 6}, pretrained=False, freeze_batchnorm=False)
-    share = processes.own_share(n_images, 4) if processes.count() > 1 else None
+    share = processes.shard(n_images, 4) if processes.world_size() > 1 else None
     dataset = datasets.ImageDataset(images, datasets.test_transform(32))
     loader = datasets.make_loader(dataset, n_workers=0, pin_memory=False, batch_size=4, sampler=share)
     everywhere = evaluate.extract_features(network, loader, ["Class", "Early"])
-    first = evaluate.extract_features(network, loader, ["Shared"], everywhere=False)["Shared"]
+    first = evaluate.extract_features(network, loader, ["Shared"], to_all=False)["Shared"]
     assert (first is None) != processes.is_first()
     return {**everywhere, "first": first}
 
@@ -130,7 +130,7 @@ def scores():
     points, labels = rng.normal(size=(61, 5)), rng.integers(6, size=61)
     of_all = evaluate.score_set(points, labels, [1, 4], seed=1)
     of_queries = evaluate.score_set(points, labels, [1, 4], seed=1, is_query=np.arange(61) < 2)
-    clusters, distances = processes.computed_by_first(lambda: auxiliaries.kmeans(points, 7, seed=2))
+    clusters, distances = processes.broadcast(auxiliaries.kmeans(points, 7, seed=2))
     return {"all": of_all, "queries": of_queries, "clusters": clusters.tolist(), "distances": distances.tolist()}
 
 
@@ -254,7 +254,7 @@ def runs(tmp_path_factory):
 def test_a_run_mines_the_same_labels_and_scores_alike(runs):
     stored = [torch.load(path / "last.pth.tar", weights_only=True) for path in runs]
     assert torch.equal(*(content["progress"]["shared_labels"] for content in stored))
-    initial = [content["progress"]["initial_scores"][""] for content in stored]
+    initial = [content["progress"]["initial_scores"] for content in stored]
     assert initial[0] == pytest.approx(initial[1], abs=2e-3)
     # Rounding can turn a draw of the sampler and a point of the k-means
     for name, bound in (("log_train_Class.csv", {"rtol": 2e-3}), ("log_val_Class.csv", {"atol": 0.03, "rtol": 0})):
@@ -348,7 +348,7 @@ def test_a_broken_image_in_the_share_of_another_process_ends_all_with_one_line(c
 
 
 def test_what_the_first_process_finds_is_told_once(runs):
-    with folder.locked(runs[1] / ".lock", runs[1]):
+    with folder.locked(runs[1]):
         process = run_in_processes(2, run, ["--resume", runs[1], "--n_epochs", 2])
     assert process.returncode != 0
     (line,) = own_lines(process.stderr)

@@ -51,7 +51,7 @@ def test_in_shop_under_the_name_of_its_archive(tmp_path):
     layouts.write_in_shop(tmp_path / "In-shop Clothes Retrieval Benchmark", "Img", "Eval")
     train, tests = datasets.load_dataset("in-shop", tmp_path)
     assert (train.class_names, train.labels.tolist()) == layouts.TABLE["in-shop"]["train"]
-    assert tests[""].is_query.sum() == 2
+    assert tests["test"].is_query.sum() == 2
 
 
 def test_first_half_of_the_classes_trains(tmp_path):
@@ -61,9 +61,9 @@ def test_first_half_of_the_classes_trains(tmp_path):
     (images / "empty").mkdir()
     train, tests = datasets.load_dataset("cars196", tmp_path)
     assert train.class_names == ["class_00", "class_01"]
-    assert tests[""].class_names == ["class_02", "class_03", "class_04"]
+    assert tests["test"].class_names == ["class_02", "class_03", "class_04"]
     assert train.labels.tolist() == [0, 0, 1]
-    assert tests[""].labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
+    assert tests["test"].labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     assert train.names == [str(images / file) for file in ("class_00/0.jpg", "class_00/1.jpg", "class_01/0.jpg")]
 
 
@@ -327,7 +327,7 @@ def write_factors(root, change=lambda lines: lines):
 def test_known_characteristics_are_read_in_any_order(tmp_path):
     source = write_factors(tmp_path, lambda lines: [lines[0], *lines[:0:-1], ""])
     train, tests = datasets.load_dataset("mine", source)
-    for images in (train, tests[""]):
+    for images in (train, tests["test"]):
         assert {name: levels.tolist() for name, levels in images.factors.items()} == {
             "light": [0, 1, 0] * 2,  # left, right
             "held in": [1] * 3 + [0] * 3,  # a hand, a box
@@ -389,7 +389,7 @@ def test_what_is_no_image_of_a_class_is_counted_and_left_out(tmp_path):
     for old, new in {"0.jpg": "bare", "1.jpg": "1.JFIF", "2.jpg": "2.avif"}.items():
         (images / "class_03" / old).rename(images / "class_03" / new)
     train, tests = datasets.load_dataset("mine", tmp_path)
-    assert (len(train), len(tests[""])) == (6, 6)
+    assert (len(train), len(tests["test"])) == (6, 6)
     assert train.warnings == (
         f"{images}: 2 images in subfolders of class folders are left out: in class_02",
         f"{images}: 1 images beside the class folders are left out: 2.jpg",

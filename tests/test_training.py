@@ -190,7 +190,7 @@ def test_float16_gradients_that_overflow_at_every_scale_end_a_run(tiny_run, clas
 def test_training_learns(tmp_path):
     flags = ["--img_size", 64, "--bs", 56, "--cs_per_bs", 4, 4, "--shared_num_classes", 8, "--cluster_update_freq", 13]
     folder = run(small_flags(".", tmp_path, "--dataset", "shapes", "--n_epochs", 12, *flags))
-    before = read_checkpoint(folder, LAST)["progress"]["initial_scores"][""]["Recall @ 1"]
+    before = read_checkpoint(folder, LAST)["progress"]["initial_scores"]["Recall @ 1"]
     assert read_logs(folder)["log_val_Class.csv"]["Recall @ 1"].iloc[-1] > before + 0.2
     log = read_logs(folder)["log_train_Class.csv"]
     assert (log[["Class Loss", "Shared Loss"]].iloc[-1] < 0.75 * log[["Class Loss", "Shared Loss"]].iloc[0]).all()

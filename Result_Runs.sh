@@ -14,6 +14,7 @@ usage: bash Result_Runs.sh NAME [more flags of main.py]
   in-shop           In-Shop Clothes
   vehicle_id        PKU VehicleID
   all               the five published set-ups, one after the other
+  flags NAME        print the flags of a set-up
   ablation          a series of runs over a flag: `bash Result_Runs.sh ablation --help` lists them
 
 More flags are passed on and win over those of the set-up, for example
@@ -31,25 +32,34 @@ shift
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 published=(--seed 0 --random_cluster_pick_p 0.2 --cluster_update_freq 3)
 
-run() { # SET-UP [more flags], in place of this shell, so that a signal reaches the run
-    local setup=$1 flags
-    shift
-    case $setup in
-        cub200) flags=(--shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 --tau 50 --n_epochs 100) ;;
-        cars196) flags=(--shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 --tau 60 --n_epochs 110) ;;
-        in-shop) flags=(--shared_num_classes 150 --adv_weights 250 --task_p 1 0.8 --tau 50 --n_epochs 70) ;;
+setup_flags() { # NAME: sets `flags` to main.py's flags of a set-up
+    flags=(--dataset "$1" "${published[@]}")
+    case $1 in
+        demo)
+            local amp=none # bfloat16 halves the time on a CPU with AVX-512, and multiplies it on one without
+            if grep -qs avx512 /proc/cpuinfo; then amp=bf16; fi
+            flags=(--dataset shapes --not_pretrained --img_size 64 --amp "$amp" --lr 1e-3 --bs 56 --n_epochs 16
+                --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500)
+            ;;
+        cub200) flags+=(--shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 --tau 50 --n_epochs 100) ;;
+        cars196) flags+=(--shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 --tau 60 --n_epochs 110) ;;
+        in-shop) flags+=(--shared_num_classes 150 --adv_weights 250 --task_p 1 0.8 --tau 50 --n_epochs 70) ;;
         online_products | vehicle_id)
-            flags=(--shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 --tau 20 35 --n_epochs 45)
+            flags+=(--shared_num_classes 50 --adv_weights 250 --task_p 1 0.5 --tau 20 35 --n_epochs 45)
+            ;;
+        *)
+            echo "Result_Runs.sh: error: no set-up '$1'; one of demo, cub200, cars196, online_products, in-shop," \
+                "vehicle_id, all, flags, ablation" >&2
+            exit 2
             ;;
     esac
-    exec "${PYTHON:-python}" "$here/main.py" --dataset "$setup" "${published[@]}" "${flags[@]}" "$@"
 }
 
-demo() { # without a GPU, so that everyone sees the same figures
-    local amp=none # bfloat16 halves the time on a CPU with AVX-512, and multiplies it on one without
-    if grep -qs avx512 /proc/cpuinfo; then amp=bf16; fi
-    CUDA_VISIBLE_DEVICES='' exec "${PYTHON:-python}" "$here/main.py" --dataset shapes --not_pretrained --img_size 64 \
-        --amp "$amp" --lr 1e-3 --bs 56 --n_epochs 16 --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500 "$@"
+run() { # SET-UP [more flags], in place of this shell, so that a signal reaches the run
+    local flags
+    setup_flags "$1"
+    if [[ $1 == demo ]]; then export CUDA_VISIBLE_DEVICES=''; fi # so that everyone sees the same figures
+    exec "${PYTHON:-python}" "$here/main.py" "${flags[@]}" "${@:2}"
 }
 
 case $name in
@@ -57,19 +67,26 @@ case $name in
         # Not python -m, which would import the user's own run.py from the folder where this is started
         PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$here/report/ablation.py" "$@"
         ;;
-    demo) demo "$@" ;;
-    cub200 | cars196 | online_products | in-shop | vehicle_id) run "$name" "$@" ;;
     all)
         failed=()
-        for each in cub200 cars196 online_products in-shop vehicle_id; do (run "$each" "$@") || failed+=("$each"); done
+        trap 'kill "$child"; wait "$child"; exit 143' TERM
+        trap 'wait "$child"; exit 130' INT
+        for each in cub200 cars196 online_products in-shop vehicle_id; do
+            (run "$each" "$@") &
+            child=$!
+            wait "$child" && continue
+            code=$?
+            if ((code > 128)); then exit "$code"; fi # told to stop
+            failed+=("$each")
+        done
         if [[ ${#failed[@]} -gt 0 ]]; then
             echo "Result_Runs.sh: failed: ${failed[*]}" >&2
             exit 1
         fi
         ;;
-    *)
-        echo "Result_Runs.sh: error: no set-up '$name'; one of demo, cub200, cars196, online_products, in-shop," \
-            "vehicle_id, all, ablation" >&2
-        exit 2
+    flags)
+        setup_flags "${1:-}"
+        echo "${flags[@]}" "${@:2}"
         ;;
+    *) run "$name" "$@" ;;
 esac

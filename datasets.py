@@ -50,7 +50,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """
     if name == "shapes":
         own = Path(source_path) / name
-        if os.path.isdir(own / "images"):
+        if os.path.isdir(own / "images") or readers.has_class_folders(own):
             raise InputError(f"--dataset shapes: is the built-in set, and {own} is a folder of yours: rename that")
         return render_shapes()
     read = READERS.get(name, readers.read_class_folders)

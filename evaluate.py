@@ -70,8 +70,8 @@ def extract_features(
         if not np.isfinite(features[name]).all():
             if amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
                 raise DivergedError(
-                    f"the network's {name} features are not finite, though its weights are: float16 ends at 65504; try "
-                    "--amp bf16 or none"
+                    f"the network's {name} features are not finite, though its weights are: float16 ends at 65504; "
+                    "train with --amp bf16 or none"
                 )
             raise DivergedError(
                 f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "

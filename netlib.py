@@ -172,9 +172,9 @@ def build_network(
             cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
         state = weights.download(lambda: pretrained_state(arch, img_size), arch, cache)
     if pretrained or weights_file is not None:
-        state, random_heads = with_own_heads(network, state)
-        weights.load_strictly(network, state, source, arch)
-        for task in random_heads:
+        state, fresh = named_as_ours(network, state)
+        load_state(network, state, source, arch)
+        for task in fresh:
             print(f"{source}: has no {task} head of size {embed_sizes[task]}; it starts at random")
     return network.to(memory_format=torch.channels_last)
 
@@ -189,9 +189,11 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
     return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
 
 
-def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Return a state dict, torchvision's, timm's or this program's, under the network's names, with the network's own
-    heads where it has none of their size; and the tasks of these heads, where others of this program's were expected.
+def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename keys to ours; heads that are missing or of another size start fresh.
+
+    state: of torchvision's or timm's network, or of this program's. Returns the state and the fresh tasks, of a file of
+    this program only, as others hold no heads.
     """
     is_ours = any(name.startswith(PREFIX) for name in state)
     if not is_ours:
@@ -199,13 +201,23 @@ def with_own_heads(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
     if isinstance(network.backbone, TimmBackbone):
         state = with_own_grid(network.backbone.layers, state, PREFIX)
-    random_heads = []
+    fresh = []
     for task, head in network.heads.items():
-        own = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
-        if any(name not in state or state[name].shape != values.shape for name, values in own.items()):
-            state = state | own
-            random_heads.append(task)
-    return state, random_heads if is_ours else []
+        initial = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
+        fits = all(name in state and state[name].shape == values.shape for name, values in initial.items())
+        if not fits:
+            state = state | initial
+            fresh.append(task)
+    return state, fresh if is_ours else []
+
+
+def load_state(network: EmbeddingNetwork, state: dict[str, Tensor], source: str, arch: str) -> None:
+    """Copy a state dict into a network. Raises InputError where a name is missing on one side, or a shape differs."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # a line for each kind of misfit, with all names
+        reasons = [line.strip()[:120] for line in str(error).splitlines()[1:4]]
+        raise InputError(f"{source}: not the weights of {arch} ({'; '.join(reasons)})") from error
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:
@@ -228,7 +240,7 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its flags or heads are not those of a run ({first_line(error)})") from error
-    weights.load_strictly(network, state, str(path), flags["arch"])
+    load_state(network, state, str(path), flags["arch"])
     return network.to(memory_format=torch.channels_last).eval()
 
 

@@ -85,8 +85,9 @@ def folders_below(root: Path, depth: int) -> list[Path]:
 
 
 def has_class_folders(root: Path) -> bool:
-    """Tell whether four folders or more in a folder hold images, which train and test folders alone do not."""
-    return sum(any(map(is_image, readable(root / name)[1])) for name in readable(root)[0]) >= 4
+    """Tell whether four folders or more in a folder, no runs, hold images, which train and test folders do not."""
+    inside = [readable(root / name)[1] for name in readable(root)[0]]
+    return sum(any(map(is_image, files)) and "hypa.pkl" not in files for files in inside) >= 4
 
 
 def readable(folder: Path) -> tuple[list[str], list[str]]:
@@ -115,13 +116,18 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
     """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
-            seen = [entry for entry in entries if not entry.name.startswith(".")]
+            seen = [entry for entry in entries if not is_hidden(entry.name)]
             # Of a link that leads to itself, entry.is_dir() would raise
             is_folder = {e.name: os.path.isdir(e.path) if e.is_symlink() else e.is_dir() for e in seen}
     except OSError as error:
         raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
     names = sorted(is_folder)
     return [name for name in names if is_folder[name]], [name for name in names if not is_folder[name]]
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file or folder is hidden, or one that disks and file servers make."""
+    return name.startswith(".") or name in ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX")
 
 
 def is_image(name: str) -> bool:
@@ -140,11 +146,9 @@ def images_below(root: Path) -> tuple[list[str], list[str], list[str]]:
     for folder, folders, files in os.walk(root, followlinks=True, onerror=lambda error: unread.append(error.filename)):
         seen.add(os.path.realpath(folder))
         folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(folder, name)) not in seen
+            name for name in folders if not is_hidden(name) and os.path.realpath(os.path.join(folder, name)) not in seen
         ]
-        for path in (os.path.join(folder, name) for name in files if not name.startswith(".")):
+        for path in (os.path.join(folder, name) for name in files if not is_hidden(name)):
             if os.path.isfile(path) or os.path.islink(path):  # no pipe, which would be waited for
                 (images if is_image(path) else others).append(path)
     return sorted(images), sorted(others), sorted(map(str, unread))
@@ -165,7 +169,10 @@ def read_class_folders(root: Path) -> Splits:
     per_class = {name: [f"{name}/{file}" for file in inside[name][1] if is_image(file)] for name in folders}
     warnings = left_out(images, files, inside)
     factors = read_factors(root / "factors.csv", [file for files in per_class.values() for file in files])
-    train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
+    try:
+        train, tests = split_halves(f"{images}/<class>/<image>", images, per_class, factors)
+    except InputError as error:
+        raise InputError("; ".join([str(error), *warnings])) from error
     for column in factors:
         if 1 in (len(np.unique(images.factors[column])) for images in (train, tests["test"])):
             raise InputError(
@@ -180,8 +187,13 @@ def left_out(images: Path, files: Sequence[str], inside: Mapping[str, tuple[list
     files: beside the class folders. inside: the folders and files in each. Raises InputError where a class folder has
     images in its subfolders only.
     """
-    below = {name: [images_below(images / name / sub)[0] for sub in subs] for name, (subs, _) in inside.items()}
-    below = {name: sum(paths, []) for name, paths in below.items() if any(paths)}
+    below, unread = {}, []
+    for name, (subfolders, _) in inside.items():
+        for subfolder in subfolders:
+            paths, _, unread_below = images_below(images / name / subfolder)
+            below[name] = below.get(name, []) + paths
+            unread += unread_below
+    below = {name: paths for name, paths in below.items() if paths}
     empty = [name for name, (_, files) in inside.items() if not any(map(is_image, files))]
     nested = [name for name in empty if name in below]
     if nested:
@@ -196,7 +208,8 @@ def left_out(images: Path, files: Sequence[str], inside: Mapping[str, tuple[list
         (empty, f"{len(empty)} folders without images are no classes: {first_few(empty)}"),
         (below, f"{n_below} images in subfolders of class folders are left out: in {first_few(list(below))}"),
         (beside, f"{len(beside)} images beside the class folders are left out: {first_few(beside)}"),
-        (others, f"{len(others)} files with an ending that no image has are left out: {first_few(others)}"),
+        (others, f"{len(others)} files with an ending that is not read are left out: {first_few(others)}"),
+        (unread, f"{len(unread)} folders cannot be read and are left out: {first_few(unread)}"),
     ]
     return tuple(f"{images}: {text}" for names, text in notes if names)
 

@@ -5,21 +5,26 @@ bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more f
 
 import argparse
 import glob
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
 from data.published import PUBLISHED
-from report.compare import compare_runs, of_same_steps
+from report.compare import compare_runs
 from run.options import PATH, whole
 from support.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
+SETUPS = {**{name: name for name in PUBLISHED}, "shapes": "demo"}
+"""Data sets with a set-up in Result_Runs.sh, and its name."""
+
 STOPPING = (2, 129, 130, 143)
 """Exit codes of a run that end the series: bad flags, or told to stop."""
 
@@ -91,8 +96,8 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def command(dataset: str, flags: Sequence[str]) -> list[str]:
     """Return the command that trains a run on a data set: with its set-up, or with main.py's defaults."""
-    if dataset in (*PUBLISHED, "shapes"):
-        return ["bash", str(ROOT / PROG), "demo" if dataset == "shapes" else dataset, *flags]
+    if dataset in SETUPS:
+        return ["bash", str(ROOT / PROG), SETUPS[dataset], *flags]
     return [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
 
 
@@ -108,10 +113,12 @@ def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
 
     margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks.
     """
-    words = command(dataset, flags)
-    if words[0] == "bash":  # Result_Runs.sh prints the flags of the set-up
-        echoed = subprocess.run(words, env=os.environ | {"PYTHON": "echo"}, stdout=subprocess.PIPE, check=True)
-        words = os.fsdecode(echoed.stdout).split()
+    words = flags
+    if dataset in SETUPS:
+        printed = subprocess.run(
+            ["bash", str(ROOT / PROG), "flags", SETUPS[dataset], *flags], stdout=subprocess.PIPE, check=True
+        )
+        words = os.fsdecode(printed.stdout).split()
     parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
     parser.add_argument("--n_epochs", type=int, default=130)
     parser.add_argument("--tau", type=int, nargs="+", default=[80])
@@ -120,7 +127,8 @@ def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
     args, _ = parser.parse_known_args(words)
     no_adversarial = ["--adv_weights", *["0"] * len(args.adv_weights)]
     margin = ["--task_p", "1", "0", *no_adversarial]
-    n_epochs, *tau = map(str, of_same_steps(args.task_p, [args.n_epochs, *args.tau]))
+    per_iteration = sum(Fraction(str(p)) for p in args.task_p)  # steps of both tasks
+    n_epochs, *tau = (str(math.ceil(per_iteration * epoch)) for epoch in (args.n_epochs, *args.tau))
     return {
         "margin": margin,
         "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],
@@ -177,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = f"{args.savename}_{value}_seed{seed}"
             own = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
             code = train(command(args.dataset, [*flags, *ablated, *own]))
-            if code in STOPPING:
+            if code in STOPPING or (code == 2 and not folders):  # bad flags are the same in all runs
                 sys.exit(code)
             if code:
                 failed.append(f"{value}_seed{seed}")

@@ -1,10 +1,9 @@
 """Stored runs against each other and against the paper."""
 
-import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +162,7 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     """
     settings = []
     groups = grouped(runs, [described(run) for run in runs])
-    names = setting_names([(flags, members[0]) for flags, members in groups])
-    for name, (flags, members) in zip(names, groups):
+    for name, (flags, members) in zip(setting_names(groups), groups):
         counted: dict[str, StoredRun] = {}
         for run in sorted(members, key=lambda run: run.folder.name):
             done, seed = epochs_done(run), seed_of(run)
@@ -178,58 +176,21 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     return settings
 
 
-def setting_names(settings: Sequence[tuple[Mapping[str, str], StoredRun]]) -> list[str]:
-    """Name settings by what differs, each given by the flags in which they differ and one of its runs.
+def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[StoredRun]]]) -> list[str]:
+    """Name settings, each given by the flags in which they differ and its runs.
 
-    First what the method is, where runs with and without Shared steps are compared; "same steps" for a baseline that
-    takes MIC's number of steps in more epochs; then the flags that differ otherwise, without values that most share.
+    Runs of a series, whose folders' names differ in _seedN only, are called by the rest of that name, less what the
+    names of a series have in common; others by the flags that differ.
     """
-    methods = [method_of(run.flags) for _, run in settings]
-    if len({words[0] for words, _ in methods}) == 1:
-        methods = [([], set())] * len(settings)
-    mining = [run.flags for (words, _), (_, run) in zip(methods, settings) if words and words[0] == "MIC"]
-    same_steps = [of_same_steps(flags["task_p"], lengths(flags)) for flags in mining]
-    names, untold = [], []
-    for (words, told), (flags, run) in zip(methods, settings):
-        is_baseline = bool(words) and words[0] != "MIC"
-        if (
-            is_baseline
-            and same_steps.count(lengths(run.flags)) == len(mining)
-            and run.flags["n_epochs"] != mining[0]["n_epochs"]
-        ):
-            words, told = [*words, "same steps"], told | {"n_epochs", "tau"}
-        names.append(list(words))
-        untold.append({name: value for name, value in flags.items() if name not in told})
-    for words, own in zip(names, untold):
-        for name, value in own.items():
-            values = [other[name] for other in untold if name in other]
-            if values.count(value) <= len(values) / 2:
-                words.append(f"{name} {value}")
-    names = [", ".join(words) for words in names]
-    in_full = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in settings]
-    return [name if name and names.count(name) == 1 else full for name, full in zip(names, in_full)]
-
-
-def method_of(flags: Mapping[str, object]) -> tuple[list[str], set[str]]:
-    """Return what a run's method is called, and the flags that this tells: MIC with Shared steps, else the loss."""
-    if not {"task_p", "adv_weights", "losses", "n_epochs", "tau"} <= flags.keys():
-        return [""], set()
-    mines, is_adversarial = flags["task_p"][-1] > 0, any(flags["adv_weights"])
-    if mines:
-        return (["MIC"], set()) if is_adversarial else (["MIC", "no adversarial term"], {"adv_weights"})
-    loss = flags["losses"][0].removesuffix("loss")
-    return ([loss, "adversarial term"], {"task_p"}) if is_adversarial else ([loss], {"task_p", "adv_weights"})
-
-
-def lengths(flags: Mapping[str, object]) -> list[int]:
-    """Return the number of epochs of a run, and those of its scheduler's epochs that it comes to."""
-    is_stepped = flags.get("scheduler", "step") == "step"
-    return [flags["n_epochs"], *(epoch for epoch in flags["tau"] if is_stepped and epoch < flags["n_epochs"])]
-
-
-def of_same_steps(task_p: Sequence[float], epochs: Sequence[int]) -> list[int]:
-    """Return the epochs after which the Class task alone has taken as many steps as both tasks after these."""
-    return [math.ceil(sum(Fraction(str(p)) for p in task_p) * epoch) for epoch in epochs]
+    stems = []
+    for _, members in groups:
+        names = {re.sub(r"_seed\d+(_\d+)?$", "", run.folder.name) for run in members}
+        is_series = len(names) == 1 and names.isdisjoint(run.folder.name for run in members)
+        stems.append(names.pop() if is_series else "")
+    common = os.path.commonprefix([stem for stem in stems if stem])
+    start = common.rfind("_") + 1 if len(stems) > 1 else 0
+    by_flags = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in groups]
+    return [stem[start:] if stem and stems.count(stem) == 1 else full for stem, full in zip(stems, by_flags)]
 
 
 def grouped(

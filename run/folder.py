@@ -340,7 +340,7 @@ class Run:
         ]
         text = "\n".join(lines) + "\n"
         if self.writes:
-            write_file(self.folder / "Curr_Summary_Class.txt", text.encode())
+            write_file(self.folder / "Curr_Summary_Class.txt", text.encode(errors="surrogateescape"))
         return text
 
 
@@ -469,7 +469,7 @@ def write_flags(folder: Path, flags: Mapping[str, object]) -> None:
     for name, value in flags.items():
         shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
         lines.append(f"{name:<{width}}  {shown}\n")
-    write_file(folder / "Parameter_Info.txt", "".join(lines).encode())
+    write_file(folder / "Parameter_Info.txt", "".join(lines).encode(errors="surrogateescape"))
 
 
 class PlainUnpickler(pickle.Unpickler):

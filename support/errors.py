@@ -56,11 +56,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         """Parse, and remember in `given` which flags were there; see argparse."""
-        parsed = super().parse_args(args, namespace)
-        absent = object()
-        marked = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(parsed), absent)))
-        self.given = frozenset(name for name, value in vars(marked).items() if value is not absent)
-        return parsed
+        absent, defaults = object(), {action.dest: action.default for action in self._actions}
+        defaults.pop("help", None)
+        parsed = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, absent))))
+        self.given = frozenset(name for name, value in parsed.items() if value is not absent)
+        return argparse.Namespace(
+            **{name: defaults[name] for name in parsed} | {name: parsed[name] for name in self.given}
+        )
 
     def error(self, message: str) -> None:
         """Exit with the message; of several processes the first one prints it."""
@@ -97,7 +99,7 @@ def stop_reason(error: BaseException) -> str | None:
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
     cause = told(error, OUT_OF_MEMORY)
     if cause:
-        return f"out of memory ({cause}): free some, or train with a smaller --bs or --img_size"
+        return f"out of memory ({cause}): free some; a new run takes less with a smaller --bs or --img_size"
     cause = told(error, LITTLE_SHARED_MEMORY) or (is_of_loaders_start(error) and told(error, "No space left"))
     if cause:
         reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
@@ -109,8 +111,10 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
         return f"lost another process of the run ({cause})"
-    if str(error).startswith("DataLoader worker"):
+    if str(error).startswith(("DataLoader worker", "CUDA error", "cuDNN error")):
         return first_line(error)
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return f"--compile: torch.compile cannot be used here ({first_line(error)})"
     return None
 
 

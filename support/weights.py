@@ -3,13 +3,13 @@
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from support.errors import InputError, first_few, first_line
+from support.errors import OUT_OF_MEMORY, InputError, first_line, told
 from support.packages import imported
 
 CHECKPOINT_FORMAT = 3
@@ -45,7 +45,11 @@ def read_file(path: str | Path, source: str) -> object:
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from error
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
+        if told(error, OUT_OF_MEMORY):
+            raise
         pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
         kind = type(error).__name__
         reason = f"cannot be read ({kind}); it is damaged or truncated, or was not written by torch.save"
@@ -129,21 +133,3 @@ def download(fetch: Callable[[], dict[str, Tensor]], arch: str, cache: Path | No
         reason = first_line(error)
         raise InputError(f"the pretrained {arch} weights cannot be read ({reason}): delete the damaged file "
                          f"{cache or 'in the cache'}, or {elsewhere}") from error  # fmt: skip
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str, arch: str) -> None:
-    """Copy a state dict into a module; each name must be on both sides, in the same shape.
-
-    Counters of batches may be missing: old state dicts do not have them. Raises InputError that names the first keys
-    that do not fit.
-    """
-    own = module.state_dict()
-    problems = {
-        "missing": [key for key in own if key not in state and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [key for key in own if key in state and state[key].shape != own[key].shape],
-    }
-    shown = "; ".join(f"{len(keys)} {kind}: {first_few(keys)}" for kind, keys in problems.items() if keys)
-    if shown:
-        raise InputError(f"{source}: not the weights of {arch} ({shown})")
-    module.load_state_dict(dict(state), strict=False)

@@ -139,11 +139,7 @@ def test_means_are_over_finished_runs_that_differ_in_the_seed_only(tmp_path, cap
     assert " ".join(lines[1].split()) == "2500 0.5000 +- 0.1414 (2 runs) 0.5000 +- 0.1414 (2 runs) 0.7000 0.7000"
     compare.compare_runs([runs], plot=plot)
     assert left_out(capsys.readouterr().out) == reasons
-    names = [
-        "adv_weights 2500.0, images 0123456789ab (2 runs)",
-        "adv_weights 0.0 (1 run)",
-        "images fedcba987654 (1 run)",
-    ]
+    names = ["a (2 runs)", "b (1 run)", "adv_weights 2500.0, images fedcba987654 (1 run)"]
     assert [name for name in names if f">{name}<" in plot.read_text()] == names
 
 
@@ -213,35 +209,29 @@ def test_a_run_without_the_flag_is_told_apart_in_recall_over_it(tmp_path, capsys
     ]  # fmt: skip
 
 
-def names_of(tmp_path, *settings):
-    """Return the names of settings given by flags that differ from MIC's of 10 epochs."""
-    mic = {"task_p": [1.0, 0.8], "adv_weights": [500.0], "losses": ["marginloss", "marginloss"], "n_epochs": 10}
-    for i, flags in enumerate(settings):
-        write_run(tmp_path / str(i), [0.5], **mic | {"tau": [8], "lr": 0.1} | flags)
-    runs = compare.read_runs([tmp_path / str(i) for i in range(len(settings))])
-    return [setting.name for setting in compare.settings_of(list(runs.values()))]
-
-
-PLAIN = {"task_p": [1.0, 0.0], "adv_weights": [0.0]}
-
-
 @pytest.mark.parametrize(
-    ("settings", "names"),
+    ("runs", "names"),
     [
-        ([{}, PLAIN], ["MIC", "margin"]),
-        ([{}, PLAIN | {"n_epochs": 18, "tau": [15]}], ["MIC", "margin, same steps"]),
-        ([{}, PLAIN | {"n_epochs": 16}], ["MIC, n_epochs 10", "margin, n_epochs 16"]),
-        ([{"lr": 0.2}, PLAIN], ["MIC, lr 0.2", "margin, lr 0.1"]),
-        ([{"tau": [80]}, PLAIN | {"n_epochs": 18, "tau": [80]}], ["MIC", "margin, same steps"]),
-        ([{"adv_weights": [0.0]}, PLAIN, {}], ["MIC, no adversarial term", "margin", "MIC"]),
-        ([{"task_p": [1.0, 0.0]}, PLAIN, {}], ["margin, adversarial term", "margin", "MIC"]),
-        ([{}, {"n_epochs": 20}, PLAIN, PLAIN | {"n_epochs": 20}],
-         ["MIC, n_epochs 10", "MIC, n_epochs 20", "margin, n_epochs 10", "margin, n_epochs 20"]),
-        ([{"adv_weights": [1.0]}, {"adv_weights": [2.0]}], ["adv_weights 1.0", "adv_weights 2.0"]),
+        ({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, ["lr 0.1", "lr 0.2"]),
+        ({"a": {"lr": 0.1}, "b": {"lr": 0.1, "seed": 2}}, ["all runs"]),
+        (
+            {
+                "s_mine_margin_seed1": {"lr": 0.1},
+                "s_mine_margin_steps_seed1": {"lr": 0.2},
+                "s_mine_mic_seed1": {},
+            },
+            ["margin", "margin_steps", "mic"],
+        ),
+        ({"s_margin_seed1": {"lr": 0.1}, "s_margin_seed2": {"lr": 0.1, "seed": 2}}, ["s_margin"]),
+        ({"s_margin_seed1": {"lr": 0.1}, "other": {"lr": 0.2}}, ["margin", "lr 0.2"]),
+        ({"s_margin_seed1": {"lr": 0.1}, "s_margin_seed1_1": {"lr": 0.2}}, ["lr 0.1", "lr 0.2"]),  # one name for two
     ],
-)  # fmt: skip
-def test_settings_are_named_by_what_differs(tmp_path, settings, names):
-    assert names_of(tmp_path, *settings) == names
+)
+def test_settings_of_a_series_are_named_by_their_folders_and_others_by_what_differs(tmp_path, runs, names):
+    for name, flags in runs.items():
+        write_run(tmp_path / name, [0.5], **{"lr": 0.3, "seed": 1} | flags)
+    stored = compare.read_runs([tmp_path / name for name in runs])
+    assert [setting.name for setting in compare.settings_of(list(stored.values()))] == names
 
 
 def test_values_of_a_flag_are_sorted_by_size():
@@ -308,7 +298,7 @@ def test_differences_of_several_data_and_test_sets(tmp_path):
     assert set(gaps["test set"]) == {"Set 1"}  # the paper has none of the medium set
     table = table[(table["run"] == "difference, mean of 2") & (table["at"] == "last")].set_index("test set")
     assert table["Recall @ 1"].to_dict() == {"Set 1": 0.0, "Set 2": pytest.approx(0.1)}
-    assert ">vehicle_id Set 2, adv_weights 9.0<" in plot.read_text()
+    assert ">vehicle_id Set 2, mic<" in plot.read_text()
     assert "difference in NMI" not in plot.read_text()  # which some run lacks
 
 

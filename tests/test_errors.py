@@ -248,7 +248,7 @@ def test_out_of_memory_is_one_line_that_names_what_needs_less():
     for cause, error in errors.items():
         reason = stop_reason(error)
         assert reason.startswith(f"out of memory ({cause}"), reason
-        assert reason.endswith("): free some, or train with a smaller --bs or --img_size")
+        assert reason.endswith("): free some; a new run takes less with a smaller --bs or --img_size")
 
 
 def test_a_run_does_not_need_a_stdout_that_is_a_file(class_folders, tmp_path, monkeypatch):

@@ -322,7 +322,7 @@ def test_features_beyond_float16_are_told_from_weights_that_are_damaged(output):
     batches = [(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(2))]
     for amp in ("none", "bf16"):
         assert np.isfinite(evaluate.extract_features(network, batches, [output], amp)[output]).all()
-    beyond = f"{output} features are not finite, though its weights are: float16 ends at 65504; try --amp bf16 or none"
+    beyond = f"{output} features are not finite, though its weights are: float16 ends at 65504; train with --amp bf16"
     with pytest.raises(DivergedError, match=beyond):
         evaluate.extract_features(network, batches, [output], "fp16")
     network.backbone.layers.weight.data[0] = torch.nan

@@ -393,7 +393,7 @@ def test_what_is_no_image_of_a_class_is_counted_and_left_out(tmp_path):
     assert train.warnings == (
         f"{images}: 2 images in subfolders of class folders are left out: in class_02",
         f"{images}: 1 images beside the class folders are left out: 2.jpg",
-        f"{images}: 3 files with an ending that no image has are left out: class_00/Thumbs.db, class_01/desktop.ini, "
+        f"{images}: 3 files with an ending that is not read are left out: class_00/Thumbs.db, class_01/desktop.ini, "
         "class_01/notes.txt",
     )
     assert set(train.warnings) <= set(datasets.count_warnings("mine", train, tests))
@@ -425,3 +425,18 @@ def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
     write_class_folders(tmp_path / "tiny")
     (tmp_path / "tiny" / "images" / "more").symlink_to("more")
     assert message_of("tiny", tmp_path).endswith("images: 1 dead links: more; mend or remove them")
+
+
+def test_what_disks_and_file_servers_make_is_no_class_and_errors_say_what_was_left_out(tmp_path):
+    images = write_class_folders(tmp_path / "mine") / "images"
+    for name in ("@eaDir", "lost+found", "class_00/@eaDir"):
+        (images / name).mkdir()
+    (images / "class_00" / "@eaDir" / "0.jpg").write_bytes((images / "class_00" / "0.jpg").read_bytes())
+    assert datasets.load_dataset("mine", tmp_path)[0].warnings == ()
+    for path in images.glob("class_*/*.jpg"):
+        path.rename(path.with_suffix(".heic"))
+    message = message_of("mine", tmp_path)
+    assert "holds 0 classes with images; at least 4 are needed" in message
+    assert "20 files with an ending that is not read are left out: class_00/0.heic" in message
+    (write_class_folders(tmp_path / "other") / "images").rename(tmp_path / "shapes")
+    assert "is the built-in set, and" in message_of("shapes", tmp_path)

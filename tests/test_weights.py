@@ -116,7 +116,7 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 
 CHECKPOINT = {part: dict.fromkeys(sorted(keys)) for part, keys in weights.NEEDED.items()}
-CHECKPOINT |= {"format": 2, "state_dict": {"weight": torch.zeros(2)}}
+CHECKPOINT |= {"format": weights.CHECKPOINT_FORMAT, "state_dict": {"weight": torch.zeros(2)}}
 
 
 def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
@@ -132,7 +132,7 @@ def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
     [
         {"format": 1},
         {"format": None},
-        {"format": [2]},
+        {"format": [weights.CHECKPOINT_FORMAT]},
         {"format": torch.ones(2)},
         {"flags": [1]},
         {"flags": {"bs": 8}},
@@ -150,7 +150,7 @@ def test_other_files_are_no_checkpoints(tmp_path, change):
 
 
 def test_lists_state_dicts_and_parts_are_no_checkpoints(tmp_path):
-    for content in ([1], CHECKPOINT["state_dict"], {"format": 2}):
+    for content in ([1], CHECKPOINT["state_dict"], {"format": weights.CHECKPOINT_FORMAT}):
         torch.save(content, tmp_path / "checkpoint.pth.tar")
         assert "no checkpoint of this version" in refusal(weights.read_checkpoint, tmp_path)
 
@@ -166,45 +166,6 @@ def test_a_folder_without_the_checkpoint_names_those_it_has(tmp_path):
         f"{tmp_path}: no checkpoint.pth.tar in this folder; name one of its checkpoints: checkpoint_set1.pth.tar, "
         "last.pth.tar"
     )
-
-
-def module():
-    return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-
-
-def fit(changes):
-    """Load the state of one module, changed (None: without it), into another."""
-    state = {name: values for name, values in (module().state_dict() | changes).items() if values is not None}
-    target = module()
-    weights.load_strictly(target, state, "--weights x.pth", "resnet50")
-    return state, target.state_dict()
-
-
-@pytest.mark.parametrize("changes", [{}, {"1.num_batches_tracked": None}])
-def test_all_values_are_copied_and_counters_may_be_missing(changes):
-    state, loaded = fit(changes)
-    assert all((loaded[name] == values).all() for name, values in state.items())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"0.weight": None}, "1 missing: 0.weight"),
-        ({"1.running_mean": None}, "1 missing: 1.running_mean"),
-        (
-            dict.fromkeys(["0.weight", "0.bias", "1.weight", "1.bias"]),
-            "4 missing: 0.weight, 0.bias, 1.weight, ...",
-        ),
-        ({"2.weight": torch.zeros(1)}, "1 unexpected: 2.weight"),
-        ({"0.weight": torch.zeros(2, 4)}, "1 of another shape: 0.weight"),
-        (
-            {"0.bias": None, "more": torch.zeros(1), "1.bias": torch.zeros(())},
-            "1 missing: 0.bias; 1 unexpected: more; 1 of another shape: 1.bias",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_named(changes, message):
-    assert refusal(fit, changes) == f"--weights x.pth: not the weights of resnet50 ({message})"
 
 
 @pytest.fixture

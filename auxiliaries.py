@@ -100,9 +100,9 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def n_workers(wanted: int) -> int:
+def n_workers(most: int) -> int:
     """Return how many loader workers this process starts: its share of those wanted, which are one per core at most."""
-    return max(min(wanted, n_cores()) // processes.local_world_size(), min(wanted, 1))
+    return max(min(most, n_cores()) // processes.local_world_size(), min(most, 1))
 
 
 def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:

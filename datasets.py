@@ -289,11 +289,11 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     """Return a line for counts that differ from the published ones, classes that both train and test, images that a
     split holds twice, and what the reader found."""
     sets, warnings = {"train": train, **tests}, []
-    found = {split: row[:2] for split, row in split_table(train, tests).items()}
-    found["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
+    counted = {split: row[:2] for split, row in split_table(train, tests).items()}
+    counted["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
     for split, (n_classes, n_images) in known_of(name).counts.items():
-        if found[split] != (n_classes, n_images):
-            counts = "{} classes with {} images".format(*found[split])
+        if counted[split] != (n_classes, n_images):
+            counts = "{} classes with {} images".format(*counted[split])
             warnings.append(f"{name}, {split}: {counts}; officially {n_classes} with {n_images}")
     for split, images in sets.items():
         where = f"{name}, {split}"

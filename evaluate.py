@@ -107,10 +107,10 @@ def retrieval_scores(
     points = torch.as_tensor(np.asarray(embeddings), device=device).double()
     points = points - points.mean(0)  # around the origin, float32 products tell distances apart best
     points = (points / points.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)).float()
-    found = [np.empty((0, 3))]
+    rows = [np.empty((0, 3))]
     with auxiliaries.full_precision_products():
-        found += class_ranks(points, labels, queries[share.start : share.stop], np.flatnonzero(is_gallery), block_size)
-    first_hits, average_precisions, r_precisions = processes.gather_rows(np.concatenate(found)).T
+        rows += class_ranks(points, labels, queries[share.start : share.stop], np.flatnonzero(is_gallery), block_size)
+    first_hits, average_precisions, r_precisions = processes.gather_rows(np.concatenate(rows)).T
     recalls = {f"Recall @ {k}": float((first_hits < k).mean()) for k in k_vals}
     return recalls | {"mAP @ R": float(average_precisions.mean()), "R-Precision": float(r_precisions.mean())}
 
@@ -129,35 +129,41 @@ def class_ranks(
     """
     device = points.device
     gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of columns
-    place = np.full(len(labels), -1)
-    place[gallery] = np.arange(len(gallery))
-    starts, stops = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
-    starts, sizes, places = (
-        torch.as_tensor(i, device=device)[:, None] for i in (starts, stops - starts, place[queries])
+    column_of = np.full(len(labels), -1)  # of a point that is not in the gallery
+    column_of[gallery] = np.arange(len(gallery))
+    first, stop = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
+    # Of each query, (Q, 1): the first column of its class, the size of its class, its own column
+    first_columns, sizes, own_columns = (
+        torch.as_tensor(values, device=device)[:, None] for values in (first, stop - first, column_of[queries])
     )
-    offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)
+    offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)  # (C,), of the largest class
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
         block = torch.arange(start, min(start + block_size, len(queries)), device=device)
         left = points[torch.as_tensor(queries, device=device)[block]]
+        # x.y - |y|^2/2 of each query x and gallery point y, (B, G): the larger, the nearer
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
+        # The columns of the query's class, (B, C), padded where the class is smaller; positives are in it, but not x
         in_class = offsets < sizes[block]
-        columns = (starts[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
-        to_class = closeness.gather(1, columns)  # of the query to the points of its class
-        is_wanted = in_class & (columns != places[block])
-        own = to_class.masked_fill(~is_wanted, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
-        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, to_class))  # leaves other classes
-        n_wanted = is_wanted.sum(1, keepdim=True)
-        first_hits = torch.where(n_wanted[:, 0] > 0, count_at_least(closeness, own[:, :1]), torch.inf)
-        others = largest_values(closeness, min(max(int(n_wanted.max()), 1), len(gallery)))
-        n_own = torch.arange(1, own.shape[1] + 1, device=device)
-        ranks = n_own + torch.searchsorted(-others, -own, right=True)
-        is_found = is_wanted.sort(dim=1, descending=True).values & (ranks <= n_wanted)
-        precisions = [(is_found * n_own / ranks.double()).sum(1), is_found.sum(1).double()]
-        found = torch.stack([first_hits, *(total / n_wanted[:, 0].clamp_min(1) for total in precisions)], 1)
-        yield found.cpu().numpy()
+        columns = (first_columns[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
+        to_class = closeness.gather(1, columns)
+        is_positive = in_class & (columns != own_columns[block])
+        n_positives = is_positive.sum(1, keepdim=True)
+        # Closeness to the positives, nearest first, (B, C), lowered so that ties count against the query
+        positives = to_class.masked_fill(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
+        # What is left are the negatives: those at least as near as the nearest positive come before the first hit
+        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, to_class))
+        first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(closeness, positives[:, :1]), torch.inf)
+        # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
+        negatives = largest_values(closeness, min(max(int(n_positives.max()), 1), len(gallery)))
+        nth = torch.arange(1, positives.shape[1] + 1, device=device)
+        ranks = nth + torch.searchsorted(-negatives, -positives, right=True)
+        is_hit = is_positive.sort(dim=1, descending=True).values & (ranks <= n_positives)
+        totals = [(is_hit * nth / ranks.double()).sum(1), is_hit.sum(1).double()]
+        rows = torch.stack([first_hits, *(total / n_positives[:, 0].clamp_min(1) for total in totals)], 1)
+        yield rows.cpu().numpy()
 
 
 def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
@@ -281,9 +287,9 @@ def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: in
     points = torch.as_tensor(embeddings).double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     nearest = distances.topk(min(k, len(labels) - 1), largest=False, sorted=True).indices.numpy()
-    found = labels[nearest]
-    votes = (found[:, :, None] == found[:, None, :]).sum(2)
-    return float((found[np.arange(len(found)), votes.argmax(1)] == labels).mean())
+    labels_nearby = labels[nearest]
+    votes = (labels_nearby[:, :, None] == labels_nearby[:, None, :]).sum(2)
+    return float((labels_nearby[np.arange(len(labels_nearby)), votes.argmax(1)] == labels).mean())
 
 
 def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -363,8 +369,8 @@ def score_run(args: argparse.Namespace) -> None:
     the embeddings where asked for. Raises InputError.
     """
     run = Path(args.run[0])
-    found = weights.checkpoints_of(run, args.checkpoint)
-    flags = weights.read_checkpoint(found[0])["flags"]
+    checkpoints = weights.checkpoints_of(run, args.checkpoint)
+    flags = weights.read_checkpoint(checkpoints[0])["flags"]
     dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
     train_images, tests = datasets.load_dataset(dataset, source)
     sources = {VALIDATION: ("train", train_images)} | {name: (name, images) for name, images in tests.items()}
@@ -378,7 +384,7 @@ def score_run(args: argparse.Namespace) -> None:
     device = auxiliaries.pick_device(args.gpu)
     for name, images in tests.items():
         own = run / f"checkpoint{folder.file_suffix(name)}.pth.tar"
-        path = own if own in found else found[0]
+        path = own if own in checkpoints else checkpoints[0]
         stored = weights.read_checkpoint(path)
         flags, rows = stored["flags"], stored["progress"]["rows"]
         embeddings = embed(path, flags, images, args.embedding, args.kernels, device)

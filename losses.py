@@ -271,9 +271,9 @@ class ProxyNCALoss(nn.Module):
             embeddings = F.normalize(full_precision(embeddings), dim=1)
             cosines = embeddings @ F.normalize(self.proxies, dim=1).to(embeddings.dtype).T
             squared = 2 * self.SCALE**2 * (1 - cosines)
-            own = labels[:, None]
-            to_others = (-squared).scatter(1, own, -torch.inf)
-            return (squared.gather(1, own).squeeze(1) + to_others.logsumexp(1)).mean()
+            of_class = labels[:, None]
+            to_others = (-squared).scatter(1, of_class, -torch.inf)
+            return (squared.gather(1, of_class).squeeze(1) + to_others.logsumexp(1)).mean()
 
     def param_groups(self) -> list[dict]:
         """Return the optimiser groups: the proxies, without weight decay."""
@@ -409,9 +409,9 @@ def build_objective(
     """
     task_losses, adversaries = {}, {}
     for name, task in tasks.items():
-        own = {flag: getattr(task, flag) for flag in ("margin", "beta", "beta_lr", "nu", "proxy_lr")}
+        values = {flag: getattr(task, flag) for flag in ("margin", "beta", "beta_lr", "nu", "proxy_lr")}
         sizes = {"n_classes": n_classes[name], "embed_size": task.embed_sizes}
-        task_losses[name] = build_loss(task.losses, task.sampling, **sizes, **own)
+        task_losses[name] = build_loss(task.losses, task.sampling, **sizes, **values)
     for direction, weight in directions.items():
         if weight > 0:
             target, source = (tasks[name].embed_sizes for name in direction.split("-"))

@@ -50,9 +50,9 @@ def draw_recoveries(
     distances[queries[:, None] == gallery] = np.inf
     neighbours = gallery[np.argsort(distances, axis=1, kind="stable")[:, :n_neighbours]]
     rows = []
-    for query, found in zip(queries, neighbours, strict=True):
-        kinds = ["same" if images.labels[index] == images.labels[query] else "other" for index in found]
-        tiles = [read_tile(images, index, kind) for index, kind in zip(found, kinds) if index != query]
+    for query, nearest in zip(queries, neighbours, strict=True):
+        kinds = ["same" if images.labels[index] == images.labels[query] else "other" for index in nearest]
+        tiles = [read_tile(images, index, kind) for index, kind in zip(nearest, kinds) if index != query]
         rows.append([read_tile(images, query, "query"), *tiles])
     legend = "left: query;  ✓ solid: of its class;  ✗ dashed: of another class"
     draw_sheet(path, [title, legend], [""] * len(rows), rows)

@@ -189,16 +189,16 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
     """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times."""
-    found = []
+    doubtful = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
-        found.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
+        doubtful.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
-        found.append(
+        doubtful.append(
             f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and {n_classes} classes "
             "train; a smaller batch repeats less"
         )
-    return found
+    return doubtful
 
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:

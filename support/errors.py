@@ -97,10 +97,10 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, (InputError, StoppedError)):
         # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
-    cause = told(error, OUT_OF_MEMORY)
+    cause = line_with(error, OUT_OF_MEMORY)
     if cause:
         return f"out of memory ({cause}): free some; a new run takes less with a smaller --bs or --img_size"
-    cause = told(error, LITTLE_SHARED_MEMORY) or (is_of_loaders_start(error) and told(error, "No space left"))
+    cause = line_with(error, LITTLE_SHARED_MEMORY) or (is_of_loaders_start(error) and line_with(error, "No space left"))
     if cause:
         reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
         return f"{reason}: give --kernels 0, or in Docker --shm-size=1g"
@@ -118,7 +118,7 @@ def stop_reason(error: BaseException) -> str | None:
     return None
 
 
-def told(error: BaseException, pattern: str) -> str | None:
+def line_with(error: BaseException, pattern: str) -> str | None:
     """Return what the system or a library says is wrong, its own or in a loader's worker, in two sentences at most.
 
     pattern: of the line that says it, a regular expression; None where there is no such line.

@@ -59,10 +59,10 @@ class TimmBackbone(nn.Module):
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
         """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
         options = {"indices": [self.early], "stop_early": not with_pooled, "intermediates_only": not with_pooled}
-        found = self.layers.forward_intermediates(images, **options)
+        intermediates = self.layers.forward_intermediates(images, **options)
         if not with_pooled:
-            return found[0], None
-        features, (early_maps,) = found
+            return intermediates[0], None
+        features, (early_maps,) = intermediates
         return early_maps, self.layers.forward_head(features, pre_logits=True)
 
 
@@ -137,8 +137,8 @@ class LibraryLoss(nn.Module):
 def asks_for(kind: type, argument: str) -> bool:
     """Tell whether the constructor of a class, or one that it passes its arguments on to, has no default for this."""
     signatures = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
-    found = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
-    return any(parameter.default is inspect.Parameter.empty for parameter in found)
+    parameters = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
+    return any(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
 def library_loss(name: str) -> type[nn.Module]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.errors import OUT_OF_MEMORY, InputError, first_line, told
+from support.errors import OUT_OF_MEMORY, InputError, first_line, line_with
 from support.packages import imported
 
 CHECKPOINT_FORMAT = 3
@@ -48,7 +48,7 @@ def read_file(path: str | Path, source: str) -> object:
     except OSError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from error
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
-        if told(error, OUT_OF_MEMORY):
+        if line_with(error, OUT_OF_MEMORY):
             raise
         pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
         kind = type(error).__name__
@@ -94,10 +94,10 @@ def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
         return [run / checkpoint if (run / checkpoint).is_file() else Path(checkpoint)]
     if not run.exists():
         raise InputError(f"{run}: no such run folder or checkpoint file")
-    found = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
-    if not found:
+    checkpoints = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
+    if not checkpoints:
         raise InputError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
-    return found
+    return checkpoints
 
 
 def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") -> dict[str, dict]:

@@ -49,7 +49,7 @@ setup_flags() { # NAME: sets `flags` to main.py's flags of a set-up
             ;;
         *)
             echo "Result_Runs.sh: error: no set-up '$1'; one of demo, cub200, cars196, online_products, in-shop," \
-                "vehicle_id, all, flags, ablation" >&2
+                "vehicle_id; bash Result_Runs.sh --help says what else there is" >&2
             exit 2
             ;;
     esac
@@ -69,8 +69,9 @@ case $name in
         ;;
     all)
         failed=()
-        trap 'kill "$child"; wait "$child"; exit 143' TERM
-        trap 'wait "$child"; exit 130' INT
+        child=
+        trap 'kill $child 2>/dev/null || true; wait $child || true; exit 143' TERM
+        trap 'wait $child || true; exit 130' INT
         for each in cub200 cars196 online_products in-shop vehicle_id; do
             (run "$each" "$@") &
             child=$!

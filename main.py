@@ -157,7 +157,7 @@ def get_args_parser() -> OneLineParser:
         help="go on with the run in this folder as if it had not been interrupted, with its "
         "flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may be given anew")
     add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
-        "there is one; one with other flags is refused")
+        "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "

@@ -128,8 +128,7 @@ def read_with_pillow(path: str) -> torch.Tensor:
 def image_size(path: str) -> tuple[int, int]:
     """Return (height, width) from an image file's header, as read_image turns it. Raises InputError that names it."""
     with opened_image(path) as image:
-        exif = Image.Image.getexif(image)  # that of a PNG would decode it
-        is_on_its_side = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         if is_on_its_side and image.format != "TIFF":  # whose size Pillow turns by itself
             return image.width, image.height
         return image.height, image.width
@@ -140,8 +139,11 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     """Open an image file with Pillow. Raises InputError that names the file for whatever goes wrong with it."""
     try:
         with Image.open(path) as image:
+            if image.format == "PNG" and "Raw profile type exif" not in image.info:
+                image.info.setdefault("exif", b"")  # else it is decoded to look for one behind the pixels
             for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
                 image.info.pop(name, None)
+            image.getexif()  # is kept: what stands behind the pixels does not count
             yield image
     except MemoryError:
         raise

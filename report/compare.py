@@ -179,18 +179,16 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
 def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[StoredRun]]]) -> list[str]:
     """Name settings, each given by the flags in which they differ and its runs.
 
-    Runs of a series, whose folders' names differ in _seedN only, are called by the rest of that name, less what the
-    names of a series have in common; others by the flags that differ.
+    Runs of a series, whose folders' names differ in _seedN only, are called by the rest of that name, without the
+    ablation_SERIES that Result_Runs.sh puts in front; others by the flags that differ.
     """
-    stems = []
+    names = []
     for _, members in groups:
-        names = {re.sub(r"_seed\d+(_\d+)?$", "", run.folder.name) for run in members}
-        is_series = len(names) == 1 and names.isdisjoint(run.folder.name for run in members)
-        stems.append(names.pop() if is_series else "")
-    common = os.path.commonprefix([stem for stem in stems if stem])
-    start = common.rfind("_") + 1 if len(stems) > 1 else 0
+        stems = {re.sub(r"_seed\d+(_\d+)?$", "", run.folder.name) for run in members}
+        is_series = len(stems) == 1 and stems.isdisjoint(run.folder.name for run in members)
+        names.append(re.sub(r"^ablation_[^_]+_", "", stems.pop()) if is_series else "")
     by_flags = [", ".join(map(" ".join, flags.items())) or "all runs" for flags, _ in groups]
-    return [stem[start:] if stem and stems.count(stem) == 1 else full for stem, full in zip(stems, by_flags)]
+    return [name if name and names.count(name) == 1 else full for name, full in zip(names, by_flags)]
 
 
 def grouped(

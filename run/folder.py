@@ -38,9 +38,9 @@ LOGS = {
 }
 """The CSV files of a run folder, by the names of their rows in a checkpoint."""
 
-FILES = ("hypa.pkl", "Parameter_Info.txt", "Curr_Summary_Class.txt", "InfoPlot_*.svg", "sample_recoveries*.png")
-FILES += ("mined_clusters.png", "network.svg", "tensorboard", "*.pth.tar", ".*.tmp", ".lock", *LOGS.values())
-"""All that a run writes into its folder."""
+FIRST_FILES = ("hypa.pkl", "Parameter_Info.txt", "log_mining.csv", "mined_clusters.png", "network.svg", "tensorboard")
+FIRST_FILES += (".lock", ".*.tmp")
+"""All that a run writes before its first last.pth.tar."""
 
 Row = dict[str, object]
 """A row of a log, {column of its CSV: value}, None for what was left out."""
@@ -148,10 +148,11 @@ class Run:
         """Make and lock the folder of a new run, and write the flags as far as they are known."""
         if not self.is_new:
             return self
-        made = make_folder(self.folder, self.may_take_over) if self.writes else []
-        self.made = processes.broadcast(made)
-        self.folder = self.made[-1]
         try:
+            if self.writes:
+                self.made = make_folder(self.folder, self.may_take_over)
+                self.folder = self.made[-1]
+            self.folder = processes.broadcast(self.folder)
             self._lock()
             if self.writes:
                 if (self.folder / LAST).exists():
@@ -189,9 +190,10 @@ class Run:
             raise StoppedError(f"{reason}; {self._hint()}") from error
 
     def _remove(self) -> None:
-        """Remove the folders that this run made, unless something lies in them that no run writes."""
-        for path in [path for name in FILES for path in self.folder.glob(name) if self.is_locked]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Remove the folders that this run made, unless something lies in them that it did not write."""
+        with contextlib.suppress(OSError):  # what ended the run is to be told
+            for path in first_files(self.folder) if self.is_locked else []:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         remove_empty(self.made)
 
     def _hint(self) -> str:
@@ -393,10 +395,15 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
+def first_files(folder: Path) -> list[Path]:
+    """Return what lies in a folder of FIRST_FILES."""
+    return [path for name in FIRST_FILES for path in folder.glob(name)]
+
+
 def is_left_over(folder: Path) -> bool:
-    """Tell whether a folder holds nothing but what a run writes before it has stored anything to go on with."""
-    written = {path for name in FILES for path in folder.glob(name)}
-    return folder.is_dir() and not (folder / LAST).exists() and written == set(folder.iterdir())
+    """Tell whether a folder is of a run that was killed before it had stored anything: it holds nothing else."""
+    files = set(first_files(folder))
+    return folder / ".lock" in files and files == set(folder.iterdir())
 
 
 def try_file_system(folder: Path) -> None:
@@ -428,10 +435,9 @@ def locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
     except (OSError, NotImplementedError, UserWarning) as error:
-        (folder / ".lock").unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSYS)
         raise InputError(
-            f"--save_path: the file system of {folder} cannot lock files ({reason}); give another folder"
+            f"{folder}: its file system cannot lock files ({reason}); keep runs on another one, see --save_path"
         ) from error
     try:
         yield

@@ -1,6 +1,6 @@
 """What a user is told when something ends a program, and with which exit code.
 
-2: bad input, before anything is made. 1: a run that cannot go on. 128 + N: stopped by signal N.
+2: bad input, before training. 1: a run that cannot go on. 128 + N: stopped by signal N.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     given: frozenset[str] = frozenset()
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse, and remember in `given` which flags were there; see argparse."""
         absent, defaults = object(), {action.dest: action.default for action in self._actions}
         defaults.pop("help", None)

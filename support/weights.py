@@ -1,4 +1,4 @@
-"""Files of weights and checkpoints: read without executing anything in them, and fitted to a network strictly."""
+"""Files of weights and checkpoints, read without executing anything in them."""
 
 import os
 import re

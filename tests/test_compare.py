@@ -215,15 +215,11 @@ def test_a_run_without_the_flag_is_told_apart_in_recall_over_it(tmp_path, capsys
         ({"a": {"lr": 0.1}, "b": {"lr": 0.2}}, ["lr 0.1", "lr 0.2"]),
         ({"a": {"lr": 0.1}, "b": {"lr": 0.1, "seed": 2}}, ["all runs"]),
         (
-            {
-                "s_mine_margin_seed1": {"lr": 0.1},
-                "s_mine_margin_steps_seed1": {"lr": 0.2},
-                "s_mine_mic_seed1": {},
-            },
-            ["margin", "margin_steps", "mic"],
+            {"ablation_mining_no_norm_seed1": {"lr": 0.1}, "ablation_mining_no_adversarial_seed1": {"lr": 0.2}},
+            ["no_norm", "no_adversarial"],
         ),
         ({"s_margin_seed1": {"lr": 0.1}, "s_margin_seed2": {"lr": 0.1, "seed": 2}}, ["s_margin"]),
-        ({"s_margin_seed1": {"lr": 0.1}, "other": {"lr": 0.2}}, ["margin", "lr 0.2"]),
+        ({"s_margin_seed1": {"lr": 0.1}, "other": {"lr": 0.2}}, ["s_margin", "lr 0.2"]),
         ({"s_margin_seed1": {"lr": 0.1}, "s_margin_seed1_1": {"lr": 0.2}}, ["lr 0.1", "lr 0.2"]),  # one name for two
     ],
 )

@@ -265,7 +265,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     content["flags"] |= {"savename": "run_7", "lr": 0.5}
     stored_run(top / "run_7", content)  # of another name that looks like it
     (top / "run").mkdir()
-    (top / "run" / "notes.txt").touch()  # is no run's, and stays as it is
+    os.link(expected / "checkpoint.pth.tar", top / "run" / "checkpoint.pth.tar")  # what is left of a run stays as it is
     killed_run(named, At("os.rename", "log_train_Class.csv", 2))
     for flags, message in [
         (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
@@ -278,7 +278,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     run(named)
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
     assert sorted(path.name for path in top.iterdir()) == ["run", "run_1", "run_7"]
-    assert [path.name for path in (top / "run").iterdir()] == ["notes.txt"]
+    assert [path.name for path in (top / "run").iterdir()] == ["checkpoint.pth.tar"]
 
 
 def interrupt():
@@ -309,12 +309,15 @@ def test_a_file_of_the_users_in_a_run_folder_is_not_removed_with_the_run(whole, 
     assert [entry.name for entry in path.iterdir()] == ["notes.txt"]
 
 
-def test_a_run_that_was_killed_before_it_had_stored_anything_starts_anew_in_its_folder(whole, tmp_path):
+def test_a_run_that_was_killed_before_it_had_stored_anything_starts_anew_in_its_folder(whole, tmp_path, capsys):
     path, argv = tmp_path / "tiny" / "run", small_flags(whole[0], tmp_path, *BASE)
     killed_run(argv, At("open", ".last.pth.tar.*.tmp"))
     assert (path / "log_mining.csv").exists()
     assert run([*argv, "--go_on"]) == path
     assert_same_run(path, whole[1])
+    (tmp_path / "tiny" / "empty").mkdir()  # is somebody's
+    assert "larger than" in refused(capsys, [*argv, "--savename", "empty", "--go_on", "--bs", 100])
+    assert (tmp_path / "tiny" / "empty").exists()
     killed_run([*argv, "--savename", "other"], At("open", ".last.pth.tar.*.tmp"))
     assert run([*argv, "--savename", "other", "--n_epochs", 1]).name == "other_1"  # a new run takes no folder over
 

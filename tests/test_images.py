@@ -246,3 +246,16 @@ def test_a_run_without_torchcodec_says_so(class_folders, tmp_path):
     done = subprocess.run([sys.executable, "-c", f"{code}main.main({flags})"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("torchcodec cannot be used (") == 1
+
+
+def test_an_orientation_that_stands_behind_the_pixels_of_a_png_turns_neither_image_nor_size(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = tmp_path / "late.png"
+    Image.new("RGB", (30, 20)).save(path, exif=exif)
+    content = path.read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    end = content.index(b"IEND") - 4
+    path.write_bytes(content[:start] + content[stop:end] + content[start:stop] + content[end:])
+    assert read_image(str(path)).shape == (3, *image_size(str(path))) == (3, 20, 30)

@@ -157,9 +157,8 @@ def measure_lists(folder: Path, n_entries: int) -> None:
     train, tests = datasets.load_dataset("online_products", folder)
     seconds = time.perf_counter() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(
-        f"\nreading online_products, {len(train) + len(tests['test'])} list entries: {seconds:.2f} s, {grown:.0f} MB more"
-    )
+    n_read = len(train) + len(tests["test"])
+    print(f"\nreading online_products, {n_read} list entries: {seconds:.2f} s, {grown:.0f} MB more")
     sampler = datasets.ClassBalancedBatchSampler(112, 4, seed=(0, 0))
     sampler.set_epoch(0, train.labels, len(train) // 112)
     start = time.perf_counter()

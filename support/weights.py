@@ -45,7 +45,7 @@ def read_file(path: str | Path, source: str) -> object:
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except PermissionError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from error
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
         if line_with(error, OUT_OF_MEMORY):

@@ -53,7 +53,7 @@ def test_loading(tmp_path):
         for name in ("plain ", "ours ", "ours, ram cache"):
             assert_row(lines[start:end], f"  {name}", 1)
         for n_workers in (0, 1, 2):
-            assert_row(lines[start:end], f"  {n_workers} workers, images per second: plain ", 4)
+            assert_row(lines[start:end], f"  {n_workers} workers, images per second: plain ", 3)
 
 
 def test_loading_of_images_in_a_folder(tmp_path):

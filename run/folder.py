@@ -427,7 +427,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises InputError where another process holds it, or the file system knows no locks.
     """
-    lock = filelock.FileLock(folder / ".lock")
+    path = folder / ".lock"
+    is_new, lock = not path.exists(), filelock.FileLock(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of a file in place of a lock, which a killed process would leave
@@ -435,6 +436,8 @@ def locked(folder: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
     except (OSError, NotImplementedError, UserWarning) as error:
+        if is_new:
+            path.unlink(missing_ok=True)
         reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSYS)
         raise InputError(
             f"{folder}: its file system cannot lock files ({reason}); keep runs on another one, see --save_path"

@@ -108,7 +108,7 @@ def per_second(passes: dict[str, Callable[[], int]], seconds: float, clock: Call
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def compare(title: str, paths: list[str], seconds: float, per_pass: int, folder: Path) -> None:
+def compare(title: str, paths: list[str], seconds: float, per_pass: int) -> None:
     """Print images per second per core, and with workers, for one set of images."""
     images = ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
     sets = {"plain": Plain(paths), "ours": Drawn(images)}
@@ -184,13 +184,13 @@ def main() -> None:
             paths = sorted(str(path) for path in Path(args.images).rglob("*") if path.is_file() and is_image(path))
             if not paths:
                 parser.error(f"--images {args.images}: holds no image that Pillow opens")
-            compare(args.images, paths, args.seconds, args.per_pass, folder)
+            compare(args.images, paths, args.seconds, args.per_pass)
         for width, height in () if args.images else SIZES:
             paths = []
             for i in range(args.n_images):
                 paths.append(str(folder / f"{width}_{i}.jpg"))
                 natural_image(width, height, np.random.default_rng(i)).save(paths[-1], quality=90)
-            compare(f"{width} x {height}", paths, args.seconds, args.per_pass, folder)
+            compare(f"{width} x {height}", paths, args.seconds, args.per_pass)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\npeak memory of this process, without its workers: {peak:.0f} MB")
 

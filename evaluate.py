@@ -26,9 +26,9 @@ import netlib
 from data import readers
 from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
 from report import compare
-from run import folder
+from run import logs
 from run.options import PATH, whole
-from support import errors, processes, weights
+from support import errors, files, processes, weights
 from support.errors import DivergedError, InputError, StoppedError
 
 Scores = dict[str, float | None]
@@ -353,14 +353,14 @@ def score_sets(
     seed: int,
     device: torch.device,
     with_clustering: bool,
-) -> folder.Row:
+) -> logs.Row:
     """Return the scores of one task's embedding on each test set, each by itself, by column; see score_set."""
     row = {}
     for name, images in tests.items():
         scores = score_set(
             embeddings[name][task], images.labels, k_vals, seed, device, images.is_query, with_clustering
         )
-        row |= {folder.column(name, score): value for score, value in scores.items()}
+        row |= {logs.column(name, score): value for score, value in scores.items()}
     return row
 
 
@@ -377,13 +377,13 @@ def score_run(args: argparse.Namespace) -> None:
     if flags["val_classes"] and not args.dataset:
         tests[VALIDATION] = hold_out_classes(train_images, flags["val_classes"])[1]
     wanted = Path(args.save_embeddings or "")
-    stores = {name: wanted.with_name(f"{wanted.stem}{folder.file_suffix(name)}.npz") for name in tests if wanted.name}
+    stores = {name: wanted.with_name(f"{wanted.stem}{logs.file_suffix(name)}.npz") for name in tests if wanted.name}
     for path in stores.values():
         if path.exists():
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
     device = auxiliaries.pick_device(args.gpu)
     for name, images in tests.items():
-        own = run / f"checkpoint{folder.file_suffix(name)}.pth.tar"
+        own = run / f"checkpoint{logs.file_suffix(name)}.pth.tar"
         path = own if own in checkpoints else checkpoints[0]
         stored = weights.read_checkpoint(path)
         flags, rows = stored["flags"], stored["progress"]["rows"]
@@ -468,9 +468,9 @@ def embed_folder(args: argparse.Namespace) -> None:
         raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
-def print_scores(scores: Scores, row: folder.Row | None, test_set: str) -> None:
+def print_scores(scores: Scores, row: logs.Row | None, test_set: str) -> None:
     """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
-    logged = folder.scores_of(row, test_set) if row else {}
+    logged = logs.scores_of(row, test_set) if row else {}
     width = max(map(len, scores))
     print(f"{'score':<{width}}  {'now':<20}" + (f"  logged in epoch {row['Epochs']}" if row else ""))
     for name, value in scores.items():
@@ -480,7 +480,7 @@ def print_scores(scores: Scores, row: folder.Row | None, test_set: str) -> None:
 
 def store(path: Path, embeddings: np.ndarray, **more: Sequence) -> None:
     """Store embeddings (N, D) float32 and what is known of the images as .npz."""
-    with folder.replaced_file(path) as file:
+    with files.replaced_file(path) as file:
         np.savez(file, embeddings=embeddings, **{name: np.array(values) for name, values in more.items()})
     print(f"stored {path}: {len(embeddings)} embeddings")
 

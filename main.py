@@ -4,6 +4,8 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 """
 
 import argparse
+import functools
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import auxiliaries
 import datasets
@@ -23,13 +24,16 @@ from auxiliaries import seconds_since
 from data.cache import cached
 from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
 from data.published import known_of
-from report import sheets
-from report.epoch import draw_evaluation, lesson
+from report.epoch import Report, lesson
 from run import options
-from run.folder import Run, scores_line, write_file
+from run.folder import Run
+from run.logs import scores_line
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
+from run.provenance import as_text, provenance
 from support import errors, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
+from support.files import write_file
+from support.output import Progress, Transcript, clock
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
@@ -170,8 +174,8 @@ def get_args_parser() -> OneLineParser:
     return parser
 
 
-def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str, ImageSet]]:
-    """Return the training images and the test sets by name, decoded where they are cached.
+def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.Loaders:
+    """Return the loaders of the training images and the test sets, decoded where they are cached.
 
     Raises InputError for bad data, and where they are not the images of the run that is resumed.
     """
@@ -197,10 +201,45 @@ def load_images(args: argparse.Namespace, run: Run) -> tuple[ImageSet, dict[str,
         warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
-    print(
-        f"loader workers: {auxiliaries.n_workers(args.kernels)} of --kernels {args.kernels}, one at most per CPU core"
+    n_workers = auxiliaries.n_workers(args.kernels)
+    print(f"loader workers: {n_workers} of --kernels {args.kernels}, one at most per CPU core")
+    return datasets.build_loaders(
+        train,
+        tests,
+        options.per_task(args),
+        probed=evaluate.probe_subset(train.labels, args.seed) if args.task_p[1] > 0 or train.factors else [],
+        batch_size=args.bs,
+        random_pick_p=args.random_cluster_pick_p,
+        img_size=args.img_size,
+        seed=args.seed,
+        n_workers=n_workers,
+        pin_memory=pin_memory,
     )
-    return train, tests
+
+
+def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> netlib.EmbeddingNetwork:
+    """Return the network as a new run starts with it; the weights of a resumed run are yet to be restored."""
+    with processes.first_goes_first():  # it downloads the weights
+        network = netlib.build_network(
+            args.arch,
+            {name: task.embed_sizes for name, task in options.per_task(args).items()},
+            pretrained=not args.not_pretrained and run.is_new,
+            weights_file=args.weights if run.is_new else None,
+            freeze_batchnorm=args.bn == "frozen",
+            img_size=args.img_size,
+            detached_heads=["Shared"] if args.shared_gradient == "head" else [],
+        ).to(device)
+    run.note(started_from=network.started_from)
+    if args.make_graph and run.is_new and run.writes:
+        write_file(run.folder / "network.svg", packages.network_graph(network, args.img_size))
+    return network
+
+
+def build_objective(args: argparse.Namespace, images: ImageSet, device: torch.device) -> losses.Objective:
+    """Return the losses of both tasks and the adversarial terms."""
+    n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
+    directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
+    return losses.build_objective(options.per_task(args), n_classes, directions, args.adv_dim, args.lr).to(device)
 
 
 def build_optimizer(
@@ -255,6 +294,7 @@ def mine_labels(
 def renew_labels(
     args: argparse.Namespace,
     run: Run,
+    report: Report,
     network: netlib.EmbeddingNetwork,
     loader: DataLoader,
     previous: np.ndarray | None,
@@ -270,17 +310,15 @@ def renew_labels(
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
     row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
-    run.log("mining", row | {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described)
+    row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
+    run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
     print(
         f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
         f"{described['Largest']} images; NMI of the labels with {matches}"
     )
     with run.stopwatch.measure("drawing"):
-        if run.writes:
-            path = run.folder / "mined_clusters.png"
-            sheets.draw_clusters(path, run.folder.name, before_epoch, images, mined, squared_distances)
-            run.show([path], before_epoch)
+        report.mined(before_epoch, images, mined, squared_distances)
     return mined
 
 
@@ -300,13 +338,13 @@ def train_one_epoch(
     steps: Sequence[tuple[int, str]],
     batches: Iterable[tuple[Tensor, Tensor]],
     amp: str,
-    bar: tqdm,
+    progress: Progress,
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses, None for what took no step.
 
     trained: the network as netlib.for_training returns it. scaler: of the loss, for fp16; it leaves out steps whose
     gradients overflow. steps: (iteration, task) of each. batches: images (B, 3, S, S) uint8 and labels (B,) of each
-    step. bar: progress bar, told of every image and at times of the losses.
+    step. progress: told of every image and at times of the losses.
     Raises DivergedError that names the term, the iteration and the task.
     """
     trained.train()
@@ -330,9 +368,9 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)
-        bar.update(len(labels))
+        progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
-            bar.set_postfix(meter.read())
+            progress.show(meter.read())
             if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
                 raise DivergedError(
                     f"up to iteration {iteration} the float16 gradients overflow at every step, whatever their scale: "
@@ -349,6 +387,7 @@ def train_one_epoch(
 def evaluate_epoch(
     args: argparse.Namespace,
     run: Run,
+    report: Report,
     network: netlib.EmbeddingNetwork,
     loaders: datasets.Loaders,
     mined: np.ndarray | None,
@@ -372,19 +411,16 @@ def evaluate_epoch(
             start = time.time()
             accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
             run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
-    run.keep_best(network, mined)
+    run.keep_best(network)
     with run.stopwatch.measure("drawing"):
-        if run.writes:
-            rate_steps = {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
-            pictures = draw_evaluation(run.folder, run.rows, run.best_indices(), tests, embeddings, rate_steps)
-            run.show(pictures, epoch)
+        report.evaluated(tests, embeddings)
     run.summarise()
 
 
-def score_before_training(
-    args: argparse.Namespace, run: Run, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
-) -> None:
-    """Score the network as it is, for the summary."""
+def begin(
+    args: argparse.Namespace, run: Run, report: Report, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
+) -> np.ndarray | None:
+    """Score the network before training and mine for the first time; return the labels, None where none are mined."""
     with run.stopwatch.measure("evaluation"):
         embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
         tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
@@ -393,6 +429,10 @@ def score_before_training(
             "Class", embeddings, tests, **scoring, with_clustering=not args.fast_eval
         )
     print(f"before training  {scores_line(run.initial_scores)}")
+    if args.task_p[1] > 0:
+        return renew_labels(args, run, report, network, loaders.train, previous=None, before_epoch=0)
+    decode_all(loaders.train)
+    return None
 
 
 def decode_all(loader: DataLoader) -> None:
@@ -402,17 +442,16 @@ def decode_all(loader: DataLoader) -> None:
             pass
 
 
-def progress_bar(epoch: int, n_images: int) -> tqdm:
-    """Return the bar of an epoch; it is seen on a terminal, and of several processes by the first one."""
-    is_silent = None if processes.is_first() else True
-    return tqdm(desc=f"epoch {epoch}", total=n_images, unit="img", unit_scale=True, leave=False, disable=is_silent)
+def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
+    """Assemble all parts, start or resume the run, train it to its end, and return the run folder.
 
-
-def train(args: argparse.Namespace) -> Path:
-    """Assemble all parts, start or resume the run, train it to its end, and return the run folder."""
+    argv: the command line, for the run's provenance.
+    """
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
+    started = provenance(argv, device, [args.arch, *args.losses])
+    print(as_text(started))
     run = Run(
         Path(args.resume or options.run_folder(args)),
         options.kept(args),
@@ -420,42 +459,18 @@ def train(args: argparse.Namespace) -> Path:
         is_resumed=args.resume is not None,
         may_take_over=args.go_on,
         paper=known_of(args.dataset).scores,
+        provenance=started,
+        transcript=transcript,
     )
     if run.is_finished:
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
         return run.folder
 
-    with run:
-        tasks = options.per_task(args)
-        images, tests = load_images(args, run)
-        loaders = datasets.build_loaders(
-            images,
-            tests,
-            tasks,
-            probed=evaluate.probe_subset(images.labels, args.seed) if args.task_p[1] > 0 or images.factors else [],
-            batch_size=args.bs,
-            random_pick_p=args.random_cluster_pick_p,
-            img_size=args.img_size,
-            seed=args.seed,
-            n_workers=auxiliaries.n_workers(args.kernels),
-            pin_memory=device.type == "cuda",
-        )
-        with processes.first_goes_first():  # it downloads the weights
-            network = netlib.build_network(
-                args.arch,
-                {name: task.embed_sizes for name, task in tasks.items()},
-                pretrained=not args.not_pretrained and run.is_new,
-                weights_file=args.weights if run.is_new else None,
-                freeze_batchnorm=args.bn == "frozen",
-                img_size=args.img_size,
-                detached_heads=["Shared"] if args.shared_gradient == "head" else [],
-            ).to(device)
-        run.note(started_from=network.started_from)
-        if args.make_graph and run.is_new and run.writes:
-            write_file(run.folder / "network.svg", packages.network_graph(network, args.img_size))
-        n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
-        directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
-        objective = losses.build_objective(tasks, n_classes, directions, args.adv_dim, args.lr).to(device)
+    with run, Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args)) as report:
+        loaders = load_data(args, run, pin_memory=device.type == "cuda")
+        images = loaders.train.dataset.images
+        network = build_network(args, run, device)
+        objective = build_objective(args, images, device)
         optimizer, scheduler = build_optimizer(args, network, objective)
         scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
         trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
@@ -463,44 +478,45 @@ def train(args: argparse.Namespace) -> Path:
         parts |= {"scheduler": scheduler, "scaler": scaler}
 
         if run.is_new:
-            score_before_training(args, run, network, loaders)
-            mined = None
-            if args.task_p[1] > 0:
-                mined = renew_labels(args, run, network, loaders.train, previous=None, before_epoch=0)
-            else:
-                decode_all(loaders.train)
-            run.save(parts, mined, epoch=0)
+            mined = begin(args, run, report, network, loaders)
+            run.save(parts, epoch=0)
         else:
-            mined = run.restore(parts)
+            mined = run.restore(parts, images.names)
+        report.write_page()
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
             start = time.time()
             steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, [task for _, task in steps])
             batches = run.stopwatch.loading(loaders.batches)
-            with run.stopwatch.measure("training"), progress_bar(epoch, args.bs * len(steps)) as bar:
-                averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, bar)
+            left = functools.partial(run.seconds_left, epoch)
+            progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
+            with run.stopwatch.measure("training"), progress:
+                averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
+            averages["Learning Rate"] = scheduler.get_last_lr()[0]
             run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
-                evaluate_epoch(args, run, network, loaders, mined, epoch)
+                evaluate_epoch(args, run, report, network, loaders, mined, epoch)
                 scores, best = scores_line(run.rows["val"][-1]), run.best_line()
-                print(f"epoch {epoch}  {scores}  (best Recall @ 1: {best})  {time.time() - start:.1f} s")
+                times = f"{time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left"
+                print(f"epoch {epoch}  {scores}  (best Recall @ 1: {best})  {times}")
             if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
-                mined = renew_labels(args, run, network, loaders.train, previous=mined, before_epoch=epoch + 1)
+                mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()
-            run.save(parts, mined, epoch + 1)
+            run.save(parts, epoch + 1)
+            report.write_page()
     print(run.summarise(), end="")
     if args.dataset == "shapes" and mined is not None:
         print(lesson(run.rows, run.initial_scores, run.folder))
     return run.folder
 
 
-@errors.one_line_errors("main.py")
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
-    args = options.resolve(argv, get_args_parser())
-    with errors.signals_stop("nothing had been stored yet"), processes.connected():
-        return train(args)
+    with Transcript() as transcript, errors.one_line_errors("main.py"):
+        args = options.resolve(argv, get_args_parser())
+        with errors.signals_stop("nothing had been stored yet"), processes.connected():
+            return train(args, sys.argv[1:] if argv is None else argv, transcript)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def tasks(folder: Path, args: argparse.Namespace) -> dict[str, Callable[[], obje
         "InfoPlot_Probe.svg": lambda: plots.draw_probe(plot, probe_rows, "a run"),
         "sample_recoveries.png": lambda: sheets.draw_recoveries(sheet, images, by_class, "a run"),
         "sample_recoveries_Shared.png": lambda: sheets.draw_recoveries(sheet, images, by_mined, "a run"),
-        "mined_clusters.png": lambda: sheets.draw_clusters(sheet, "a run", 0, images, mined, distances),
+        "mined_clusters.png": lambda: sheets.draw_clusters([sheet], "a run", 0, images, mined, distances),
         "(probe: nearest neighbours)": lambda: evaluate.probe_scores(probed, labels),
     }
 

@@ -12,9 +12,10 @@ from scipy import stats
 
 from data.published import known_of
 from report import plots
-from run.folder import StoredRun, best_index, column, read_run, replaced_file, scores_of, test_sets_of
+from run.logs import StoredRun, best_index, column, read_run, scores_of, test_sets_of
 from run.options import PAIRS, shown
 from support.errors import InputError
+from support.files import replaced_file
 
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
 NO_SETTING += ("eval_shared", "tensorboard")

@@ -1,5 +1,6 @@
-"""What is drawn after an evaluation, and what the demo ends with."""
+"""A run as it is drawn while it trains: pictures, page and index, and what the demo ends with."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,40 +8,104 @@ import numpy as np
 
 from data.images import VALIDATION, ImageSet
 from report import plots, sheets
-from run.folder import Row, column, file_suffix, scores_of
+from report.page import RunView, write_index, write_page
+from run.folder import Run, sheet_path
+from run.logs import Row, column, file_suffix, scores_of
+from support.errors import Interrupted, stop_reason
+
+DRAWING_SHARE = 0.05
+"""Share of a run's time up to which its plots are drawn anew after every evaluation."""
 
 
-def draw_evaluation(
-    folder: Path,
-    rows: Mapping[str, Sequence[Row]],
-    bests: Mapping[str, int],
-    tests: Mapping[str, ImageSet],
-    embeddings: Mapping[str, Mapping[str, np.ndarray]],
-    rate_steps: Sequence[int],
-) -> list[Path]:
-    """Redraw the plots of a run, and the contact sheets of each test set whose best epoch is the last; return these.
+class Report:
+    """Draws a run, in the first process. As a context, brings all up to date when the run ends or is stopped.
 
-    rows: of each log, see folder.LOGS. bests: test set to the index of its best row of "val". embeddings: {test set:
-    {task: (N, D)}}; the Shared embedding is shown where labels were mined for it. rate_steps: see plots.draw_progress.
+    defaults: of the program's flags. rate_steps: the epochs that begin with another learning rate.
     """
-    pictures, history = [], rows["val"]
-    mined_before = [row["Before Epoch"] for row in rows["mining"]]
-    for name, best in bests.items():
-        suffix, title = file_suffix(name), plots.shortened(folder.name, 50) + ("" if name == "test" else f" {name}")
-        for task in ("Class", "Shared") if mined_before else ("Class",):
-            if best == len(history) - 1:
-                path = folder / f"sample_recoveries{'' if task == 'Class' else '_Shared'}{suffix}.png"
-                what = f"{title}, epoch {history[-1]['Epochs']}: nearest by the {task} embedding"
+
+    def __init__(self, run: Run, defaults: Mapping[str, object], rate_steps: Sequence[int]):
+        self.run, self.defaults, self.rate_steps = run, dict(defaults), rate_steps
+        self.is_behind, self.is_new_mining = False, False
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        """Draw what was put off, and say on the page how the run ended."""
+        if not self.run.can_go_on:
+            return
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # what ended the run is to be told
+            if self.is_behind:
+                self._draw_plots()
+            reason = "stopped by a signal" if isinstance(error, Interrupted) else error and stop_reason(error)
+            self.write_page("stopped" if error else "finished", reason or type(error).__name__)
+
+    def evaluated(self, tests: Mapping[str, ImageSet], embeddings: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+        """Draw the contact sheets of each test set whose best epoch is the last, and the plots, as time allows.
+
+        embeddings: {test set: {task: (N, D)}}; the Shared embedding is shown where labels were mined for it.
+        """
+        run, self.is_behind = self.run, True
+        if not run.writes:
+            return
+        last = len(run.rows["val"]) - 1
+        epoch, pictures = run.rows["val"][last]["Epochs"], []
+        for name in [name for name, best in run.best_indices().items() if best == last]:
+            for task in ("Class", "Shared") if run.minings else ("Class",):
+                path = run.folder / f"sample_recoveries{'' if task == 'Class' else '_Shared'}{file_suffix(name)}.png"
+                what = f"{self._title(name)}, epoch {epoch}: nearest by the {task} embedding"
                 sheets.draw_recoveries(path, tests[name], embeddings[name][task], what)
                 pictures.append(path)
-        path = folder / f"InfoPlot_Class{suffix}.svg"
-        shown = [plotted_scores(row, name) for row in history]
-        plots.draw_progress(
-            path, rows["train"], shown, title, best=best, mined_before=mined_before, rate_steps=rate_steps
-        )
-    if rows["probe"]:
-        plots.draw_probe(folder / "InfoPlot_Probe.svg", rows["probe"], folder.name)
-    return pictures
+        run.show(pictures, epoch)
+        if self.is_new_mining or epoch == run.n_epochs - 1 or run.share_of("drawing") < DRAWING_SHARE:
+            self._draw_plots()
+
+    def mined(self, before_epoch: int, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> None:
+        """Draw the contact sheet of a mining, see sheets.draw_clusters."""
+        if self.run.writes:
+            latest, path = self.run.folder / "mined_clusters.png", sheet_path(self.run.folder, before_epoch)
+            path.parent.mkdir(exist_ok=True)
+            sheets.draw_clusters([latest, path], self.run.folder.name, before_epoch, images, mined, squared_distances)
+            self.run.show([latest], before_epoch)
+        self.is_new_mining = True
+
+    def _title(self, test_set: str) -> str:
+        """Return the name of the run, and of a test set with a name."""
+        return plots.shortened(self.run.folder.name, 50) + ("" if test_set == "test" else f" {test_set}")
+
+    def _draw_plots(self) -> None:
+        """Draw InfoPlot_Class.svg, of each test set, and InfoPlot_Probe.svg anew from the logs."""
+        run = self.run
+        mined_before = [row["Before Epoch"] for row in run.rows["mining"]]
+        for name, best in run.best_indices().items() if run.writes else ():
+            path = run.folder / f"InfoPlot_Class{file_suffix(name)}.svg"
+            scores = [plotted_scores(row, name) for row in run.rows["val"]]
+            marks = {"best": best, "mined_before": mined_before, "rate_steps": self.rate_steps}
+            plots.draw_progress(path, run.rows["train"], scores, self._title(name), **marks)
+        if run.rows["probe"] and run.writes:
+            plots.draw_probe(run.folder / "InfoPlot_Probe.svg", run.rows["probe"], run.folder.name)
+        self.is_behind = self.is_new_mining = False
+
+    def write_page(self, state: str = "running", reason: str = "") -> None:
+        """Write page.html, and index.html beside the run folder."""
+        run = self.run
+        if run.writes:
+            view = RunView(
+                folder=run.folder,
+                flags=run.flags,
+                defaults=self.defaults,
+                rows=run.rows,
+                initial_scores=run.initial_scores,
+                paper=run.paper,
+                provenance=run.provenance,
+                state=state,
+                reason=reason if state == "stopped" else "",
+                epoch=run.epoch,
+                seconds=run.seconds,
+                seconds_left=run.seconds_left(run.epoch),
+            )
+            write_page(view)
+            write_index(view)
 
 
 def plotted_scores(row: Row, test_set: str) -> Row:
@@ -63,7 +128,7 @@ def lesson(rows: Mapping[str, Sequence[Row]], initial: Row, folder: Path) -> str
     return (
         f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; {clear} "
         f"(NMI of the labels with it {mined[factor]:.2f}, with the class {of_class:.2f})\n"
-        f"look at: {folder / 'mined_clusters.png'}; what the images of a row share is what was mined\n"
+        f"look at: {folder / 'page.html'} in a browser; what the images of a mined cluster share is what was mined\n"
         "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
         "--adv_weights 0; then "
         f"python evaluate.py --compare {folder.parent}"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import ImageSet
 from report.plots import shortened
-from run.folder import replaced_file
+from support.files import replaced_file
 
 TILE, EDGE, LINE = 128, 16, 26
 """Side of an image, margin of a sheet, and height of a line of text above the images, in pixels."""
@@ -55,13 +55,18 @@ def draw_recoveries(
         tiles = [read_tile(images, index, kind) for index, kind in zip(nearest, kinds) if index != query]
         rows.append([read_tile(images, query, "query"), *tiles])
     legend = "left: query;  ✓ solid: of its class;  ✗ dashed: of another class"
-    draw_sheet(path, [title, legend], [""] * len(rows), rows)
+    save(draw_sheet([title, legend], [""] * len(rows), rows), path)
 
 
 def draw_clusters(
-    path: Path, run_name: str, before_epoch: int, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray
-) -> list[Path]:
-    """Draw mined clusters as a PNG, see clusters_to_show, and return its path.
+    paths: Sequence[Path],
+    run_name: str,
+    before_epoch: int,
+    images: ImageSet,
+    mined: np.ndarray,
+    squared_distances: np.ndarray,
+) -> None:
+    """Draw mined clusters, see clusters_to_show, to several files, PNG or JPEG.
 
     mined, squared_distances: (N,), of the training images.
     """
@@ -70,8 +75,9 @@ def draw_clusters(
     title = f"{shortened(run_name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
-    draw_sheet(path, [title, note], [caption for caption, _ in clusters], rows)
-    return [path]
+    sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)
+    for path in paths:
+        save(sheet, path)
 
 
 def clusters_to_show(
@@ -118,8 +124,8 @@ def read_tile(images: ImageSet, index: int, kind: str) -> Tile:
     return Tile(images.read(index).permute(1, 2, 0).numpy(), shortened(name, 16), kind)
 
 
-def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> None:
-    """Draw rows of tiles as a PNG, each row behind its heading of one line or several. lines: text above all rows."""
+def draw_sheet(lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image.Image:
+    """Draw rows of tiles, each row behind its heading of one line or several. lines: text above all rows."""
     step, row_height = TILE + 18, TILE + 36
     heading_width = max(sheet_font(13).getlength(line) for heading in headings for line in heading.split("\n"))
     left, top = EDGE + (heading_width + EDGE if heading_width else 0), EDGE + LINE * len(lines)
@@ -133,8 +139,16 @@ def draw_sheet(path: Path, lines: Sequence[str], headings: Sequence[str], rows: 
         pen.multiline_text((EDGE, y + TILE // 2), heading, "black", sheet_font(13), anchor="lm", spacing=6)
         for j, tile in enumerate(row):
             draw_tile(sheet, pen, int(left + step * j), y, tile)
+    return sheet
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet in the format of the path's ending, .png or .jpg."""
     with replaced_file(path) as file:
-        sheet.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # as small as by default, in half the time
+        if path.suffix == ".jpg":
+            sheet.save(file, "JPEG", quality=60)
+        else:  # as small as by default, in half the time
+            sheet.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile: Tile) -> None:

@@ -1,23 +1,14 @@
-"""A run on disk: its folder, lock, logs, summary and checkpoints.
-
-`Run` is the one that trains; `read_run` reads what a stored one logged.
-"""
+"""A run in training, as its folder keeps it: lock, logs, mined labels, summary and checkpoints."""
 
 import contextlib
-import errno
 import io
-import os
 import pickle
 import shlex
 import shutil
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
-import filelock
 import numpy as np
 import pandas as pd
 import torch
@@ -25,63 +16,17 @@ from PIL import Image
 
 import auxiliaries
 from data.images import VALIDATION, describe_change, digest
+from run.logs import LOGS, Row, best_index, column, file_suffix, score_table, test_sets_of
 from support import processes, weights
-from support.errors import DivergedError, InputError, Interrupted, StoppedError, first_line, stop_reason
+from support.errors import DivergedError, InputError, Interrupted, StoppedError, stop_reason
+from support.files import locked, make_folder, remove_empty, replaced_file, try_file_system, write_file
+from support.output import Transcript
 
 LAST = "last.pth.tar"
-LOGS = {
-    "train": "log_train_Class.csv",
-    "val": "log_val_Class.csv",
-    "mining": "log_mining.csv",
-    "shared": "log_val_Shared.csv",
-    "probe": "log_probe.csv",
-}
-"""The CSV files of a run folder, by the names of their rows in a checkpoint."""
 
-FIRST_FILES = ("hypa.pkl", "Parameter_Info.txt", "log_mining.csv", "mined_clusters.png", "network.svg", "tensorboard")
-FIRST_FILES += (".lock", ".*.tmp")
+FIRST_FILES = ("hypa.pkl", "Parameter_Info.txt", "log.txt", "log_mining.csv", "mined", "mined_labels.npz")
+FIRST_FILES += ("mined_clusters.png", "network.svg", "tensorboard", ".lock", ".*.tmp")
 """All that a run writes before its first last.pth.tar."""
-
-Row = dict[str, object]
-"""A row of a log, {column of its CSV: value}, None for what was left out."""
-
-
-def file_suffix(test_set: str) -> str:
-    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for "test"."""
-    return "" if test_set == "test" else f"_{test_set.lower().replace(' ', '')}"
-
-
-def column(test_set: str, score: str) -> str:
-    """Return the column of a test set's score: the score for "test", else the set's name in front."""
-    return score if test_set == "test" else f"{test_set} {score}"
-
-
-def test_sets_of(row: Row) -> list[str]:
-    """Return the names of the test sets that a row has scores of."""
-    return [name.removesuffix("Recall @ 1").strip() or "test" for name in row if name.endswith("Recall @ 1")]
-
-
-def scores_of(row: Row, test_set: str) -> dict[str, float | None]:
-    """Return one test set's scores in a row, by their names without the set's."""
-    if test_set != "test":
-        return {name.removeprefix(f"{test_set} "): row[name] for name in row if name.startswith(f"{test_set} ")}
-    others = tuple(f"{name} " for name in test_sets_of(row) if name != "test")
-    return {name: row[name] for name in row if name not in ("Epochs", "Time") and not name.startswith(others)}
-
-
-def scores_line(row: Row) -> str:
-    """Return the scores of a row as one line of text; those that were left out are not in it."""
-    scores = {name: value for name, value in row.items() if name not in ("Epochs", "Time") and value is not None}
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-
-
-def best_index(rows: Sequence[Row], test_set: str, select: str) -> int:
-    """Return which row of "val" is of the epoch whose checkpoint is kept for a test set.
-
-    The first one with the highest Recall@1 on that set or, where select is "val", on the classes held out.
-    """
-    recall = column(VALIDATION if select == "val" else test_set, "Recall @ 1")
-    return max(range(len(rows)), key=lambda index: rows[index][recall])
 
 
 class Run:
@@ -93,8 +38,9 @@ class Run:
 
     folder: the wanted run folder, or the one to resume. flags: kept with the run. n_epochs: after which it is finished.
     is_resumed: go on with the run in the folder. may_take_over: start in a folder of this name that a killed run left
-    before it had stored anything. paper: published scores by column. Raises InputError where the run cannot be made or
-    read, or where another process trains it.
+    before it had stored anything. paper: published scores by column. provenance: of this start, name to text.
+    transcript: of what is printed. Raises InputError where the run cannot be made or read, or where another process
+    trains it.
     """
 
     def __init__(
@@ -106,15 +52,20 @@ class Run:
         is_resumed: bool,
         may_take_over: bool,
         paper: Mapping[str, float],
+        provenance: Mapping[str, str],
+        transcript: Transcript,
     ):
         self.folder, self.flags, self.n_epochs, self.is_new = folder, dict(flags), n_epochs, not is_resumed
         self.may_take_over, self.paper, self.writes = may_take_over, paper, processes.is_first()
+        self.provenance, self.transcript = [dict(provenance)], transcript
         self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.time(), 0
         self.rows: dict[str, list[Row]] = {name: [] for name in LOGS}
+        self.minings: list[np.ndarray] = []
         self.initial_scores: Row = {}
         self.contents: dict[str, dict] = {}
         self.stored: dict[str, dict] | None = None
         self.is_locked = self.can_go_on = False
+        self.training_since: tuple[float, int] | None = None
         self.board = None
         self.made: list[Path] = []
         self.stack = contextlib.ExitStack()
@@ -129,7 +80,9 @@ class Run:
             raise InputError(f"{self.folder / LAST}: holds a network without the state of its training")
         training, progress = self.stored["training"], self.stored["progress"]
         self.flags = self.stored["flags"] | self.flags
+        self.provenance = [*self.stored.get("provenance", []), *self.provenance]
         self.rows, self.initial_scores = progress["rows"], progress["initial_scores"]
+        self.minings = [] if progress["mined_labels"] is None else list(progress["mined_labels"].numpy())
         self.epoch, self.stopwatch.seconds = training["epoch"], dict(training["spent"])
         self.start -= training["seconds"]
 
@@ -147,10 +100,13 @@ class Run:
     def __enter__(self) -> "Run":
         """Make and lock the folder of a new run, and write the flags as far as they are known."""
         if not self.is_new:
+            if self.writes:
+                self.transcript.write_to(self.folder / "log.txt")
             return self
         try:
             if self.writes:
-                self.made = make_folder(self.folder, self.may_take_over)
+                take_over = self.may_take_over and is_left_over(self.folder)
+                self.made = [self.folder] if take_over else make_folder(self.folder)
                 self.folder = self.made[-1]
             self.folder = processes.broadcast(self.folder)
             self._lock()
@@ -158,6 +114,7 @@ class Run:
                 if (self.folder / LAST).exists():
                     raise InputError(f"{self.folder}: was trained meanwhile; start again to go on with it")
                 try_file_system(self.folder)
+                self.transcript.write_to(self.folder / "log.txt")
                 self._open()
         except BaseException as error:  # ends as in the block
             self.__exit__(type(error), error, None)
@@ -168,7 +125,7 @@ class Run:
         """Write flags and logs as they are so far, over whatever has happened to the files."""
         for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
             leftover.unlink(missing_ok=True)
-        write_flags(self.folder, self.flags)
+        write_flags(self.folder, self.flags, self.provenance)
         for name in LOGS:
             self._write_log(name)
         if self.flags["tensorboard"]:
@@ -191,6 +148,7 @@ class Run:
 
     def _remove(self) -> None:
         """Remove the folders that this run made, unless something lies in them that it did not write."""
+        self.transcript.write_to(None)
         with contextlib.suppress(OSError):  # what ended the run is to be told
             for path in first_files(self.folder) if self.is_locked else []:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -200,12 +158,15 @@ class Run:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():
             return "nothing had been stored yet"
+        return f"the last complete epoch is safe; go on with: {self.command_to_resume()}"
+
+    def command_to_resume(self) -> str:
+        """Return the command that goes on with this run, as it can be pasted."""
         n_local = processes.local_world_size()
         program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
         if processes.world_size() > n_local:  # on several machines
             program = "torchrun as before,"
-        resume = f"main.py --resume {shlex.quote(str(self.folder))}"
-        return f"the last complete epoch is safe; go on with: {program} {resume}"
+        return f"{program} main.py --resume {shlex.quote(str(self.folder))}"
 
     def require_images(self, contents: Mapping[str, Mapping]) -> None:
         """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
@@ -220,7 +181,7 @@ class Run:
         """Keep with the flags what is known now only; a resumed run keeps what it knew first."""
         self.flags = facts | self.flags
         if self.is_new and self.writes:
-            write_flags(self.folder, self.flags)
+            write_flags(self.folder, self.flags, self.provenance)
 
     def log(self, name: str, row: Row) -> None:
         """Add a row to a log, see LOGS."""
@@ -229,6 +190,19 @@ class Run:
             self._write_log(name)
             if self.board:
                 self._add_to_board(name, row)
+
+    def log_mining(self, row: Row, mined: np.ndarray, paths: Sequence[str]) -> None:
+        """Add a mining to the history. mined: labels (N,) int of the images at `paths`."""
+        self.minings.append(mined)
+        self.log("mining", row)
+        self._write_minings(paths)
+
+    def _write_minings(self, paths: Sequence[str]) -> None:
+        """Write mined_labels.npz, if there are any: paths (N,), labels (M, N), epochs (M,) they begin."""
+        if self.writes and self.minings:
+            epochs = [row["Before Epoch"] for row in self.rows["mining"]]
+            with replaced_file(self.folder / "mined_labels.npz") as file:
+                np.savez_compressed(file, paths=np.array(paths), labels=small(np.stack(self.minings)), epochs=epochs)
 
     def show(self, pictures: Iterable[Path], step: int) -> None:
         """Give PNG files to TensorBoard, if it is wanted."""
@@ -275,7 +249,24 @@ class Run:
             texts.append(f"{prefix}{best[column(name, 'Recall @ 1')]:.4f} in epoch {best['Epochs']}")
         return ", ".join(texts)
 
-    def keep_best(self, network: torch.nn.Module, mined: np.ndarray | None) -> None:
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, over all its starts."""
+        return time.time() - self.start
+
+    def share_of(self, activity: str) -> float:
+        """Return the share of the run's time that went to an activity, see Stopwatch."""
+        return self.stopwatch.seconds[activity] / self.seconds
+
+    def seconds_left(self, epochs_done: float) -> float | None:
+        """Return how long the run will take from here, by the epochs that this process has trained; None before any."""
+        if self.training_since is None:
+            return None
+        since, first_epoch = self.training_since
+        trained = epochs_done - first_epoch
+        return (time.time() - since) / trained * (self.n_epochs - epochs_done) if trained > 0 else None
+
+    def keep_best(self, network: torch.nn.Module) -> None:
         """Store the network for each test set whose best epoch the last evaluation is of.
 
         On resume, an epoch that last.pth.tar does not hold is trained again and overwrites its checkpoint.
@@ -283,35 +274,43 @@ class Run:
         last = len(self.rows["val"]) - 1
         for name, index in self.best_indices().items():
             if index == last and self.writes:
-                self._store(f"checkpoint{file_suffix(name)}.pth.tar", network, mined)
+                self._store(f"checkpoint{file_suffix(name)}.pth.tar", network)
 
-    def _store(self, name: str, network: torch.nn.Module, mined: np.ndarray | None, **more: object) -> None:
+    def _store(self, name: str, network: torch.nn.Module, **more: object) -> None:
         """Write a checkpoint of tensors and plain values only, see weights.read_checkpoint."""
         progress = {"rows": self.rows, "initial_scores": self.initial_scores, "contents": self.contents}
-        progress["shared_labels"] = None if mined is None else torch.from_numpy(mined)
+        progress["mined_labels"] = torch.from_numpy(small(np.stack(self.minings))) if self.minings else None
         content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
-        content |= {"flags": self.flags, "progress": progress}
+        content |= {"flags": self.flags, "provenance": self.provenance, "progress": progress}
         buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
         torch.save(content | more, buffer)
         write_file(self.folder / name, buffer.getbuffer())
 
-    def save(self, parts: Mapping[str, object], mined: np.ndarray | None, epoch: int) -> None:
+    def save(self, parts: Mapping[str, object], epoch: int) -> None:
         """Store all that `restore` needs to go on with an epoch, as last.pth.tar.
 
-        parts: "network", and whatever else has a state_dict. mined: labels of the training images (N,) int64, or None.
+        parts: "network", and whatever else has a state_dict.
         """
         self.epoch = epoch
         if self.writes:
             network = parts["network"]
             training = {name: part.state_dict() for name, part in parts.items() if name != "network"}
-            training |= {"epoch": epoch, "seconds": time.time() - self.start, "spent": dict(self.stopwatch.seconds)}
+            training |= {"epoch": epoch, "seconds": self.seconds, "spent": dict(self.stopwatch.seconds)}
             training |= {"random": auxiliaries.random_states(network.mean.device)}
-            self._store(LAST, network, mined, training=training)
-        self.can_go_on = True
+            self._store(LAST, network, training=training)
+        self._training_begins()
 
-    def restore(self, parts: Mapping[str, object]) -> np.ndarray | None:
-        """Set parts and random states to what `save` stored; return mined labels. Raises InputError for a misfit."""
-        training, mined = self.stored["training"], self.stored["progress"]["shared_labels"]
+    def _training_begins(self) -> None:
+        """From the first checkpoint on the run can be resumed, and its epochs are timed."""
+        self.can_go_on = True
+        self.training_since = self.training_since or (time.time(), self.epoch)
+
+    def restore(self, parts: Mapping[str, object], paths: Sequence[str]) -> np.ndarray | None:
+        """Set parts and random states to what `save` stored; return the mined labels of the images at `paths` (N,).
+
+        What the folder holds of later minings is dropped. Raises InputError for parts that do not fit.
+        """
+        training = self.stored["training"]
         try:
             parts["network"].load_state_dict(self.stored["state_dict"])
             for name, part in parts.items():
@@ -324,13 +323,17 @@ class Run:
         self.stored = None  # as large as all parts
         if self.writes:
             self._open()
-        self.can_go_on = True
+            self._write_minings(paths)
+            sheets = {sheet_path(self.folder, row["Before Epoch"]) for row in self.rows["mining"]}
+            for later in {*self.folder.glob("mined/before_epoch_*.jpg")} - sheets:
+                later.unlink()
+        self._training_begins()
         print(f"resumed: {self.epoch} of {self.n_epochs} epochs are done")
-        return None if mined is None else mined.numpy()
+        return self.minings[-1].astype(np.int64) if self.minings else None
 
     def summarise(self) -> str:
         """Write Curr_Summary_Class.txt and return its text."""
-        seconds, spent = time.time() - self.start, self.stopwatch.seconds
+        seconds, spent = self.seconds, self.stopwatch.seconds
         parts = {**spent, "all else": max(seconds - sum(spent.values()), 0.0)}
         lines = [
             score_table(self.rows["val"], self.initial_scores, self.paper),
@@ -346,53 +349,14 @@ class Run:
         return text
 
 
-def score_table(rows: Sequence[Row], initial: Row, paper: Mapping[str, float]) -> str:
-    """Return a table of the best value of each score with its epoch, the last, that before training, and the paper's.
-
-    rows: of "val", at least one. A score that was left out of all rows is left out here.
-    """
-    history = pd.DataFrame(rows).set_index("Epochs").drop(columns="Time")
-    history = history.astype(float).dropna(axis="columns", how="all")
-    first, published = (pd.Series(scores, dtype=float) for scores in (initial, paper))
-    table = pd.DataFrame({"best": history.max(), "epoch": history.idxmax(), "last": history.iloc[-1]})
-    table["before training"] = first
-    if paper:
-        table["paper"] = published
-        table["best - paper"] = table["best"] - table["paper"]
-    text = table.rename_axis(columns="score").to_string(float_format="{:.4f}".format, na_rep="-")
-    return f"{text}\npaper: MIC with margin loss, ResNet50 (arXiv 1909.11574)" if paper else text
+def small(labels: np.ndarray) -> np.ndarray:
+    """Return labels as the smallest integers that hold them, of those that a checkpoint can hold."""
+    return labels.astype(next(kind for kind in (np.uint8, np.int16, np.int32) if labels.max() <= np.iinfo(kind).max))
 
 
-def make_folder(wanted: Path, may_take_over: bool = False) -> list[Path]:
-    """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
-
-    may_take_over: take a folder of this name that holds nothing but what a run wrote before it had stored anything.
-    Returns the folder behind the parents that this made. Raises InputError where it cannot be made.
-    """
-    made = [parent for parent in reversed(wanted.parents) if not parent.exists()]
-    folder, counter = wanted, 0
-    try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return [*made, folder]
-            if may_take_over and is_left_over(folder):
-                return [folder]
-            counter += 1
-            folder = wanted.with_name(f"{wanted.name}_{counter}")
-    except BaseException as error:
-        remove_empty(made)
-        if isinstance(error, OSError):
-            raise InputError(f"--save_path: cannot make the folder {folder} ({error.strerror})") from error
-        raise
-
-
-def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of some folders, parents first, that are empty when those behind them are gone."""
-    for folder in reversed(folders):
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+def sheet_path(folder: Path, before_epoch: int) -> Path:
+    """Return the file of a mining's contact sheet."""
+    return folder / "mined" / f"before_epoch_{before_epoch:04d}.jpg"
 
 
 def first_files(folder: Path) -> list[Path]:
@@ -406,122 +370,15 @@ def is_left_over(folder: Path) -> bool:
     return folder / ".lock" in files and files == set(folder.iterdir())
 
 
-def try_file_system(folder: Path) -> None:
-    """Raise InputError that says what the file system of a folder cannot do, of what checkpoints need."""
-    needed, trial = "write", folder / ".trial.tmp"
-    try:
-        with open(trial, "wb") as file:
-            needed = "flush"
-            os.fsync(file.fileno())
-        needed = "rename"
-        os.replace(trial, folder / "hypa.pkl")
-    except OSError as error:
-        raise InputError(
-            f"--save_path: the file system of {folder} cannot {needed} files ({error.strerror}); give another folder"
-        ) from error
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. A process that has died holds none.
-
-    Raises InputError where another process holds it, or the file system knows no locks.
-    """
-    path = folder / ".lock"
-    is_new, lock = not path.exists(), filelock.FileLock(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of a file in place of a lock, which a killed process would leave
-            lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
-    except (OSError, NotImplementedError, UserWarning) as error:
-        if is_new:
-            path.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else os.strerror(errno.ENOSYS)
-        raise InputError(
-            f"{folder}: its file system cannot lock files ({reason}); keep runs on another one, see --save_path"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes the place of `path` when the block ends well: readers see the old or the new one whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = str(path)  # a full disk names no file
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a whole file, see replaced_file."""
-    with replaced_file(path) as file:
-        file.write(content)
-
-
-def write_flags(folder: Path, flags: Mapping[str, object]) -> None:
-    """Write all flags as hypa.pkl, a pickled dict of plain values, and as readable Parameter_Info.txt."""
-    write_file(folder / "hypa.pkl", pickle.dumps(dict(flags)))
-    width, lines = max(map(len, flags)), []
+def write_flags(folder: Path, flags: Mapping[str, object], provenance: Sequence[Mapping[str, str]] = ()) -> None:
+    """Write flags and provenance as hypa.pkl, a pickled dict of plain values, and as readable Parameter_Info.txt."""
+    more = {"provenance": list(provenance)} if provenance else {}
+    write_file(folder / "hypa.pkl", pickle.dumps(dict(flags) | more))
+    shown = {}
     for name, value in flags.items():
-        shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        lines.append(f"{name:<{width}}  {shown}\n")
-    write_file(folder / "Parameter_Info.txt", "".join(lines).encode(errors="surrogateescape"))
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values (dict, list, str, numbers) and refuses everything that would run code."""
-
-    def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """What a run folder says: its flags, and the rows of log_val_Class.csv, at least one, epochs ascending."""
-
-    folder: Path
-    flags: dict[str, object]
-    rows: list[Row]
-
-
-def read_run(folder: Path) -> StoredRun:
-    """Read a run folder; no code in its files is executed. Raises InputError that says what is wrong with it."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError as error:
-        raise InputError(f"{folder}: no such folder") from error
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-    for name in ("hypa.pkl", LOGS["val"]):
-        if name not in names:
-            scored = "; no epoch has been scored yet?" if name.endswith("csv") else ""
-            raise InputError(f"{folder}: holds no {name}{scored}")
-    try:
-        with open(folder / "hypa.pkl", "rb") as file:
-            flags = PlainUnpickler(file).load()
-        if not isinstance(flags, dict) or not isinstance(flags.get("dataset"), str):
-            raise ValueError("no flags of a run")
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
-    try:
-        table = pd.read_csv(folder / LOGS["val"])
-        recalls = [name for name in table if name.endswith("Recall @ 1")]
-        table = table.dropna(subset=["Epochs", *recalls]).astype(float).astype({"Epochs": int})
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
-    if not recalls or table.empty:
-        raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
-    return StoredRun(folder, flags, table.to_dict("records"))
+        shown[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+    for i, entry in enumerate(provenance):
+        shown |= {f"start {i + 1}, {name}": value for name, value in entry.items()}
+    width = max(map(len, shown))
+    text = "".join(f"{name:<{width}}  {value}\n" for name, value in shown.items())
+    write_file(folder / "Parameter_Info.txt", text.encode(errors="surrogateescape"))

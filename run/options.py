@@ -113,8 +113,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
         n if losses.needs_positives(name) or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
     ]
-    args.k_vals = sorted({1, *(args.k_vals or known_of(args.dataset).k_vals)})
-    args.bn = args.bn or ("train" if args.not_pretrained else "frozen")
+    args.k_vals = sorted({1, *(args.k_vals or implied(args)["k_vals"])})
+    args.bn = args.bn or implied(args)["bn"]
     check_batches(args, parser)
     return args
 
@@ -206,6 +206,21 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     return {
         task: argparse.Namespace(**{flag: getattr(args, flag)[i] for flag in PAIRS}) for i, task in enumerate(TASKS)
     }
+
+
+def implied(args: argparse.Namespace) -> dict[str, object]:
+    """Return the defaults that depend on other flags."""
+    return {"k_vals": known_of(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+
+
+def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
+    """Return the value that each flag of a run has where it is not given."""
+    return vars(parser.parse_args([])) | implied(args)
+
+
+def rate_steps(args: argparse.Namespace) -> Sequence[int]:
+    """Return the epochs that begin with another learning rate than the one before."""
+    return {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -12,14 +12,14 @@ from torch import Tensor
 from support.errors import OUT_OF_MEMORY, InputError, first_line, line_with
 from support.packages import imported
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 """Number of the layout of checkpoints; those of another one are refused."""
 
 NEEDED = {
     "state_dict": set(),
     "flags": {"dataset", "source_path", "val_classes", "select", "arch", "img_size", "bn", "bs", "kernels", "seed",
               "amp", "tf32", "k_vals", "n_epochs", "savename", "started_from", "tensorboard", "task_p", "adv_weights"},
-    "progress": {"rows", "initial_scores", "shared_labels", "contents"},
+    "progress": {"rows", "initial_scores", "mined_labels", "contents"},
 }  # fmt: skip
 """What the program reads of the parts of a checkpoint."""
 

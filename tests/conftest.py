@@ -292,14 +292,19 @@ def assert_equal(one, other, where):
 
 
 def assert_same_run(one, other):
-    """Compare logs but for times, and the weights and all else that training depends on, bit for bit."""
-    assert {path.name for path in one.glob("*.csv")} == {path.name for path in other.glob("*.csv")}
+    """Compare logs but for times, what was mined, and weights and all else that training depends on, bit for bit."""
+    for pattern in ("*.csv", "mined*", "mined/*"):
+        assert {path.name for path in one.glob(pattern)} == {path.name for path in other.glob(pattern)}
+    if (one / "mined_labels.npz").exists():
+        minings = [dict(np.load(folder / "mined_labels.npz")) for folder in (one, other)]
+        assert_equal(*({name: values.tolist() for name, values in mining.items() if name != "paths"} for mining in minings), "mined")
     for path in one.glob("*.csv"):
         tables = [pd.read_csv(folder / path.name, dtype=str).drop(columns="Time") for folder in (one, other)]
         pd.testing.assert_frame_equal(*tables)
     for name in ("last.pth.tar", "checkpoint.pth.tar"):
         stored = [torch.load(folder / name, weights_only=True) for folder in (one, other)]
         for content in stored:
+            content.pop("provenance")
             for part in ("seconds", "spent"):
                 content.get("training", {}).pop(part, None)
             for row in [row for rows in content["progress"]["rows"].values() for row in rows]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.published import known_of
 from report import compare
-from run import folder
+from run import folder, logs
 from support.errors import InputError
 
 
@@ -188,7 +188,7 @@ def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path
         compare.compare_runs([tmp_path / "a"], over="unheard_of")
     write_run(tmp_path / "c", [0.5], embed_sizes=[512, 64], task_p=[1.0, 0.8], dataset="shapes")
     write_run(tmp_path / "d", [0.6], embed_sizes=[128, 64], task_p=[1.0, 0.8], adv_weights=[1.0], dataset="shapes")
-    settings = compare.settings_of([folder.read_run(tmp_path / name) for name in "abcd"])
+    settings = compare.settings_of([logs.read_run(tmp_path / name) for name in "abcd"])
     lines = compare.ablation_lines(settings, "shapes", "test", "embed_sizes", "shapes, ")
     assert {name: points for name, points in lines.items() if name.endswith("best epoch")} == {
         "shapes, adv_weights 2500.0 embed_sizes of Class 128 best epoch": {"64": [0.4], "0": [0.3]},

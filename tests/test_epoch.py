@@ -17,5 +17,5 @@ def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(of_
     assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
     assert "is 0.80, before training 0.25" in lines[0]
     assert f"{found} (NMI of the labels with it {of_background:.2f}, with the class 0.36)" in lines[0]
-    assert "runs/demo/mined_clusters.png" in lines[1]
+    assert "runs/demo/page.html" in lines[1]
     assert "demo --task_p 1 0 --adv_weights 0" in lines[2]

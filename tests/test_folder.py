@@ -32,7 +32,8 @@ from conftest import (
 )
 
 import evaluate
-from run import folder
+from run import folder, logs
+from support import files
 from support.errors import InputError
 
 BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
@@ -178,7 +179,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
         assert f"--resume {path}: not the images that it was trained with: {message}; give it those" in error
-        assert {path.name for path in path.iterdir()} <= {"last.pth.tar", ".lock"}
+        assert {path.name for path in path.iterdir()} <= {"last.pth.tar", ".lock", "log.txt"}
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
@@ -195,7 +196,7 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     content["flags"]["arch"] = "resnet50"
     other_network = stored_run(tmp_path / "arch", content)
     assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
-    assert {path.name for path in other_network.iterdir()} <= {"last.pth.tar", ".lock"}
+    assert {path.name for path in other_network.iterdir()} <= {"last.pth.tar", ".lock", "log.txt"}
 
 
 def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
@@ -208,7 +209,7 @@ def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
     (path / "hypa.pkl").write_bytes(pickle.dumps({"dataset": Bomb()}))
     (path / "log_val_Class.csv").write_text("Epochs,Recall @ 1\n0,0.5\n")
     with pytest.raises(InputError, match=r"hypa\.pkl cannot be read \(it asks for posix\.mkdir\)"):
-        folder.read_run(path)
+        logs.read_run(path)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -439,26 +440,26 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
 
 def test_runs_of_one_name_get_counters(tmp_path):
     with ThreadPoolExecutor(16) as pool:
-        made = [paths[-1] for paths in pool.map(lambda _: folder.make_folder(tmp_path / "results" / "run"), range(16))]
+        made = [paths[-1] for paths in pool.map(lambda _: files.make_folder(tmp_path / "results" / "run"), range(16))]
     assert {path.name for path in made} == {"run", *(f"run_{i}" for i in range(1, 16))}
 
 
 def test_a_folder_that_cannot_be_made_is_refused_early(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--save_path: cannot make the folder .*/file/below/run \(Not a directory\)"):
-        folder.make_folder(tmp_path / "file" / "below" / "run")
+        files.make_folder(tmp_path / "file" / "below" / "run")
     assert os.listdir(tmp_path) == ["file"]
 
 
 def test_replaced_file_keeps_the_old_one_on_failure(tmp_path):
     path = tmp_path / "kept.txt"
     path.write_text("old")
-    with pytest.raises(OSError, match="No space left") as full, folder.replaced_file(path, "w") as file:  # noqa: PT012
+    with pytest.raises(OSError, match="No space left") as full, files.replaced_file(path, "w") as file:  # noqa: PT012
         file.write("half")
         raise OSError(28, "No space left on device")
     assert full.value.filename == str(path)
     assert (os.listdir(tmp_path), path.read_text()) == (["kept.txt"], "old")
-    with folder.replaced_file(path, "w") as file:
+    with files.replaced_file(path, "w") as file:
         file.write("new")
     (tmp_path / "plain.txt").touch()
     assert path.read_text() == "new"
@@ -482,20 +483,20 @@ ROWS = [
 def test_rows_are_those_of_the_csv_and_tell_their_test_sets(tmp_path):
     pd.DataFrame(ROWS).to_csv(tmp_path / "log_val_Class.csv", index=False)
     folder.write_flags(tmp_path, {"dataset": "vehicle_id"})
-    assert folder.read_run(tmp_path).rows == ROWS
-    assert folder.test_sets_of(ROWS[0]) == ["Set 1", "Val"]
-    assert folder.scores_of(ROWS[0], "Set 1") == {"NMI": 0.5, "Recall @ 1": 0.3}
+    assert logs.read_run(tmp_path).rows == ROWS
+    assert logs.test_sets_of(ROWS[0]) == ["Set 1", "Val"]
+    assert logs.scores_of(ROWS[0], "Set 1") == {"NMI": 0.5, "Recall @ 1": 0.3}
     alone = {"Epochs": 0, "Time": 1.0, "Recall @ 1": 0.5, "mAP @ R": 0.2, "Val Recall @ 1": 0.1}
-    assert folder.test_sets_of(alone) == ["test", "Val"]
-    assert folder.scores_of(alone, "test") == {"Recall @ 1": 0.5, "mAP @ R": 0.2}
-    assert [folder.column(name, "NMI") for name in ("test", "Set 1")] == ["NMI", "Set 1 NMI"]
-    assert folder.scores_line(ROWS[0]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
-    assert [folder.best_index(ROWS, "Set 1", select) for select in ("test", "val")] == [1, 2]
+    assert logs.test_sets_of(alone) == ["test", "Val"]
+    assert logs.scores_of(alone, "test") == {"Recall @ 1": 0.5, "mAP @ R": 0.2}
+    assert [logs.column(name, "NMI") for name in ("test", "Set 1")] == ["NMI", "Set 1 NMI"]
+    assert logs.scores_line(ROWS[0]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
+    assert [logs.best_index(ROWS, "Set 1", select) for select in ("test", "val")] == [1, 2]
 
 
 def test_summary_compares_best_and_last_with_before_training_and_the_paper():
     paper = {"Set 1 Recall @ 1": 0.661}
-    table = folder.score_table(ROWS, {"Set 1 NMI": 0.1, "Set 1 Recall @ 1": 0.05}, paper)
+    table = logs.score_table(ROWS, {"Set 1 NMI": 0.1, "Set 1 Recall @ 1": 0.05}, paper)
     lines = [" ".join(line.split()) for line in table.splitlines()]
     assert lines == [
         "score best epoch last before training paper best - paper",
@@ -504,4 +505,4 @@ def test_summary_compares_best_and_last_with_before_training_and_the_paper():
         "Val Recall @ 1 0.5000 4 0.5000 - - -",
         "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)",
     ]
-    assert "paper" not in folder.score_table(ROWS, {}, {})
+    assert "paper" not in logs.score_table(ROWS, {}, {})

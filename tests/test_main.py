@@ -41,9 +41,14 @@ RUN_FILES = {
     "InfoPlot_Probe.svg",
     "last.pth.tar",
     ".lock",
+    "log.txt",
+    "page.html",
+    "mined",
+    "mined_labels.npz",
 }
 MINING_FILES = {
-    "log_mining.csv", "mined_clusters.png", "sample_recoveries_Shared.png", "log_probe.csv", "InfoPlot_Probe.svg"
+    "mined", "mined_labels.npz", "log_mining.csv", "mined_clusters.png", "sample_recoveries_Shared.png",
+    "log_probe.csv", "InfoPlot_Probe.svg",
 }  # fmt: skip
 
 
@@ -80,7 +85,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     logs = read_logs(folder)
     assert logs["log_train_Class.csv"]["Epochs"].tolist() == [0, 1, 2]
     assert list(logs["log_train_Class.csv"]) == [
-        "Epochs", "Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss"
+        "Epochs", "Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss", "Learning Rate"
     ]  # fmt: skip
     val = logs["log_val_Class.csv"]
     assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8",
@@ -115,8 +120,20 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     stored = read_checkpoint(folder)
     best_epoch = stored["progress"]["rows"]["val"][-1]["Epochs"]
     assert best_epoch == val["Recall @ 1"].idxmax()
-    assert stored["flags"] == kept
-    assert len(stored["progress"]["shared_labels"]) == 10
+    (start,) = kept.pop("provenance")
+    assert start["command"].startswith("python main.py --eval_every 1 --n_epochs 3 --kernels 1 --dataset tiny")
+    assert start["torch"] == str(torch.__version__)
+    assert (stored["flags"], stored["provenance"]) == (kept, [start])
+    mined = stored["progress"]["mined_labels"]
+    assert mined.shape == (best_epoch + 1, 10)
+    history = np.load(folder / "mined_labels.npz")
+    assert history["epochs"].tolist() == [0, 1, 2, 3]
+    assert np.array_equal(history["labels"][: best_epoch + 1], mined)
+    assert [path.rsplit("/", 2)[1] for path in history["paths"]] == 5 * ["class_00"] + 5 * ["class_01"]
+    assert sorted(path.name for path in (folder / "mined").iterdir()) == [f"before_epoch_{i:04d}.jpg" for i in range(4)]
+
+    # what was printed is kept, from the first line to the last
+    assert (folder / "log.txt").read_text() == printed
     means = [value for name, value in stored["state_dict"].items() if name.endswith("running_mean")]
     assert kept["bn"] == "train"
     assert all((value != 0).any() for value in means)
@@ -465,12 +482,12 @@ def eight_classes(tmp_path):
 def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_classes, capsys):
     folder = run(eight_classes("--val_classes", 0.5, "--n_epochs", 2, "--eval_every", 1))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1:4] == [
+    assert printed[2:5] == [
         "train: 10 images of 2 classes, class_00 to class_01",
         "test: 20 images of 4 classes, class_04 to class_07",
         "Val: 10 images of 2 classes, class_02 to class_03",
     ]
-    assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["shared_labels"]) == 10
+    assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["mined_labels"][0]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores, *(f"Val {score}" for score in scores)]
     run([folder], evaluate)

@@ -40,8 +40,7 @@ import losses
 import main
 import netlib
 from data.images import ImageSet
-from run import folder
-from support import errors, processes
+from support import errors, files, processes
 
 BATCH_SIZE = 12
 CASES = {
@@ -253,7 +252,7 @@ def runs(tmp_path_factory):
 
 def test_a_run_mines_the_same_labels_and_scores_alike(runs):
     stored = [torch.load(path / "last.pth.tar", weights_only=True) for path in runs]
-    assert torch.equal(*(content["progress"]["shared_labels"] for content in stored))
+    assert torch.equal(*(content["progress"]["mined_labels"] for content in stored))
     initial = [content["progress"]["initial_scores"] for content in stored]
     assert initial[0] == pytest.approx(initial[1], abs=2e-3)
     # Rounding can turn a draw of the sampler and a point of the k-means
@@ -274,7 +273,7 @@ def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders,
     assert_equal(resumed["state_dict"], whole["state_dict"], "weights")
     for part in ("objective", "optimizer", "scheduler", "random"):
         assert_equal(resumed["training"][part], whole["training"][part], part)
-    assert torch.equal(resumed["progress"]["shared_labels"], whole["progress"]["shared_labels"])
+    assert torch.equal(resumed["progress"]["mined_labels"], whole["progress"]["mined_labels"])
     run(["--resume", cut, "--n_epochs", 3])
     assert pd.read_csv(cut / "log_val_Class.csv")["Epochs"].tolist() == [0, 1, 2]
 
@@ -348,7 +347,7 @@ def test_a_broken_image_in_the_share_of_another_process_ends_all_with_one_line(c
 
 
 def test_what_the_first_process_finds_is_told_once(runs):
-    with folder.locked(runs[1]):
+    with files.locked(runs[1]):
         process = run_in_processes(2, run, ["--resume", runs[1], "--n_epochs", 2])
     assert process.returncode != 0
     (line,) = own_lines(process.stderr)

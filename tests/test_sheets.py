@@ -56,7 +56,7 @@ def test_recoveries_search_queries_in_the_gallery_only(tmp_path):
 def test_mined_clusters_have_a_row_each_and_say_what_they_are(tmp_path):
     images = grey_images([0, 1, 1, 2, 0, 0, 3], ["a", "b", "c", "d"], factors={"light": np.arange(N) % 2})
     mined, distances = np.array([7, 7, 7, 7, 2, 2, 5]), np.array([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.0])
-    sheets.draw_clusters(tmp_path / "sheet.png", "run", 4, images, mined, distances)
+    sheets.draw_clusters([tmp_path / "sheet.png"], "run", 4, images, mined, distances)
     width = max(sheets.sheet_font(13).getlength(line) for line in ("cluster 7", "100 % alike in"))
     left = int(2 * sheets.EDGE + width)
     assert tiles(tmp_path / "sheet.png", left) == [
@@ -91,7 +91,7 @@ def test_captions_are_one_line_that_fits_whatever_the_name(tmp_path):
     images = grey_images([0] * N, ["two\nlines, \udcff and very long indeed"])
     tile = sheets.read_tile(images, 0, "other")
     assert tile.caption == "two lines, ? an…"
-    sheets.draw_sheet(tmp_path / "sheet.png", ["title"], ["a\nb"], [[tile, tile]])
+    sheets.save(sheets.draw_sheet(["title"], ["a\nb"], [[tile, tile]]), tmp_path / "sheet.png")
     Image.open(tmp_path / "sheet.png").verify()
 
 

@@ -62,13 +62,14 @@ def extract_features(
         network.train(was_training)
     features = {}
     for name in outputs:
-        features[name] = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
-        if not np.isfinite(features[name]).all():
+        values = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
+        if not np.isfinite(values).all():
             reason = ": training has diverged (try a lower --lr) or the weights it started from are damaged"
             if amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
                 reason = ", though its weights are: float16 ends at 65504; train with --amp bf16 or none"
             raise DivergedError(f"the network's {name} features are not finite{reason}")
-    return {name: processes.gather_rows(values, to_all) for name, values in features.items()}
+        features[name] = processes.gather_rows(values, to_all)
+    return features
 
 
 def retrieval_scores(
@@ -195,11 +196,9 @@ def score_set(
     is_query: np.ndarray | None = None,
     with_clustering: bool = True,
 ) -> dict[str, float | None]:
-    """Score one test set: every image searched in all others, or the queries in the gallery.
+    """Return the retrieval_scores of one test set, and {"NMI", "F1"} of a k-means with as many clusters as classes.
 
-    embeddings: (N, D) float. labels: (N,) int. is_query: (N,) bool or None, see retrieval_scores. seed: of the k-means
-    of all images, with as many clusters as classes. with_clustering: False leaves NMI and F1 out, as None. Returns
-    {"NMI", "F1"} and what retrieval_scores returns.
+    seed: of the k-means. with_clustering: False leaves NMI and F1 out, as None.
     """
     nmi = f1 = None
     if with_clustering:
@@ -259,10 +258,8 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
 
 
 def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
-    """Return the fraction of points whose label is the most frequent among their k nearest other points.
-
-    Where labels tie, the one that comes first among the nearest counts. embeddings: (N, D) float, N of some 1,000.
-    labels: (N,) int.
+    """Return the fraction of points whose label is the most frequent among their k nearest other points, of labels
+    that tie the nearest. embeddings: (N, D) float, N of some 1,000. labels: (N,) int.
     """
     points = torch.as_tensor(embeddings).double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
@@ -280,12 +277,15 @@ def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.n
     is to lose them and Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels:
     "Class", "Mined" where labels are mined, and the known factors to (N,) int.
     """
-    read = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
-    read += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
-    read = [(what, task) for what, task in read if what in labels and task in embeddings]
-    scores = {f"{what} from {task}": nearest_neighbour_accuracy(embeddings[task], labels[what]) for what, task in read}
-    chance = {f"{what} by chance": np.bincount(values).max() / len(values) for what, values in labels.items()}
-    return scores | {name: float(value) for name, value in chance.items()}
+    pairs = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
+    pairs += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
+    scores = {}
+    for name, task in pairs:
+        if name in labels and task in embeddings:
+            scores[f"{name} from {task}"] = nearest_neighbour_accuracy(embeddings[task], labels[name])
+    for name, values in labels.items():
+        scores[f"{name} by chance"] = float(np.bincount(values).max() / len(values))
+    return scores
 
 
 def probe_sets(
@@ -376,19 +376,15 @@ def score_run(args: argparse.Namespace) -> None:
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
         print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
-        is_logged = args.embedding == "Class" and dataset == flags["dataset"]
-        print_scores(scores, logged_row(checkpoint) if is_logged else {}, name)
+        rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
+        # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
+        is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
+        is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
+        print_scores(scores, rows["val"][-1] if is_logged else {}, name)
         if name in npz_files:
             is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
             of_images = {"labels": images.labels, "paths": images.names, "class_names": images.class_names}
             store(npz_files[name], embeddings, is_query=is_query, **of_images)
-
-
-def logged_row(checkpoint: Path) -> folder.Row:
-    """Return the scores that the run logged of a checkpoint; {} where it was trained on since they were taken."""
-    rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
-    is_scored = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
-    return rows["val"][-1] if is_scored else {}
 
 
 def print_scores(scores: Mapping[str, float | None], row: folder.Row, test_set: str) -> None:
@@ -458,10 +454,10 @@ def embed_folder(args: argparse.Namespace) -> None:
         raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
-def store(path: Path, embeddings: np.ndarray, **more: Sequence) -> None:
-    """Store embeddings (N, D) float32 and what is known of the images as .npz."""
+def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
+    """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with folder.replaced_file(path) as file:
-        np.savez(file, embeddings=embeddings, **{name: np.array(values) for name, values in more.items()})
+        np.savez(file, embeddings=embeddings, **of_images)
     print(f"stored {path}: {len(embeddings)} embeddings")
 
 

@@ -95,13 +95,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return args, flags
 
 
-def command(dataset: str, flags: Sequence[str]) -> list[str]:
-    """Return the command that trains a run on a data set: with its set-up, or with main.py's defaults."""
-    if dataset in SETUPS:
-        return ["bash", str(ROOT / PROG), SETUPS[dataset], *flags]
-    return [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
-
-
 def value_flags(series: str, value: str) -> list[str]:
     """Return the flags of a value of a series other than mining."""
     if (series, value) == ("dim", "0"):
@@ -174,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks."""
     args, flags = parse_args(argv)
     os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
+    command = [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", args.dataset]
+    if args.dataset in SETUPS:
+        command = ["bash", str(ROOT / PROG), SETUPS[args.dataset]]
     mining = mining_flags(args.dataset, flags) if args.series == "mining" else None
     first_seed = 0 if args.dataset in PUBLISHED else 1
     failed, folders = [], {}
@@ -183,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"== {args.series} {value}, seed {seed}")
             name = f"{args.savename}_{value}_seed{seed}"
             of_run = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
-            code = train(command(args.dataset, [*flags, *of_value, *of_run]))
+            code = train([*command, *flags, *of_value, *of_run])
             if code in STOPPING or (code == 2 and not folders):  # bad flags are the same in all runs
                 sys.exit(code)
             if code:

@@ -60,18 +60,14 @@ def draw_recoveries(
 
 def draw_clusters(
     path: Path, run_name: str, before_epoch: int, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray
-) -> list[Path]:
-    """Draw mined clusters as a PNG, see clusters_to_show, and return its path.
-
-    mined, squared_distances: (N,), of the training images.
-    """
+) -> None:
+    """Draw mined clusters as a PNG, see clusters_to_show. mined, squared_distances: (N,), of the training images."""
     clusters, n_clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors), len(set(mined))
     which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
     title = f"{shortened(run_name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
     draw_sheet(path, [title, note], [caption for caption, _ in clusters], rows)
-    return [path]
 
 
 def clusters_to_show(

@@ -38,11 +38,9 @@ def random_states(device: torch.device) -> dict[str, object]:
 
 
 def set_random_states(states: Mapping[str, object], device: torch.device) -> None:
-    """Continue all random number generators where random_states found them, on this device."""
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    """Continue all random number generators from these random_states, on this device."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and states["cuda"]:
         torch.cuda.set_rng_state(states["cuda"][0], device)
@@ -51,15 +49,14 @@ def set_random_states(states: Mapping[str, object], device: torch.device) -> Non
 def pick_device(gpu: int) -> torch.device:
     """Return CUDA device `gpu` and make it the current one, or return the CPU where there is no CUDA.
 
-    Of several processes on a machine each takes its own GPU, from `gpu` on. Raises InputError for a GPU that does not
-    exist.
+    Of several processes on a machine each takes a GPU, from `gpu` on. Raises InputError where there are not as many.
     """
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     if not torch.cuda.is_available():
         print(f"device: CPU (no CUDA GPU found){among}")
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
-    if not 0 <= gpu <= n_gpus - processes.local_world_size():
+    if gpu + processes.local_world_size() > n_gpus:
         raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
     torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
@@ -68,17 +65,15 @@ def pick_device(gpu: int) -> torch.device:
 
 
 def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
-    """Let float32 products on the device round to TF32, or not even where PyTorch does so by default (convolutions).
+    """Let float32 products on the device round to TF32, or not, be it PyTorch's default as for convolutions.
 
-    Says where the device is a CPU that runs bfloat16 slower than float32. Raises InputError where it has no TF32.
+    Warns of a CPU that runs bfloat16 slower than float32. Raises InputError where the device has no TF32.
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
         print(f"warning: --amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
     if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        raise InputError(
-            "--tf32: needs an NVIDIA GPU of compute capability 8.0 (Ampere) or higher; leave it out, or "
-            "resume a run that has it on such a GPU"
-        )
+        needed = "an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
+        raise InputError(f"--tf32: needs {needed}; leave it out, or resume a run that has it on such a GPU")
     # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -101,7 +96,7 @@ def n_cores() -> int:
 
 
 def n_workers(most: int) -> int:
-    """Return how many loader workers this process starts: its share of those wanted, which are one per core at most."""
+    """Return how many loader workers this process starts: its share of `most`, at most one per core."""
     return max(min(most, n_cores()) // processes.local_world_size(), min(most, 1))
 
 
@@ -113,30 +108,15 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
     points to their centres, whose sum is the inertia.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
-    clustering = faiss.Kmeans(
-        points.shape[1],
-        n_clusters,
-        niter=n_iterations,
-        seed=seed % 2**31,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(points),
-    )
-    with all_cores():
-        clustering.train(points)
-        squared_distances, nearest = clustering.index.search(points, 1)
-    return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
-
-
-@contextlib.contextmanager
-def all_cores() -> Iterator[None]:
-    """Let faiss use the cores of the other processes of this machine, which wait for this one."""
+    every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
+    clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
-    if processes.world_size() > 1:  # torchrun allows each process one thread
+    if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(n_threads)
+    clustering.train(points)
+    squared_distances, nearest = clustering.index.search(points, 1)
+    faiss.omp_set_num_threads(n_threads)
+    return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 
 
 def seconds_since(start: float) -> float:
@@ -155,9 +135,9 @@ class LossMeter:
         self.counts: dict[str, int] = {}
         self.pending: list[tuple[str, str, torch.Tensor]] = []
 
-    def add(self, place: str, terms: Mapping[str, torch.Tensor]) -> None:
-        """Take the scalar terms of one step. place: in words, for messages."""
-        self.pending += [(place, term, value.detach()) for term, value in terms.items()]
+    def add(self, step: str, terms: Mapping[str, torch.Tensor]) -> None:
+        """Take the scalar terms of one step. step: in words, for messages."""
+        self.pending += [(step, term, value.detach()) for term, value in terms.items()]
 
     def read(self) -> dict[str, str]:
         """Copy what is pending to the host and return the running averages as text.
@@ -165,12 +145,10 @@ class LossMeter:
         Raises DivergedError for a value that is not finite.
         """
         values = torch.stack([value for *_, value in self.pending]).tolist() if self.pending else []
-        for (place, term, _), value in zip(self.pending, values, strict=True):
+        for (step, term, _), value in zip(self.pending, values, strict=True):
             if not math.isfinite(value):
-                raise DivergedError(
-                    f"the {term} loss is {value} {place}: training has diverged; try a lower --lr, lower "
-                    "--adv_weights, or in place of --amp fp16 bf16 or none"
-                )
+                hint = "try a lower --lr, lower --adv_weights, or in place of --amp fp16 bf16 or none"
+                raise DivergedError(f"the {term} loss is {value} {step}: training has diverged; {hint}")
             self.sums[term] = self.sums.get(term, 0.0) + value
             self.counts[term] = self.counts.get(term, 0) + 1
         self.pending.clear()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-from sklearn.metrics.cluster import contingency_matrix
+from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,9 +31,6 @@ from run.options import PATH, whole
 from support import errors, files, processes, weights
 from support.errors import DivergedError, InputError, StoppedError
 
-Scores = dict[str, float | None]
-"""Scores of one test set by name; None for what was left out."""
-
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
 
@@ -48,9 +45,8 @@ def extract_features(
 ) -> dict[str, np.ndarray | None]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
-    Of several processes each embeds the images of its own loader, which holds its share of them, and gets them all.
-    outputs: names that EmbeddingNetwork.forward knows. amp: none, bf16 or fp16. to_all: False leaves all features
-    to the first process, and None to the others.
+    Each process embeds its shard, and all of them get the features. outputs: names that EmbeddingNetwork.forward takes.
+    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others.
     Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
     """
     was_training, device = network.training, network.mean.device
@@ -66,18 +62,14 @@ def extract_features(
         network.train(was_training)
     features = {}
     for name in outputs:
-        features[name] = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
-        if not np.isfinite(features[name]).all():
+        values = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
+        if not np.isfinite(values).all():
+            reason = ": training has diverged (try a lower --lr) or the weights it started from are damaged"
             if amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
-                raise DivergedError(
-                    f"the network's {name} features are not finite, though its weights are: float16 ends at 65504; "
-                    "train with --amp bf16 or none"
-                )
-            raise DivergedError(
-                f"the network's {name} features are not finite: training has diverged (try a lower --lr) or the "
-                "weights it started from are damaged"
-            )
-    return {name: processes.gather_rows(values, to_all) for name, values in features.items()}
+                reason = ", though its weights are: float16 ends at 65504; train with --amp bf16 or none"
+            raise DivergedError(f"the network's {name} features are not finite{reason}")
+        features[name] = processes.gather_rows(values, to_all)
+    return features
 
 
 def retrieval_scores(
@@ -90,18 +82,16 @@ def retrieval_scores(
 ) -> dict[str, float]:
     """Score how well each query finds the points of its class by Euclidean distance.
 
-    Recall @ k: the fraction of queries with a point of their class among their k nearest. With R the number of points
-    to be found, R-Precision is the fraction of the query's R nearest that are of its class, and mAP @ R the mean of
-    the precisions at the ranks of those, over R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020). Where
-    distances tie within float32, points of other classes come first: a collapsed embedding scores 0. A query whose
-    class has nothing to be found scores 0.
+    Recall @ k: the fraction of queries with a point of their class among their k nearest. With R the number of
+    positives in the gallery, R-Precision is the fraction of positives among the R nearest, and mAP @ R the sum of the
+    precisions at their ranks, over R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020). Where distances
+    tie within float32, negatives come first: a collapsed embedding scores 0. A query without positives scores 0.
 
     embeddings: (N, D) float, finite. labels: (N,) int. is_query: (N,) bool, the queries, which are searched in the
     other points; None: each point is searched in all others. block_size: queries at a time; memory grows with
     block_size * N. Several processes share the queries. Returns {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
     """
-    labels = np.asarray(labels)
-    is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~np.asarray(is_query)
+    is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~is_query
     queries = np.flatnonzero(is_gallery if is_query is None else is_query)
     share = processes.shard(len(queries))
     points = torch.as_tensor(np.asarray(embeddings), device=device).double()
@@ -124,16 +114,15 @@ def class_ranks(
 ) -> Iterator[np.ndarray]:
     """Yield, for blocks of queries, (B, 3): rank of the first hit from 0, average precision at R, R-precision.
 
-    points: (N, D) float32 in the unit ball. labels: (N,) int. queries, gallery: indices; a query is not found by
-    itself.
+    points: (N, D) float32 in the unit ball. labels: (N,) int. queries, gallery: indices. No query finds itself.
     """
     device = points.device
     gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of columns
     column_of = np.full(len(labels), -1)  # of a point that is not in the gallery
     column_of[gallery] = np.arange(len(gallery))
     first, stop = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
-    # Of each query, (Q, 1): the first column of its class, the size of its class, its own column
-    first_columns, sizes, own_columns = (
+    # Of each query, (Q, 1): the first column of its class, the size of its class, the query's column
+    first_columns, sizes, query_columns = (
         torch.as_tensor(values, device=device)[:, None] for values in (first, stop - first, column_of[queries])
     )
     offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)  # (C,), of the largest class
@@ -149,7 +138,7 @@ def class_ranks(
         in_class = offsets < sizes[block]
         columns = (first_columns[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
         to_class = closeness.gather(1, columns)
-        is_positive = in_class & (columns != own_columns[block])
+        is_positive = in_class & (columns != query_columns[block])
         n_positives = is_positive.sum(1, keepdim=True)
         # Closeness to the positives, nearest first, (B, C), lowered so that ties count against the query
         positives = to_class.masked_fill(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
@@ -193,16 +182,9 @@ def clustering_scores(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, 
 
     NMI has the arithmetic mean as normalisation. F1 is over pairs of points in the same class and in the same cluster.
     """
-    table = contingency_matrix(labels, clusters, sparse=True, dtype=np.int64)
-
-    def count_pairs(sizes: np.ndarray) -> int:
-        """Return how many unordered pairs of points share a group, for groups of these sizes."""
-        return int((sizes * (sizes - 1) // 2).sum())
-
-    same_both = count_pairs(table.data)
-    same_class, same_cluster = (count_pairs(np.asarray(table.sum(axis))) for axis in (1, 0))
+    (_, same_cluster_only), (same_class_only, same_both) = pair_confusion_matrix(labels, clusters).tolist()
     nmi = float(normalized_mutual_info_score(labels, clusters))
-    return nmi, 2 * same_both / max(same_class + same_cluster, 1)
+    return nmi, 2 * same_both / max(2 * same_both + same_class_only + same_cluster_only, 1)
 
 
 def score_set(
@@ -213,14 +195,11 @@ def score_set(
     device: torch.device | str = "cpu",
     is_query: np.ndarray | None = None,
     with_clustering: bool = True,
-) -> Scores:
-    """Score one test set: every image searched in all others, or the queries in the gallery.
+) -> dict[str, float | None]:
+    """Return the retrieval_scores of one test set, and {"NMI", "F1"} of a k-means with as many clusters as classes.
 
-    embeddings: (N, D) float. labels: (N,) int. is_query: (N,) bool or None, see retrieval_scores; the clustering is of
-    all images. seed: of the k-means, which has as many clusters as there are classes. with_clustering: False leaves
-    NMI and F1 out, as None. Returns {"NMI", "F1"} and what retrieval_scores returns.
+    seed: of the k-means. with_clustering: False leaves NMI and F1 out, as None.
     """
-
     nmi = f1 = None
     if with_clustering:
         if processes.is_first():  # the others wait for it
@@ -237,12 +216,11 @@ def describe_clusters(
     factors: Mapping[str, np.ndarray],
     previous: np.ndarray | None = None,
 ) -> dict[str, int | float | None]:
-    """Describe mined labels: how many clusters have images and how many have none, the sizes of the former, agreement
-    with the labels mined before (adjusted Rand index: 1 the same partition, 0 as by chance), and NMI with the class and
-    known factors.
+    """Describe mined labels: numbers of clusters with images and without, sizes of the former, agreement with the
+    labels mined before (adjusted Rand index: 1 the same partition, 0 as by chance), NMI with class and known factors.
 
-    clusters: (N,) int in [0, n_clusters). labels: (N,) int. factors: name to (N,) int levels, shared across classes.
-    previous: (N,) int; None for the first mining.
+    clusters: (N,) int in [0, n_clusters). labels: (N,) int. factors: name to (N,) int levels. previous: (N,) int; None
+    for the first mining.
     """
     sizes = np.bincount(clusters)
     sizes = sizes[sizes > 0]
@@ -261,8 +239,8 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
     """Return the images of a set that are probed: sorted indices, the same for the same seed.
 
     A quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. Where that is
-    fewer than images_per_class of each, images_per_class of some classes instead, picked at random, as a class is found
-    by its own images only. Classes with a single image in the choice are left out. labels: (N,) int in [0, n_classes).
+    fewer than images_per_class of each, images_per_class of random classes instead. Classes with a single image in the
+    choice are left out: they have no neighbour to be read from. labels: (N,) int in [0, n_classes).
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
     n_per_class = max(images_per_class, n_images // n_classes)
@@ -273,16 +251,15 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
         members[labels[image]].append(image)
     chosen: list[int] = []
     for label in classes:
-        taken = members[label][: min(n_per_class, n_images - len(chosen))]
-        chosen += taken if len(taken) > 1 else []
+        of_class = members[label][: min(n_per_class, n_images - len(chosen))]
+        if len(of_class) > 1:
+            chosen += of_class
     return np.sort(chosen).astype(np.int64)
 
 
 def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
-    """Return the fraction of points whose label is the most frequent among their k nearest other points.
-
-    Where labels tie, the one that comes first among the nearest counts. embeddings: (N, D) float, N of some 1,000.
-    labels: (N,) int.
+    """Return the fraction of points whose label is the most frequent among their k nearest other points, of labels
+    that tie the nearest. embeddings: (N, D) float, N of some 1,000. labels: (N,) int.
     """
     points = torch.as_tensor(embeddings).double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
@@ -293,20 +270,22 @@ def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: in
 
 
 def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return how well labels are read from the embeddings, by nearest_neighbour_accuracy.
+    """Return how well labels are read from the embeddings, by nearest_neighbour_accuracy, and by chance: by always
+    guessing the most frequent label.
 
-    Each point is read from the others. The adversarial term is to push "Class from Shared" and "Mined from Class" down
-    to what is right by chance, by always guessing the most frequent label; of known factors, Class is to lose them and
-    Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels: "Class", "Mined"
-    where labels are mined, and the known factors to (N,) int.
+    The adversarial term is to push "Class from Shared" and "Mined from Class" down to chance; of known factors, Class
+    is to lose them and Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels:
+    "Class", "Mined" where labels are mined, and the known factors to (N,) int.
     """
-    read = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
-    read += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
-    read = [(what, task) for what, task in read if what in labels and task in embeddings]
-    scores = {f"{what} from {task}": nearest_neighbour_accuracy(embeddings[task], labels[what]) for what, task in read}
-    return scores | {
-        f"{what} by chance": float(np.bincount(values).max() / len(values)) for what, values in labels.items()
-    }
+    pairs = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
+    pairs += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
+    scores = {}
+    for name, task in pairs:
+        if name in labels and task in embeddings:
+            scores[f"{name} from {task}"] = nearest_neighbour_accuracy(embeddings[task], labels[name])
+    for name, values in labels.items():
+        scores[f"{name} by chance"] = float(np.bincount(values).max() / len(values))
+    return scores
 
 
 def probe_sets(
@@ -317,10 +296,10 @@ def probe_sets(
     seed: int,
     amp: str,
 ) -> dict[str, float]:
-    """Return what is read from the embeddings of training images, and of each test set whose factors are known.
+    """Return the probe_scores of training images, and of each test set whose factors are known.
 
-    mined: labels of all training images (N,); None where none are mined: the Shared head is not trained then, and not
-    probed. test_embeddings: {test set: {task: (N, D)}}. See probe_scores.
+    mined: labels of all training images (N,); None where none are mined, and the Shared head is neither trained nor
+    probed. test_embeddings: {test set: {task: (N, D)}}.
     """
     tasks = ["Class"] if mined is None else ["Class", "Shared"]
     images, chosen = loaders.train.dataset.images, loaders.probe.dataset.indices
@@ -333,8 +312,8 @@ def probe_sets(
         if len(chosen):
             labels = {name: values[chosen] for name, values in ({"Class": images.labels} | images.factors).items()}
             embeddings = {task: test_embeddings[test_set][task][chosen] for task in tasks}
-            of_set = probe_scores(embeddings, labels)
-            scores |= {f"{test_set.capitalize()} {name}": value for name, value in of_set.items()}
+            for name, value in probe_scores(embeddings, labels).items():
+                scores[f"{test_set.capitalize()} {name}"] = value
     return scores
 
 
@@ -354,60 +333,67 @@ def score_sets(
     device: torch.device,
     with_clustering: bool,
 ) -> logs.Row:
-    """Return the scores of one task's embedding on each test set, each by itself, by column; see score_set."""
+    """Return the scores of one task's embedding on each test set by itself, by column; see score_set."""
     row = {}
     for name, images in tests.items():
-        scores = score_set(
-            embeddings[name][task], images.labels, k_vals, seed, device, images.is_query, with_clustering
-        )
+        points = embeddings[name][task]
+        scores = score_set(points, images.labels, k_vals, seed, device, images.is_query, with_clustering)
         row |= {logs.column(name, score): value for score, value in scores.items()}
     return row
 
 
 def score_run(args: argparse.Namespace) -> None:
-    """Score the checkpoints of a run on their test sets, print what comes out beside what the run logged, and store
-    the embeddings where asked for. Raises InputError.
+    """Score each test set with its best checkpoint, print that beside what the run logged, and store the embeddings
+    where asked for. Raises InputError.
     """
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
-    flags = weights.read_checkpoint(checkpoints[0])["flags"]
-    dataset, source = args.dataset or flags["dataset"], args.source_path or flags["source_path"]
-    train_images, tests = datasets.load_dataset(dataset, source)
-    sources = {VALIDATION: ("train", train_images)} | {name: (name, images) for name, images in tests.items()}
+    stored = weights.read_checkpoint(checkpoints[0])
+    flags = stored["flags"]
+    dataset = args.dataset or flags["dataset"]
+    train_images, tests = datasets.load_dataset(dataset, args.source_path or flags["source_path"])
+    splits = dict(tests)
     if flags["val_classes"] and not args.dataset:
+        splits["train"] = train_images
         tests[VALIDATION] = hold_out_classes(train_images, flags["val_classes"])[1]
-    wanted = Path(args.save_embeddings or "")
-    stores = {name: wanted.with_name(f"{wanted.stem}{logs.file_suffix(name)}.npz") for name in tests if wanted.name}
-    for path in stores.values():
+    npz_files = {}
+    if args.save_embeddings:
+        path = Path(args.save_embeddings)
+        npz_files = {name: path.with_stem(path.stem + logs.file_suffix(name)) for name in tests}
+    for path in npz_files.values():
         if path.exists():
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
     device = auxiliaries.pick_device(args.gpu)
-    for name, images in tests.items():
-        own = run / f"checkpoint{logs.file_suffix(name)}.pth.tar"
-        path = own if own in checkpoints else checkpoints[0]
-        stored = weights.read_checkpoint(path)
-        flags, rows = stored["flags"], stored["progress"]["rows"]
-        embeddings = embed(path, flags, images, args.embedding, args.kernels, device)
-        scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
-        of_set = "" if name == "test" else f", {name}"
-        print(f"{path}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
-        # The last epoch that was scored is the checkpoint's own, if it has not been trained on since
-        is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
-        is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
-        change = changed(stored, *sources[name]) if is_logged else None
+    if dataset == flags["dataset"]:
+        then, now = stored["progress"]["contents"], contents(splits)
+        change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
             print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
-        print_scores(scores, rows["val"][-1] if is_logged else None, name)
-        if name in stores:
+    for name, images in tests.items():
+        best = run / f"checkpoint{logs.file_suffix(name)}.pth.tar"
+        checkpoint = best if best in checkpoints else checkpoints[0]
+        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
+        scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
+        of_set = "" if name == "test" else f", {name}"
+        print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
+        rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
+        # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
+        is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
+        is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
+        print_scores(scores, rows["val"][-1] if is_logged else {}, name)
+        if name in npz_files:
             is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
-            known = {"paths": images.names, "class_names": images.class_names, "is_query": is_query}
-            store(stores[name], embeddings, labels=images.labels, **known)
+            of_images = {"labels": images.labels, "paths": images.names, "class_names": images.class_names}
+            store(npz_files[name], embeddings, is_query=is_query, **of_images)
 
 
-def changed(stored: Mapping[str, dict], split: str, images: ImageSet) -> str | None:
-    """Return how the images of a split differ from those that the run of a checkpoint had; None where they do not."""
-    before, now = stored["progress"]["contents"].get(split, {}), contents({split: images})[split]
-    return describe_change({split: before}, {split: now})
+def print_scores(scores: Mapping[str, float | None], row: logs.Row, test_set: str) -> None:
+    """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
+    logged, width = logs.scores_of(row, test_set), max(map(len, scores))
+    lines = [("score", "now", f"logged in epoch {row['Epochs']}" if row else None)]
+    lines += [(name, repr(value), logged.get(name)) for name, value in scores.items()]
+    for name, now, then in lines:
+        print(f"{name:<{width}}  {now:<20}  {'' if then is None else then}".rstrip())
 
 
 def embed(
@@ -420,7 +406,7 @@ def embed(
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError,
+    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError and
     DivergedError.
     """
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
@@ -456,11 +442,11 @@ def embed_folder(args: argparse.Namespace) -> None:
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     n_broken = len(paths) - len(sound)
-    print("".join(f"{reason}\n" for reason in reasons if reason), end="")
+    for reason in filter(None, reasons):
+        print(reason)
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
-        device = auxiliaries.pick_device(args.gpu)
-        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
+        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
@@ -468,20 +454,10 @@ def embed_folder(args: argparse.Namespace) -> None:
         raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
-def print_scores(scores: Scores, row: logs.Row | None, test_set: str) -> None:
-    """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
-    logged = logs.scores_of(row, test_set) if row else {}
-    width = max(map(len, scores))
-    print(f"{'score':<{width}}  {'now':<20}" + (f"  logged in epoch {row['Epochs']}" if row else ""))
-    for name, value in scores.items():
-        then = logged.get(name)
-        print(f"{name:<{width}}  {value!r:<20}  {'' if then is None else then}".rstrip())
-
-
-def store(path: Path, embeddings: np.ndarray, **more: Sequence) -> None:
-    """Store embeddings (N, D) float32 and what is known of the images as .npz."""
+def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
+    """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
-        np.savez(file, embeddings=embeddings, **{name: np.array(values) for name, values in more.items()})
+        np.savez(file, embeddings=embeddings, **of_images)
     print(f"stored {path}: {len(embeddings)} embeddings")
 
 
@@ -492,68 +468,62 @@ def get_args_parser() -> errors.OneLineParser:
         description="Score a stored run, with the flags it was trained with, or compare stored runs.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
     # fmt: off
-    add("run", type=PATH, nargs="+", metavar="RUN",
-        help="run folder, or a checkpoint file; with --compare any number of run "
-        "folders, or folders that hold them")
-    add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
-        "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
-    add("--over", metavar="FLAG", help="with --compare: also print Recall @ 1 over this flag, beside the paper's curve "
-        "where there is one, and draw it with --plot; of a pair the Shared task's value counts")
-    add("--against", type=PATH, metavar="RUN",
-        help="with --compare: also give the differences of each setting to that of this "
-        "run, one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with "
-        "--plot")
-    add("--csv", type=PATH, metavar="FILE",
-        help="with --compare: also write the table to FILE, with a column for each flag that "
-        "differs")
-    add("--plot", type=PATH, metavar="FILE",
-        help="with --compare: draw Recall @ 1 over the epochs, or what --over or --against "
-        "ask for (.svg, .png or .pdf)")
+    add = parser.add_argument
+    add("run", type=PATH, nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number "
+        "of run folders, or folders that hold them")
+    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
+
+    add = parser.add_argument_group("to score one run").add_argument
     add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
     add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
     add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
     add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
-    add("--embed", type=PATH, metavar="FOLDER",
-        help="instead of scoring, embed all images below FOLDER, in any layout, and store "
-        "embeddings and paths with --save_embeddings")
-    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
+    add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
+        "layout, and store embeddings and paths with --save_embeddings")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
+
+    add = parser.add_argument_group("to compare runs").add_argument
+    add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
+        "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--over", metavar="FLAG", help="also print Recall @ 1 over this flag, beside the paper's curve where there is "
+        "one, and draw it with --plot; of a pair the Shared task's value counts")
+    add("--against", type=PATH, metavar="RUN", help="also give the differences of each setting to that of this run, "
+        "one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with --plot")
+    add("--csv", type=PATH, metavar="FILE", help="also write the table to FILE, with a column for each flag that "
+        "differs")
+    add("--plot", type=PATH, metavar="FILE", help="draw Recall @ 1 over the epochs, or what --over or --against ask "
+        "for (.svg, .png or .pdf)")
     # fmt: on
     return parser
 
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
-    only = {
-        "compare": ["over", "against", "csv", "plot"],
-        "score": ["checkpoint", "dataset", "source_path", "save_embeddings", "embed", "kernels"],
-    }
-    for flag in only["score" if args.compare else "compare"]:
+    to_compare = ("over", "against", "csv", "plot")
+    to_score = ("checkpoint", "dataset", "source_path", "save_embeddings", "embed", "kernels")
+    for flag in to_score if args.compare else to_compare:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
-    if processes.world_size() > 1:
-        parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
         parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
-    for flag, endings in {"csv": [], "plot": [".svg", ".png", ".pdf"], "save_embeddings": [".npz"]}.items():
-        value = getattr(args, flag)
-        if value is None:
-            continue
-        if endings and Path(value).suffix not in endings:
-            parser.error(f"--{flag} {value}: give a file name that ends in {' or '.join(endings)}")
-        if Path(value).exists():
-            parser.error(f"--{flag} {value}: exists already; nothing is overwritten")
-        if not os.access(Path(value).absolute().parent, os.W_OK | os.X_OK):
-            parser.error(f"--{flag} {value}: there is no folder {Path(value).parent} that can be written to")
-    if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
-        parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
-    if args.embed is not None and (args.save_embeddings is None or args.dataset or args.source_path):
-        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset or --source_path")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
+    if args.embed is not None and (args.save_embeddings is None or args.dataset or args.source_path):
+        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset or --source_path")
+    for flag, endings in {"csv": [], "plot": [".svg", ".png", ".pdf"], "save_embeddings": [".npz"]}.items():
+        if getattr(args, flag) is None:
+            continue
+        path = Path(getattr(args, flag))
+        if endings and path.suffix not in endings:
+            parser.error(f"--{flag} {path}: give a file name that ends in {' or '.join(endings)}")
+        if path.exists():
+            parser.error(f"--{flag} {path}: exists already; nothing is overwritten")
+        if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            parser.error(f"--{flag} {path}: there is no folder {path.parent} that can be written to")
+    if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
+        parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 
 
 @errors.one_line_errors("evaluate.py")

@@ -6,8 +6,7 @@ indices (anchor, positive, negative). Everything runs on the tensors' own device
 
 import inspect
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +41,7 @@ def triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Ten
 def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Draw one column per row of (N, M) non-negative weights, with probability proportional to the weight, to 1e-6.
 
-    Inverts the cumulative sum. Unlike torch.multinomial it takes one random number per row and never waits for the
-    device. A row without a positive weight gives an arbitrary column.
+    Unlike torch.multinomial it never waits for the device. A row without a positive weight gives an arbitrary column.
     """
     cumulative = weights.cumsum(1)
     uniform = torch.rand(len(weights), 1, dtype=weights.dtype, device=weights.device, generator=generator)
@@ -61,8 +59,7 @@ def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
 class TripletSampler:
     """Picks B triplets of a batch; a subclass says how.
 
-    generator: torch generator on the embeddings' device that the draws come from; None is the device's default one,
-    which torch.compile(fullgraph=True) needs: it does not take a generator into its graph.
+    generator: on the embeddings' device; None is its default one, which torch.compile(fullgraph=True) needs.
     """
 
     def __init__(self, generator: torch.Generator | None = None):
@@ -96,12 +93,11 @@ class DistanceWeightedSampler(TripletSampler):
 
     q(d) is the density of pairwise distances of points spread uniformly on the unit sphere,
     log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2/4), so that negatives of all distances are equally likely.
-    d is clamped from below at 0.5; there is no upper cut-off.
+    d is clamped from below at 0.5, without an upper cut-off.
     Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 3 and 4.
     """
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
-        """See TripletSampler; does not depend on the positives."""
         log_weights = inverse_density_log_weights(pairwise_squared_distances(embeddings), embeddings.shape[1])
         return log_weights.masked_fill_(~negative_mask, -torch.inf).softmax(1).nan_to_num_(0.0)
 
@@ -127,7 +123,6 @@ class SemihardSampler(TripletSampler):
         self.margin = margin
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
-        """See TripletSampler."""
         distances = pairwise_squared_distances(embeddings).sqrt_()
         candidates = semihard_candidates(distances, positives, negative_mask, self.margin)
         return torch.where(candidates.any(1, keepdim=True), candidates, negative_mask).float()
@@ -183,7 +178,7 @@ class TripletBasedLoss(nn.Module):
         raise NotImplementedError
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser groups of the loss's own parameters."""
+        """Return the optimiser groups of the loss's parameters, without weight decay."""
         return []
 
 
@@ -198,7 +193,6 @@ class TripletLoss(TripletBasedLoss):
         self.margin = margin
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
-        """See TripletBasedLoss."""
         to_positive, to_negative = triplet_distances(embeddings, triplets)
         terms = F.relu(to_positive - to_negative + self.margin) * valid
         return terms.sum() / valid.sum().clamp(min=1)
@@ -229,7 +223,6 @@ class MarginLoss(TripletBasedLoss):
         self.beta = nn.Parameter(torch.full((n_classes,), float(beta)))
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
-        """See TripletBasedLoss."""
         to_positive, to_negative = ((squared + EPSILON).sqrt() for squared in triplet_distances(embeddings, triplets))
         beta = self.beta.index_select(0, labels.index_select(0, triplets[:, 0]))
         positive_terms = F.relu(to_positive - beta + self.margin) * valid
@@ -241,7 +234,6 @@ class MarginLoss(TripletBasedLoss):
         return total / n_active.clamp(min=1)
 
     def param_groups(self) -> list[dict]:
-        """See TripletBasedLoss: the boundaries, without weight decay."""
         return [{"params": [self.beta], "lr": self.beta_lr, "weight_decay": 0.0}]
 
 
@@ -276,7 +268,6 @@ class ProxyNCALoss(nn.Module):
             return (squared.gather(1, of_class).squeeze(1) + to_others.logsumexp(1)).mean()
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser groups: the proxies, without weight decay."""
         return [{"params": [self.proxies], "lr": self.proxy_lr, "weight_decay": 0.0}]
 
 
@@ -314,7 +305,6 @@ class AdversarialLoss(nn.Module):
             return -(target * F.normalize(projected, dim=1)).square().mean()
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser groups: the projection network."""
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
 
@@ -353,7 +343,7 @@ class Objective(nn.Module):
 
 SAMPLERS = {"distance": DistanceWeightedSampler, "semihard": SemihardSampler, "random": RandomSampler}
 LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCALoss}
-"""Samplers and losses by flag name; their constructors ask by name for the values of build_loss that they need."""
+"""Samplers and losses by flag name; their constructors name the values of build_loss that they need."""
 
 
 def takes_sampler(name: str) -> bool:
@@ -366,33 +356,22 @@ def needs_positives(name: str) -> bool:
     return name in LOSSES and LOSSES[name].needs_positives
 
 
-def build_loss(
-    name: str,
-    sampling: str,
-    *,
-    n_classes: int,
-    embed_size: int,
-    margin: float,
-    beta: float,
-    beta_lr: float,
-    nu: float,
-    proxy_lr: float,
-) -> nn.Module:
-    """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS; each takes the values it asks for.
+def build_loss(name: str, sampling: str, **values: float) -> nn.Module:
+    """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS.
 
+    values: n_classes, embed_size, margin, beta, beta_lr, nu, proxy_lr; each constructor takes those that it names.
     A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
     """
-    values = {"n_classes": n_classes, "embed_size": embed_size, "margin": margin, "beta": beta, "beta_lr": beta_lr}
-    values |= {"nu": nu, "proxy_lr": proxy_lr}
 
-    def built(kind: Callable[..., nn.Module], **more: TripletSampler) -> nn.Module:
-        """Return an object of a class from the values that its constructor asks for."""
-        available = values | more
-        return kind(**{name: available[name] for name in inspect.signature(kind).parameters if name in available})
+    def named_by(kind: type) -> dict[str, object]:
+        """Return the values that a constructor names."""
+        return {name: values[name] for name in inspect.signature(kind).parameters if name in values}
 
     if name.startswith("pml/"):
-        return built(partial(LibraryLoss, name.removeprefix("pml/")))
-    return built(LOSSES[name], sampler=built(SAMPLERS[sampling])) if takes_sampler(name) else built(LOSSES[name])
+        return LibraryLoss(name.removeprefix("pml/"), **named_by(LibraryLoss))
+    if takes_sampler(name):
+        values["sampler"] = SAMPLERS[sampling](**named_by(SAMPLERS[sampling]))
+    return LOSSES[name](**named_by(LOSSES[name]))
 
 
 def build_objective(

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -56,22 +56,22 @@ SERIES is
 
 def get_args_parser() -> OneLineParser:
     """Return the parser of the series' own flags; all others are main.py's."""
-    series = []
+    lines = []
     for name, (flag, values, about) in SERIES.items():
         line = f"  {name:<13} {f'--{flag}: ' if flag else ''}{values}: {about}"
-        series.append(textwrap.fill(line, 118, subsequent_indent=16 * " "))
+        lines.append(textwrap.fill(line, 118, subsequent_indent=16 * " "))
     parser = OneLineParser(
         prog=PROG,
         usage="bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more flags of main.py]",
-        description=HELP.format("\n".join(series)),
+        description=HELP.format("\n".join(lines)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("series", metavar="SERIES", choices=SERIES)
     add("dataset", metavar="DATASET")
-    add("--seeds", type=whole(1), default=1, metavar="N", help="seeds for each value, from 0 for the published "
-        "set-ups, else from 1 (default: 1)")  # fmt: skip
+    seeds = "seeds for each value, from 0 for the published set-ups, else from 1 (default: 1)"
+    add("--seeds", type=whole(1), default=1, metavar="N", help=seeds)
     add("--values", nargs="+", metavar="V", help="values other than those of the series")
     add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
     add("--savename", metavar="NAME", help="first word of the runs' names (default: ablation_SERIES)")
@@ -79,32 +79,28 @@ def get_args_parser() -> OneLineParser:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the series' own flags and those of main.py; refuses what does not fit in one line, with exit code 2."""
+    """Return the flags of the series, and those of main.py; what does not fit ends in one line, with exit code 2."""
     parser = get_args_parser()
     args, flags = parser.parse_known_args(argv)
     for flag in flags:
         if flag.split("=")[0] in ("--seed", "--dataset", "--resume"):
-            parser.error(f"{flag} does not go with an ablation: give --seeds N, --values V ..., --save_path FOLDER, "
-                         "--savename NAME")  # fmt: skip
-    known = SERIES[args.series][1].split()
-    args.values, args.savename = args.values or known, args.savename or f"ablation_{args.series}"
-    unknown = [value for value in args.values if args.series == "mining" and value not in known]
-    if unknown:
-        parser.error(f"no value '{unknown[0]}' of mining; some of {', '.join(known)}")
+            instead = "--seeds N, --values V ..., --save_path FOLDER, --savename NAME"
+            parser.error(f"{flag} does not go with an ablation: give {instead}")
+    all_values = SERIES[args.series][1].split()
+    args.values = args.values or all_values
+    args.savename = args.savename or f"ablation_{args.series}"
+    for value in args.values:
+        if args.series == "mining" and value not in all_values:
+            parser.error(f"no value '{value}' of mining; some of {', '.join(all_values)}")
     return args, flags
 
 
-def command(dataset: str, flags: Sequence[str]) -> list[str]:
-    """Return the command that trains a run on a data set: with its set-up, or with main.py's defaults."""
-    if dataset in SETUPS:
-        return ["bash", str(ROOT / PROG), SETUPS[dataset], *flags]
-    return [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", dataset, *flags]
-
-
 def value_flags(series: str, value: str) -> list[str]:
-    """Return the flags of a value of a series other than mining; "on" leaves the set-up as it is."""
+    """Return the flags of a value of a series other than mining."""
+    if (series, value) == ("dim", "0"):
+        return ["--task_p", "1", "0", "--adv_weights", "0"]
     if series == "dim":
-        return ["--task_p", "1", "0", "--adv_weights", "0"] if value == "0" else ["--embed_sizes", "128", value]
+        return ["--embed_sizes", "128", value]
     return [] if (series, value) == ("adversarial", "on") else [f"--{SERIES[series][0]}", value]
 
 
@@ -115,10 +111,8 @@ def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
     """
     words = flags
     if dataset in SETUPS:
-        printed = subprocess.run(
-            ["bash", str(ROOT / PROG), "flags", SETUPS[dataset], *flags], stdout=subprocess.PIPE, check=True
-        )
-        words = os.fsdecode(printed.stdout).split()
+        printed = subprocess.check_output(["bash", str(ROOT / PROG), "flags", SETUPS[dataset], *flags])
+        words = os.fsdecode(printed).split()
     parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
     parser.add_argument("--n_epochs", type=int, default=130)
     parser.add_argument("--tau", type=int, nargs="+", default=[80])
@@ -154,18 +148,17 @@ def train(words: Sequence[str]) -> int:
 
 def trained_folder(folder: Path) -> Path | None:
     """Return the folder of a run of this name that stored something; it may have a counter behind its name."""
-    counted = sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*"))
-    return next((path for path in (folder, *counted) if (path / "last.pth.tar").exists()), None)
+    folders = [folder, *sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*"))]
+    return next((path for path in folders if (path / "last.pth.tar").exists()), None)
 
 
-def compare_series(series: str, first: str, folders: Sequence[tuple[str, Path]], table: str) -> None:
-    """Compare the runs of a series and replace its table and plot. first: its first value. folders: values and runs."""
-    shown = {"over": SERIES[series][0]}
-    if series == "mining":
-        shown = {"against": next((folder for value, folder in folders if value == first), None)}
-        if shown["against"] is None:
-            print(f"no run of {first} to compare with")
-    compare_runs([folder for _, folder in folders], **shown, csv=f"{table}.csv", plot=f"{table}.svg")
+def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]], table: str) -> None:
+    """Compare the runs of a series and replace its table and plot. first: its first value. folders: of each value."""
+    against = folders[first][0] if series == "mining" and first in folders else None
+    if series == "mining" and against is None:
+        print(f"no run of {first} to compare with")
+    runs = sum(folders.values(), [])
+    compare_runs(runs, over=SERIES[series][0], against=against, csv=f"{table}.csv", plot=f"{table}.svg")
 
 
 @one_line_errors(PROG)
@@ -174,25 +167,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks."""
     args, flags = parse_args(argv)
     os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
-    table = os.path.join(args.save_path, args.dataset, args.savename)
+    command = [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", args.dataset]
+    if args.dataset in SETUPS:
+        command = ["bash", str(ROOT / PROG), SETUPS[args.dataset]]
     mining = mining_flags(args.dataset, flags) if args.series == "mining" else None
     first_seed = 0 if args.dataset in PUBLISHED else 1
-    failed, folders = [], []
+    failed, folders = [], {}
     for value in args.values:
-        ablated = mining[value] if mining else value_flags(args.series, value)
+        of_value = mining[value] if mining else value_flags(args.series, value)
         for seed in map(str, range(first_seed, first_seed + args.seeds)):
             print(f"== {args.series} {value}, seed {seed}")
             name = f"{args.savename}_{value}_seed{seed}"
-            own = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
-            code = train(command(args.dataset, [*flags, *ablated, *own]))
+            of_run = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
+            code = train([*command, *flags, *of_value, *of_run])
             if code in STOPPING or (code == 2 and not folders):  # bad flags are the same in all runs
                 sys.exit(code)
             if code:
                 failed.append(f"{value}_seed{seed}")
             folder = trained_folder(Path(args.save_path, args.dataset, name))
             if folder:
-                folders.append((value, folder))
+                folders.setdefault(value, []).append(folder)
     if folders:
+        table = os.path.join(args.save_path, args.dataset, args.savename)
         compare_series(args.series, args.values[0], folders, table)
     if failed:
         sys.exit(f"{PROG}: failed: {' '.join(failed)}")

@@ -26,8 +26,7 @@ NO_SETTING += ("eval_shared", "tensorboard")
 class Setting:
     """Runs on a data set that differ in the seed only.
 
-    name: what sets it apart from the other settings. flags: those in which the settings differ, as they are typed.
-    counted: the runs that count for means and differences, by seed.
+    flags: those in which the settings differ, as they are typed. counted: the runs that count for means, by seed.
     """
 
     name: str
@@ -35,21 +34,13 @@ class Setting:
     runs: list[StoredRun]
     counted: dict[str, StoredRun]
 
-    @property
-    def test_sets(self) -> list[str]:
-        """The test sets on which the runs were scored."""
-        return test_sets_of(self.runs[0].rows[0])
-
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
         """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
         by_seed = {seed: scores_at(run, test_set, at)[1] for seed, run in self.counted.items()}
         return pd.DataFrame(by_seed, dtype=float).T
 
     def differences(self, base: "Setting", test_set: str, at: str) -> pd.DataFrame:
-        """Return the scores less those of another setting, of the seeds that both have.
-
-        Runs of a seed have the first weights and the order of the images in common.
-        """
+        """Return the scores less those of another setting, paired by seed: both start with the same weights."""
         return (self.scores(test_set, at) - base.scores(test_set, at)).dropna(how="all")
 
     def curve(self, test_set: str) -> pd.DataFrame:
@@ -81,12 +72,12 @@ def compare_runs(
         raise InputError(f"--against {against}: not the folder of one of the runs that are compared")
     if over and not any(over in run.flags for run in runs.values()):
         raise InputError(f"--over {over}: no run has this flag")
-    tables, curves, lines, points, reference_name = [], {}, {}, {}, ""
+    tables, curves, lines, points, base_name = [], {}, {}, {}, ""
     parts = parts_of(list(runs.values()))
     for dataset, test_set, settings in parts:
-        base = next((setting for setting in settings if reference in setting.runs), None)
         title = dataset if test_set == "test" else f"{dataset} {test_set}"
         prefix = f"{title}, " if len(parts) > 1 else ""
+        base = next((setting for setting in settings if reference in setting.runs), None)
         tables.append(table_of(settings, base, dataset, test_set))
         print(f"\n{title}\n{table_text(tables[-1], settings[0].flags)}")
         curves |= {prefix + setting.name: setting.curve(test_set) for setting in settings if setting.counted}
@@ -94,7 +85,7 @@ def compare_runs(
             lines |= ablation_lines(settings, dataset, test_set, over, prefix)
         if base:
             points |= points_to_draw(settings, base, test_set, prefix)
-            reference_name = f"{dataset}, {base.name}"
+            base_name = f"{dataset}, {base.name}"
     if plot and not curves:
         raise InputError(f"--plot {plot}: no run is through with its epochs")
     if against and not points:
@@ -103,17 +94,16 @@ def compare_runs(
         with replaced_file(Path(csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
         print(f"table: {csv}")
-    ablation = ablation_table(lines)
     if over:
         print(f"\nRecall @ 1 over --{over}, mean and standard deviation over runs")
-        print(ablation.map(mean_text).to_string())
-    if plot and over:
-        plots.draw_ablation(Path(plot), over, ablation)
-    elif plot and points:
-        plots.draw_differences(Path(plot), points, reference_name)
-    elif plot:
-        plots.draw_comparison(Path(plot), curves)
+        print(ablation_table(lines).map(mean_text).to_string())
     if plot:
+        if over:
+            plots.draw_ablation(Path(plot), over, ablation_table(lines))
+        elif points:
+            plots.draw_differences(Path(plot), points, base_name)
+        else:
+            plots.draw_comparison(Path(plot), curves)
         print(f"plot: {plot}")
 
 
@@ -122,8 +112,8 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
 
     Raises InputError where nothing can be read.
     """
-    runs = {}
     folders = [folder for root in roots for folder in run_folders(Path(root))]
+    runs = {}
     for resolved, folder in {Path(os.path.realpath(folder)): folder for folder in folders}.items():
         try:
             runs[resolved] = read_run(folder)
@@ -147,26 +137,25 @@ def run_folders(root: Path) -> list[Path]:
 
 def parts_of(runs: Sequence[StoredRun]) -> list[tuple[str, str, list[Setting]]]:
     """Return each data set, test set of it, and the settings scored on that."""
-    parts = []
+    parts: dict[tuple[str, str], list[Setting]] = {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
-        settings = settings_of([run for run in runs if run.flags["dataset"] == dataset])
-        for test_set in dict.fromkeys(name for setting in settings for name in setting.test_sets):
-            parts.append((dataset, test_set, [setting for setting in settings if test_set in setting.test_sets]))
-    return parts
+        for setting in settings_of([run for run in runs if run.flags["dataset"] == dataset]):
+            for test_set in test_sets_of(setting.runs[0].rows[0]):
+                parts.setdefault((dataset, test_set), []).append(setting)
+    return [(dataset, test_set, settings) for (dataset, test_set), settings in parts.items()]
 
 
 def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     """Return the settings of the runs on a data set.
 
-    Finished runs count for means and differences, of each seed the first by name; the others are named. A run that
-    does not tell how many epochs it has is finished.
+    Finished runs count for means and differences, of each seed the first by name; the others are named.
     """
     settings = []
     groups = grouped(runs, [described(run) for run in runs])
     for name, (flags, members) in zip(setting_names(groups), groups):
         counted: dict[str, StoredRun] = {}
         for run in sorted(members, key=lambda run: run.folder.name):
-            done, seed = epochs_done(run), seed_of(run)
+            done, seed = run.rows[-1]["Epochs"] + 1, seed_of(run)
             if done != run.flags.get("n_epochs", done):
                 print(f"left out of the means: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
             elif seed in counted:
@@ -214,11 +203,6 @@ def seed_of(run: StoredRun) -> str:
     return shown(run.flags.get("seed", ""))
 
 
-def epochs_done(run: StoredRun) -> int:
-    """Return how many epochs of a run were through when it was scored last."""
-    return run.rows[-1]["Epochs"] + 1
-
-
 def scores_at(run: StoredRun, test_set: str, at: str) -> tuple[int, dict[str, float]]:
     """Return the "best" or the "last" scored epoch of a run, and its scores on a test set."""
     index = best_index(run.rows, test_set, run.flags.get("select", "test")) if at == "best" else -1
@@ -226,26 +210,20 @@ def scores_at(run: StoredRun, test_set: str, at: str) -> tuple[int, dict[str, fl
 
 
 def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, test_set: str) -> pd.DataFrame:
-    """Return the table of a test set.
-
-    It has two rows for each run, at its best epoch and at its last; mean and standard deviation over the runs of a
-    setting; its differences to the base, paired by seed; its gap to the paper; and the paper's row.
+    """Return the table of a test set: the runs and the summary_rows of each setting at the best and at the last epoch,
+    and the paper's row.
     """
     paper, rows = scores_of(known_of(dataset).scores, test_set), []
     for setting in settings:
         for at in ("best", "last"):
-            head = {
-                "data set": dataset,
-                "test set": test_set,
-                "setting": setting.name if setting.flags else None,
-                "run": "",
-            }
-            head |= {**setting.flags, "seed": "", "at": at}
+            head = {"data set": dataset, "test set": test_set, "setting": setting.name if setting.flags else None}
+            head |= {"run": "", **setting.flags, "seed": "", "at": at}
             for run in setting.runs:
                 epoch, scores = scores_at(run, test_set, at)
-                own = {"run": run.folder.name, "seed": seed_of(run), "epoch": epoch, "epochs done": epochs_done(run)}
-                own["left out"] = None if setting.counted.get(seed_of(run)) is run else "yes"
-                rows.append(head | own | scores)
+                row = head | {"run": run.folder.name, "seed": seed_of(run), "epoch": epoch}
+                row["epochs done"] = run.rows[-1]["Epochs"] + 1
+                row["left out"] = None if setting.counted.get(seed_of(run)) is run else "yes"
+                rows.append(row | scores)
             summary = summary_rows(setting, base, paper, test_set, at)
             rows += [head | {"run": name} | dict(scores) for name, scores in summary.items()]
     if paper:
@@ -256,7 +234,9 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
 def summary_rows(
     setting: Setting, base: Setting | None, paper: Mapping[str, float], test_set: str, at: str
 ) -> dict[str, pd.Series]:
-    """Return the rows of the table below the runs of a setting, by their names; none where no run counts."""
+    """Return the rows below the runs of a setting, by name: mean and standard deviation, differences to the base with
+    their confidence interval, gap to the paper; none where no run counts.
+    """
     scores, rows = setting.scores(test_set, at), {}
     means = scores.mean(skipna=False)
     if len(scores) > 1:
@@ -297,14 +277,13 @@ def points_to_draw(
     A score that some seed lacks is left out.
     """
     points = {}
-    for setting in (setting for setting in settings if setting is not base):
-        name = prefix + setting.name
+    for setting in [setting for setting in settings if setting is not base]:
         for at in ("best", "last"):
             differences = setting.differences(base, test_set, at).dropna(axis=1)
-            half = mean_and_half_interval(differences)[1]
+            _, half = mean_and_half_interval(differences)
             for score in ("Recall @ 1", "NMI", "mAP @ R"):
                 if score in differences and len(differences):
-                    points[score, name, at] = (differences[score].to_numpy(), half[score])
+                    points[score, prefix + setting.name, at] = (differences[score].to_numpy(), half[score])
     return points
 
 

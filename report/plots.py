@@ -56,21 +56,29 @@ def draw_progress(
     mined_before: Sequence[int] = (),
     rate_steps: Sequence[int] = (),
 ) -> None:
-    """Draw the history of a run: each part of the loss in a panel of its own left, the scores of a test set right.
+    """Draw the history of a run: left a panel for each part of the loss and, where it is logged, a thin one for the
+    learning rate; right the scores of a test set.
 
     best: index of the best epoch in val_rows. mined_before, rate_steps: the epochs that begin with new mined labels,
     and with another learning rate. All are marked.
     """
-    losses, scores = (known_values(rows) for rows in (train_rows, val_rows))
+    losses, scores = (logged_values(rows) for rows in (train_rows, val_rows))
     parts = [name for name in losses if name.endswith("Loss") and name != "Train Loss"]
+    parts += [name for name in losses if name == "Learning Rate"]
     best_epoch, best_recall = val_rows[best]["Epochs"], val_rows[best]["Recall @ 1"]
     last = max(losses.index[-1], scores.index[-1])
     with saved_figure(path, figsize=(12.8, 6.4)) as figure:
-        grid = figure.add_gridspec(max(len(parts), 1), 1, left=0.075, right=0.41, bottom=0.16, top=0.86, hspace=0.4)
-        loss_axes = [figure.add_subplot(place) for place in grid]
+        heights = [0.4 if name == "Learning Rate" else 1 for name in parts] or [1]
+        sides = {"left": 0.075, "right": 0.41, "bottom": 0.16, "top": 0.86, "hspace": 0.4}
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, **sides)
+        loss_axes = [figure.add_subplot(cell) for cell in grid]
         for i, (axis, name) in enumerate(zip(loss_axes, parts)):
             draw_curves(axis, losses[[name]], first_look=i)
             axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
+            if name == "Learning Rate":
+                axis.set_yscale("log")
+                axis.margins(y=0.2)
+                axis.set_title("learning rate", loc="left", fontsize=11)
             if i < len(parts) - 1:
                 axis.set_xticks([])
         score_axis = figure.add_subplot(figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)[0])
@@ -89,7 +97,7 @@ def draw_progress(
         figure.suptitle(f"{plain(title)}\n{best_text}", fontsize=12, y=0.98)
 
 
-def known_values(rows: Sequence[Row]) -> pd.DataFrame:
+def logged_values(rows: Sequence[Row]) -> pd.DataFrame:
     """Return the rows of a log by epoch, float, without the columns that hold no value."""
     return pd.DataFrame(rows).set_index("Epochs").drop(columns="Time").astype(float).dropna(axis=1, how="all")
 
@@ -102,10 +110,11 @@ def mark_epochs(axis: Axes, last: int, mined_before: Sequence[int], rate_steps: 
         (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}),
         (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
     ]:
-        places = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
-        low = 0 if len(places) <= 40 else 0.96  # many would hide the curves: short ones at the top
-        axis.vlines(places, low, 1, **look, linewidth=1, zorder=0, transform=axis.get_xaxis_transform())
-        marks += [Line2D([], [], **look, linewidth=1, label=label)] if places else []
+        starts = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
+        low = 0 if len(starts) <= 40 else 0.96  # many would hide the curves: short ones at the top
+        axis.vlines(starts, low, 1, **look, linewidth=1, zorder=0, transform=axis.get_xaxis_transform())
+        if starts:
+            marks.append(Line2D([], [], **look, linewidth=1, label=label))
     axis.axvline(best, color="#e69f00", linewidth=5, alpha=0.3, zorder=0)
     return [*marks, Line2D([], [], **BEST_MARK, label="best epoch")]
 
@@ -127,34 +136,43 @@ def format_axis(axis: Axes, n_values: int) -> None:
 
 
 def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw the rows of log_probe.csv: what can be read from which embedding, a panel for each kind of label."""
-    kinds = [name.removesuffix(" by chance") for name in rows[-1] if name.endswith(" by chance")]
-    looks = {"Class": ("#0072b2", "--", "s"), "Shared": ("#d55e00", "-", "o"), "": ("0.3", ":", "_")}
-    labels = {"Class": "from the Class embedding", "Shared": "from the Shared embedding", "": "by chance"}
-    epochs, every = [row["Epochs"] for row in rows], max(1, len(rows) // 25)
+    """Draw the rows of log_probe.csv, a panel for each kind of label: training images with marks, test images thin."""
+    table = logged_values(rows)
+    kinds = [name.removesuffix(" by chance") for name in table if name.endswith(" by chance")]
+    test_sets = tuple(kind.removesuffix("Class") for kind in kinds if kind.endswith(" Class"))  # "Test ", "Set 1 "
+    kinds = [kind for kind in kinds if not kind.startswith(test_sets)]
+    looks = {
+        "from Class": {"color": "#0072b2", "linestyle": "--", "marker": "s", "label": "from the Class embedding"},
+        "from Shared": {"color": "#d55e00", "linestyle": "-", "marker": "o", "label": "from the Shared embedding"},
+        "by chance": {"color": "0.3", "linestyle": ":", "marker": "_", "label": "by chance"},
+    }
+    marked, thin = {"markersize": 4, "markevery": max(1, len(table) // 25)}, {"marker": "", "linewidth": 0.8}
     n_lines = math.ceil(len(kinds) / 3)
     n_columns = math.ceil(len(kinds) / n_lines)
-    with saved_figure(path, figsize=(0.6 + 3.9 * n_columns, 1.1 + 3.0 * n_lines), layout="constrained") as figure:
-        figure.suptitle(plain(title), fontsize=12)
+    with saved_figure(path, figsize=(0.6 + 3.9 * n_columns, 1.5 + 3.0 * n_lines), layout="constrained") as figure:
         axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
         for axis, kind in zip(axes.flat, kinds):
-            for task, (colour, line, marker) in looks.items():
-                column = f"{kind} from {task}" if task else f"{kind} by chance"
-                if column not in rows[-1]:  # mined labels of test images, the Shared embedding of a plain baseline
-                    continue
-                values = [row.get(column) for row in rows]
-                look = {"color": colour, "marker": marker, "markersize": 4, "markevery": every}
-                axis.plot(epochs, values, line, **look, label=labels[task])
+            for source, look in looks.items():
+                for test_set in ("", *test_sets):
+                    column = f"{test_set}{kind} {source}"
+                    if column in table:  # no mined labels of test images, no Shared embedding of a plain baseline
+                        axis.plot(table.index, table[column], **look | (thin if test_set else marked))
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind))
-            wanted = "Shared" if kind.split(" ")[-1] == "Class" else "Class"
-            axis.set_title(f"{what} (wanted low from {wanted})", loc="left", fontsize=11)
-            axis.set(ylim=(0, 1.02), xlim=(-0.7, epochs[-1] + 0.7), xlabel="epoch")
+            low_from = "Shared" if kind == "Class" else "Class"
+            axis.set_title(f"{what} (wanted low from {low_from})", loc="left", fontsize=11)
+            axis.set(ylim=(0, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)
         for axis in axes.flat[len(kinds) :]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_ylabel("read with accuracy")
-        figure.legend(handles=axes[0, 0].lines, loc="outside lower center", ncols=3, frameon=False)
+        handles = [line for line in axes[0, 0].lines if line.get_marker()]
+        if test_sets:
+            handles += [Line2D([], [], color="0.3", marker="o", markersize=4, label="training images")]
+            handles += [Line2D([], [], color="0.3", label="test images", **thin)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=n_columns + 2, frameon=False)
+        what = "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label"
+        figure.suptitle(f"{plain(title)}\n{textwrap.fill(what, 40 * n_columns)}", fontsize=12)
 
 
 def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:

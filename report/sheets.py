@@ -66,10 +66,7 @@ def draw_clusters(
     mined: np.ndarray,
     squared_distances: np.ndarray,
 ) -> None:
-    """Draw mined clusters, see clusters_to_show, to several files, PNG or JPEG.
-
-    mined, squared_distances: (N,), of the training images.
-    """
+    """Draw mined clusters to files, PNG or JPEG; see clusters_to_show. mined, squared_distances: (N,)."""
     clusters, n_clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors), len(set(mined))
     which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
     title = f"{shortened(run_name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"

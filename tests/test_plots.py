@@ -58,6 +58,14 @@ def test_progress_shows_losses_and_scores(tmp_path):
     assert not {"mined labels renewed", "learning rate lowered"} & set(all_texts(path))
 
 
+def test_the_learning_rate_has_a_panel_where_it_is_logged(tmp_path):
+    path = tmp_path / "plot.svg"
+    rows = [row | {"Learning Rate": 0.1 ** row["Epochs"]} for row in train_rows(5)]
+    plots.draw_progress(path, rows, ROWS, "a run", best=0)
+    assert len(elements(path, r"axes_\d+")) == 4
+    assert "learning rate" in all_texts(path)
+
+
 def test_the_legend_of_scores_is_sorted_and_beside_the_curves(tmp_path):
     path = tmp_path / "plot.svg"
     plots.draw_progress(path, train_rows(5), ROWS, "a run", best=0)
@@ -74,7 +82,7 @@ def test_the_legend_of_scores_is_sorted_and_beside_the_curves(tmp_path):
 def test_scores_of_some_epochs_only_are_drawn(missing):
     rows = [{"Epochs": i, "Time": 1, "NMI": 0.9 if i % 10 == 9 else missing, "F1": missing} for i in range(100)]
     axis = Figure().subplots()
-    plots.draw_curves(axis, plots.known_values(rows))
+    plots.draw_curves(axis, plots.logged_values(rows))
     (line,) = axis.lines
     assert line.get_label() == "NMI"
     assert line.get_xdata().tolist() == list(range(9, 100, 10))
@@ -94,6 +102,24 @@ def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
     assert len(elements(path, r"axes_\d+")) == 2
     panels = {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"}
     assert panels | {"a run", "by chance", "from the Class embedding"} <= set(all_texts(path))
+    assert "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label" in all_texts(path)
+    assert "test images" not in all_texts(path)
+
+
+def test_probe_of_test_images_is_in_the_same_panels(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    of_test = ["Class from Class", "Class by chance", "light from Class", "light by chance"]
+    columns = [*PROBES, *of_test[2:], *(f"Set 1 {name}" for name in of_test)]
+    plots.draw_probe(tmp_path / "plot.svg", [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(columns, 0.5)], "a run")
+    (figure,) = drawn
+    titles = ["the class (wanted low from Shared)", "the mined label (wanted low from Class)"]
+    assert [axis.get_title("left") for axis in figure.axes] == [*titles, "light (wanted low from Class)"]
+    assert [[line.get_marker() for line in axis.lines] for axis in figure.axes] == [
+        ["s", "", "o", "_", ""], ["s", "o", "_"], ["s", "", "_", ""]
+    ]  # fmt: skip
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-2:] == ["training images", "test images"]
 
 
 def test_comparison_has_a_line_for_each_setting(tmp_path):

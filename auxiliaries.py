@@ -13,6 +13,7 @@ import torch
 
 from support import processes
 from support.errors import DivergedError, InputError
+from support.output import said_each_minute
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
 """What a run's time is split into; loading is the time that the training steps wait for their batches."""
@@ -113,8 +114,9 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
-    clustering.train(points)
-    squared_distances, nearest = clustering.index.search(points, 1)
+    with said_each_minute(f"clustering {len(points):,} points into {n_clusters:,}"):
+        clustering.train(points)
+        squared_distances, nearest = clustering.index.search(points, 1)
     faiss.omp_set_num_threads(n_threads)
     return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 

@@ -18,7 +18,6 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import auxiliaries
 import datasets
@@ -30,6 +29,7 @@ from run import logs
 from run.options import PATH, whole
 from support import errors, files, processes, weights
 from support.errors import DivergedError, InputError, StoppedError
+from support.output import Progress
 
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
@@ -42,22 +42,27 @@ def extract_features(
     outputs: Sequence[str],
     amp: str = "none",
     to_all: bool = True,
+    what: str = "embedding",
 ) -> dict[str, np.ndarray | None]:
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
     Each process embeds its shard, and all of them get the features. outputs: names that EmbeddingNetwork.forward takes.
-    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others.
+    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others. what: for
+    lines on the progress.
     Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
     """
     was_training, device = network.training, network.mean.device
     network.eval()
     parts: dict[str, list[np.ndarray]] = {name: [] for name in outputs}
+    sampler = getattr(loader, "sampler", ())
     try:
-        for images, _ in loader:
-            with netlib.autocast(device, amp):
-                batch = network(images.to(device, non_blocking=True), outputs)
-            for name, values in batch.items():
-                parts[name].append(values.cpu().numpy())
+        with Progress(what, len(sampler)) as progress:
+            for images, _ in loader:
+                with netlib.autocast(device, amp):
+                    batch = network(images.to(device, non_blocking=True), outputs)
+                for name, values in batch.items():
+                    parts[name].append(values.cpu().numpy())
+                progress.update(len(images))
     finally:
         network.train(was_training)
     features = {}
@@ -98,8 +103,11 @@ def retrieval_scores(
     points = points - points.mean(0)  # around the origin, float32 products tell distances apart best
     points = (points / points.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)).float()
     rows = [np.empty((0, 3))]
-    with auxiliaries.full_precision_products():
-        rows += class_ranks(points, labels, queries[share.start : share.stop], np.flatnonzero(is_gallery), block_size)
+    queries, gallery = queries[share.start : share.stop], np.flatnonzero(is_gallery)
+    with auxiliaries.full_precision_products(), Progress("searching", len(queries)) as progress:
+        for block in class_ranks(points, labels, queries, gallery, block_size):
+            rows.append(block)
+            progress.update(len(block))
     first_hits, average_precisions, r_precisions = processes.gather_rows(np.concatenate(rows)).T
     recalls = {f"Recall @ {k}": float((first_hits < k).mean()) for k in k_vals}
     return recalls | {"mAP @ R": float(average_precisions.mean()), "R-Precision": float(r_precisions.mean())}
@@ -321,7 +329,7 @@ def embed_sets(
     network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], tasks: Sequence[str], amp: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the embeddings of test sets, {test set: {task: (N, D)}}; see extract_features."""
-    return {name: extract_features(network, loader, tasks, amp) for name, loader in loaders.items()}
+    return {name: extract_features(network, loader, tasks, amp, what=f"embedding {name}") for name, loader in loaders.items()}
 
 
 def score_sets(
@@ -420,8 +428,7 @@ def embed(
     auxiliaries.set_seeds(flags["seed"])
     auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
     network = netlib.load(checkpoint).to(device)
-    bar = tqdm(loader, desc="embedding", unit="batch", leave=False, disable=None)
-    return extract_features(network, bar, [embedding], flags["amp"])[embedding]
+    return extract_features(network, loader, [embedding], flags["amp"])[embedding]
 
 
 def embed_folder(args: argparse.Namespace) -> None:

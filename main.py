@@ -4,10 +4,12 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 """
 
 import argparse
+import contextlib
 import functools
+import itertools
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,7 @@ from run.folder import Run
 from run.logs import scores_line
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance
+from run.trial import Settled, StepTimer, report_lines
 from support import errors, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
 from support.files import write_file
@@ -162,6 +165,8 @@ def get_args_parser() -> OneLineParser:
         "flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may be given anew")
     add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
         "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
+    add("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
+        "memory and disk the run needs and how long it will take, and leaves no run folder")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
@@ -282,7 +287,7 @@ def mine_labels(
     images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,).
     """
     output = "Early" if is_first_time else "Shared"
-    features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False)[output]
+    features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
     clustered = None
     if processes.is_first():  # which alone has the features; the others wait for the labels
         if is_first_time:
@@ -320,14 +325,6 @@ def renew_labels(
     with run.stopwatch.measure("drawing"):
         report.mined(before_epoch, images, mined, squared_distances)
     return mined
-
-
-def draw_steps(task_p: Sequence[float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
-    """Return the steps of an epoch in order, (iteration, task); each task takes part in an iteration with its
-    probability, drawn from the seed and the epoch alone."""
-    rng = np.random.default_rng([seed, len(TASKS), epoch])  # the tasks' batches are drawn from [seed, 0 or 1, epoch]
-    takes_step = rng.random((n_iterations, len(TASKS))) < np.asarray(task_p)
-    return [(int(iteration), TASKS[task]) for iteration, task in np.argwhere(takes_step)]
 
 
 def train_one_epoch(
@@ -392,15 +389,19 @@ def evaluate_epoch(
     loaders: datasets.Loaders,
     mined: np.ndarray | None,
     epoch: int,
+    embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Score and probe the embeddings, log it, keep the network where it is the best so far, and redraw the plots."""
+    """Score and probe the embeddings, log it, keep the network where it is the best so far, and redraw the plots.
+
+    embeddings: of the test sets {name: {task: (N, D)}}, where they are there already.
+    """
     tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
     with run.stopwatch.measure("evaluation"):
         start = time.time()
-        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
+        embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
         run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
@@ -438,8 +439,54 @@ def begin(
 def decode_all(loader: DataLoader) -> None:
     """Decode every image of a loader once: a broken one is bad input before training, and would end a run in it."""
     if loader.dataset.images.pixels is None:
-        for _ in loader:
-            pass
+        with Progress("decoding", len(loader.sampler)) as progress:
+            for images, _ in loader:
+                progress.update(len(images))
+
+
+def rehearse(
+    args: argparse.Namespace,
+    run: Run,
+    report: Report,
+    trained: nn.Module,
+    parts: Mapping[str, object],
+    loaders: datasets.Loaders,
+) -> None:
+    """Measure the parts of a run of these flags, print what the whole of it will take, and remove its folder (--trial).
+
+    A part of the training images is embedded. Clustering and evaluation take all images, with these embeddings again.
+    """
+    network, images, clock = parts["network"], loaders.train.dataset.images, time.perf_counter
+    labels = {"Class": images.labels, "Shared": np.arange(len(images)) % args.shared_num_classes}
+    fixed, timer, seconds = [parts[name] for name in ("objective", "optimizer", "scaler")], StepTimer(), {}
+    seconds["start"] = run.seconds
+    with contextlib.suppress(Settled):
+        for epoch in range(10):
+            steps = loaders.sampler.set_epoch(epoch, labels)
+            train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
+    seconds["step"] = timer.seconds[-1]
+    batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
+    for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
+        start = clock()
+        embedded = evaluate.extract_features(network, itertools.islice(batches, n), TASKS, args.amp)
+    seconds["embedding"] = (clock() - start) / len(embedded["Class"])
+    start = clock()
+    points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
+    squared_distances = auxiliaries.kmeans(points, args.shared_num_classes, args.seed)[1]
+    report.mined(0, images, labels["Shared"], squared_distances)
+    seconds["mining"] = clock() - start
+    start = clock()
+    run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
+    embeddings = {}
+    for name, loader in loaders.tests.items():
+        embeddings[name] = {task: np.resize(of, (len(loader.dataset), of.shape[1])) for task, of in embedded.items()}
+    evaluate_epoch(args, run, report, network, loaders, labels["Shared"], 0, embeddings)
+    seconds["evaluation"] = clock() - start
+    start = clock()
+    run.save(parts, epoch=0)
+    seconds["storing"] = clock() - start
+    n_tests = sum(len(loader.dataset) for loader in loaders.tests.values())
+    run.discard(report_lines(seconds, options.counts(args, len(images), n_tests), run.folder, network.mean.device))
 
 
 def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
@@ -477,6 +524,9 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         parts = {"network": network, "objective": objective, "optimizer": optimizer}
         parts |= {"scheduler": scheduler, "scaler": scaler}
 
+        if args.trial:
+            rehearse(args, run, report, trained, parts, loaders)
+            return run.folder
         if run.is_new:
             mined = begin(args, run, report, network, loaders)
             run.save(parts, epoch=0)
@@ -486,8 +536,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
             start = time.time()
-            steps = draw_steps(args.task_p, len(images) // args.bs, args.seed, epoch)
-            loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, [task for _, task in steps])
+            steps = loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined})
             batches = run.stopwatch.loading(loaders.batches)
             left = functools.partial(run.seconds_left, epoch)
             progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)

@@ -27,7 +27,6 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -175,7 +174,7 @@ class Ours:
         else:
             network, scaler = MarkedNetwork(network, marks), MarkedScaler(marks, is_scaled)
             batches = marks.loading(self.loaders.batches)
-        with tqdm(disable=True) as bar:
+        with main.Progress("", 0) as bar:
             program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, self.args.amp, bar)
 
 

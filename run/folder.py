@@ -154,6 +154,13 @@ class Run:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         remove_empty(self.made)
 
+    def discard(self) -> None:
+        """Remove the folder of a new run with all that it holds."""
+        self.can_go_on = False
+        if self.writes:
+            self.transcript.write_to(None)
+            shutil.rmtree(self.folder)
+
     def _hint(self) -> str:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():

@@ -125,6 +125,8 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
         value = getattr(args, flag)
         if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
             parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
+    if args.trial and args.go_on:
+        parser.error("--trial: a trial is of a new run; leave --go_on out")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -223,6 +225,19 @@ def rate_steps(args: argparse.Namespace) -> Sequence[int]:
     return {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
 
 
+def counts(args: argparse.Namespace, n_train: int, n_test: int) -> dict[str, int]:
+    """Return how often a run does what, see trial.seconds_by_activity; steps are those to be expected."""
+    n_iterations, n_minings = n_train // args.bs, args.n_epochs // (args.cluster_update_freq + 1) + 1
+    return {
+        "epochs": args.n_epochs,
+        "steps": round(args.n_epochs * n_iterations * sum(args.task_p)) * args.bs,
+        "evaluations": -(-args.n_epochs // args.eval_every),
+        "minings": n_minings if args.task_p[1] > 0 else 0,
+        "train": n_train,
+        "test": n_test,
+    }
+
+
 def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
     arch = args.arch.replace("/", "_")  # of timm/NAME
@@ -232,7 +247,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def kept(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
+    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on", "trial")}
 
 
 def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:

@@ -1,73 +1,80 @@
-"""What a trial of a run's flags says: speeds, memory, disk, and how long the whole run will take."""
+"""A trial of a run's flags: when the rate of the steps has settled, and what the whole run will take."""
 
 import resource
 import sys
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from support.output import clock
-
-SHEET_BYTES, PICTURE_BYTES = 200_000, 5_000_000
-"""About what the contact sheet of a mining takes on the disk, and all other pictures, logs and the page together."""
+from support import processes
+from support.output import Progress, clock
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What was measured, in seconds where no unit is named.
+class Settled(Exception):
+    """The rate of the training steps has settled."""
 
-    start: until training could begin. step: a training step. batch_size: images of a step. embedding: images a second.
-    clustering: of the training images. scoring: of embeddings, on all test sets, with the probe. storing: a checkpoint
-    to go on with. drawing: after an evaluation. checkpoint_bytes: of the checkpoint to go on with and of the network.
+
+class StepTimer(Progress):
+    """The progress of training steps whose rate is measured; it ends them with Settled.
+
+    seconds: of an image, between every two looks at the losses. The first ones, with compilation and the workers'
+    start, do not count; the rate has settled when two in succession differ by less than a tenth.
     """
 
-    start: float
-    step: float
-    batch_size: int
-    embedding: float
-    clustering: float
-    scoring: float
-    storing: float
-    drawing: float
-    checkpoint_bytes: tuple[int, int]
+    def __init__(self):
+        super().__init__("trial", 0)
+        self.seconds: list[float] = []
+        self.n_before, self.before = 0, time.perf_counter()
 
-    def parts(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Return the seconds of a whole run by activity.
+    def show(self, values: Mapping[str, str]) -> None:
+        """Take the time since the last look at the losses."""
+        now = time.perf_counter()
+        self.seconds.append(processes.broadcast((now - self.before) / (self.n_done - self.n_before)))
+        self.n_before, self.before = self.n_done, now
+        print(f"trial: {1 / self.seconds[-1]:,.0f} images/s in training")
+        if len(self.seconds) > 2 and abs(self.seconds[-1] / self.seconds[-2] - 1) < 0.1:
+            raise Settled
 
-        counts: epochs, steps (of all epochs), evaluations, minings, and the images of train and test.
-        """
-        evaluation = counts["test"] / self.embedding + self.scoring
-        return {
-            "training": counts["steps"] * self.step,
-            "evaluation": (counts["evaluations"] + 1) * evaluation,  # one of them before training
-            "mining": counts["minings"] * (counts["train"] / self.embedding + self.clustering),
-            "drawing": counts["evaluations"] * self.drawing,
-            "start and checkpoints": self.start + (counts["epochs"] + counts["evaluations"] / 2) * self.storing,
-        }
 
-    def lines(self, counts: Mapping[str, int], n_test_sets: int, device: torch.device) -> list[str]:
-        """Return what to print of the trial, a line each; see parts."""
-        parts = self.parts(counts)
-        last, best = self.checkpoint_bytes
-        disk = last + n_test_sets * best + counts["minings"] * SHEET_BYTES + PICTURE_BYTES
-        unit = 1 if sys.platform == "darwin" else 1024
-        own, worker = (unit * resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        memory = f"this process {gigabytes(own)}, a loader worker {gigabytes(worker)}"
-        if device.type == "cuda":
-            memory = f"GPU {gigabytes(torch.cuda.max_memory_allocated(device))}, {memory}"
-        return [
-            f"training: {self.batch_size / self.step:,.0f} images/s, {counts['steps'] / counts['epochs']:,.0f} steps an epoch",
-            f"embedding: {self.embedding:,.0f} images/s",
-            f"mining: {self.clustering:.1f} s to cluster {counts['train']:,} images, after embedding them",
-            f"evaluation: {self.scoring:.1f} s to score {counts['test']:,} images, after embedding them; drawing "
-            f"{self.drawing:.1f} s",
-            f"checkpoint: {self.storing:.1f} s",
-            f"peak memory: {memory}",
-            f"disk: {gigabytes(disk)} for the run folder",
-            f"whole run: {counts['epochs']} epochs, {clock(sum(parts.values()))} h, of these "
-            + ", ".join(f"{activity} {clock(seconds)}" for activity, seconds in parts.items()),
-        ]
+def seconds_by_activity(seconds: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """Return how long a whole run takes, by activity.
+
+    seconds: start, until training can begin; step and embedding, of an image; mining and evaluation, once, embedding
+    apart; storing, a checkpoint. counts: epochs, steps (images of all of them), evaluations, minings, train and test
+    (images).
+    """
+    return {
+        "training": counts["steps"] * seconds["step"],
+        "evaluation": (counts["evaluations"] + 1) * (counts["test"] * seconds["embedding"] + seconds["evaluation"]),
+        "mining": counts["minings"] * (counts["train"] * seconds["embedding"] + seconds["mining"]),
+        "all else": seconds["start"] + (counts["epochs"] + 1) * seconds["storing"],
+    }
+
+
+def report_lines(
+    seconds: Mapping[str, float], counts: Mapping[str, int], folder: Path, device: torch.device
+) -> list[str]:
+    """Return what a trial found, a line each; see seconds_by_activity. folder: of the trial, with all its files."""
+    parts = seconds_by_activity(seconds, counts)
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    n_bytes = sum(sizes.values()) + sum(sizes[path] for path in folder.glob("mined/*")) * (counts["minings"] - 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = f"this process {gigabytes(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}"
+    if device.type == "cuda":
+        memory = f"GPU {gigabytes(torch.cuda.max_memory_allocated(device))}, {memory}"
+    return [
+        f"training: {1 / seconds['step']:,.0f} images/s, {counts['steps'] / counts['epochs']:,.0f} images an epoch",
+        f"embedding: {1 / seconds['embedding']:,.0f} images/s",
+        f"mining: {seconds['mining']:.1f} s, embedding {counts['train']:,} images apart",
+        f"evaluation: {seconds['evaluation']:.1f} s, embedding {counts['test']:,} images apart",
+        f"peak memory: {memory}",
+        f"disk: {gigabytes(n_bytes)} for the run folder",
+        f"whole run: {clock(sum(parts.values()))} for {counts['epochs']} epochs ("
+        + ", ".join(f"{activity} {clock(value)}" for activity, value in parts.items())
+        + ")",
+    ]
 
 
 def gigabytes(n_bytes: float) -> str:

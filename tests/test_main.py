@@ -346,7 +346,7 @@ def test_shapes_log_how_mined_labels_match_the_known_factors(tmp_path):
             assert probe[[f"Test {column}" for column in columns]].stack().between(0, 1).all()
     assert "Test Mined by chance" not in probe
     texts = {node.text for node in ElementTree.parse(folder / "InfoPlot_Probe.svg").iter() if node.tag.endswith("text")}
-    assert {"the class (wanted low from Shared)", "Test Class (wanted low from Shared)"} <= texts
+    assert {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"} <= texts
     assert {f"{name} (wanted low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
 
 

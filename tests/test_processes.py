@@ -102,7 +102,7 @@ def gradients(loss, sampling, directions):
     optimizer.steps = []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = [(0, "Class"), (0, "Shared"), (1, "Class"), (1, "Shared")]
-    with main.tqdm(disable=True) as bar:
+    with main.Progress("", 0) as bar:
         averages = main.train_one_epoch(trained, objective, optimizer, scaler, steps, own, "none", bar)
     return {"steps": optimizer.steps, "averages": averages}
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import one_thread, parse, read_logs, refused, run, small_flags
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import losses
 import main
@@ -86,7 +85,7 @@ def train_step(network, objective, optimizer, task, images, labels):
     """Train one step; return the task's loss and the adversarial term, weighted."""
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = [(torch.as_tensor(images), torch.as_tensor(labels))]
-    with tqdm(disable=True) as bar:
+    with main.Progress("", 0) as bar:
         found = main.train_one_epoch(network, objective, optimizer, scaler, [(0, task)], batch, "none", bar)
     return found[f"{task} Loss"], found["Adversarial Loss"]
 

@@ -100,8 +100,8 @@ def read_image(path: str) -> torch.Tensor:
     """Decode an image file to a (3, H, W) uint8 RGB tensor. Raises InputError that names the file.
 
     The image is turned as its EXIF orientation says, transparency is put on white, of 16 bits of grey the upper 8 are
-    kept, of an animation the first frame. JPEGs go through torchcodec, which gives the pixels of Pillow in less time,
-    all else, and JPEGs that torchcodec refuses, through Pillow.
+    kept, of an animation the first frame. torchcodec decodes JPEGs as Pillow does, in less time; Pillow decodes the
+    rest, and JPEGs that torchcodec refuses.
     """
     if decode_image is not None:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow says better what is wrong with a file
@@ -151,36 +151,36 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
 
 
-def file_status(path: str) -> os.stat_result:
-    """Return the size, time of change, ... of an image file. Raises InputError where it has gone."""
+def file_identity(path: str) -> tuple[str, int, str]:
+    """Return an image file's name, size and, where the format is not compressed, so that the size says nothing, digest.
+
+    Raises InputError where the file has gone.
+    """
     try:
-        return os.stat(path)
+        size, content = os.stat(path).st_size, ""
+        if not path.lower().endswith(COMPRESSED):
+            with open(path, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
+    return os.path.basename(path), size, content
 
 
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
     """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
 
-    A file counts with its name, without folder, its size, class and place, and whether it is a query; where its ending
-    is not that of a compressed format, so that its size says nothing, with its bytes; rendered images with their names.
-    Sets are called "train" and as the test sets; "factors" has the digest of a factors.csv. Raises InputError for a
-    file that has gone.
+    A file counts with its identity, class and place in the set, and whether it is a query; a rendered image with its
+    name. Sets are called "train" and as the test sets; "factors" has the digest of known factors. Raises InputError
+    for a file that has gone.
     """
     described, factors = {}, []
     for split, images in image_sets.items():
-        is_rendered, files = images.pixels is not None, hashlib.sha256()
-        for i, (name, label) in enumerate(zip(images.names, images.labels)):
-            size = None if is_rendered else file_status(name).st_size
-            is_query = None if images.is_query is None else bool(images.is_query[i])
-            known = (os.path.basename(name), size, images.class_names[label], is_query)
-            files.update(repr(known).encode())
-            if not is_rendered and not name.lower().endswith(COMPRESSED):
-                with open(name, "rb") as file:
-                    files.update(hashlib.file_digest(file, "sha256").digest())
-        described[split] = {"images": len(images), "classes": len(images.class_names), "digest": files.hexdigest()[:12]}
-        if not is_rendered:
-            factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
+        identity = file_identity if images.pixels is None else str
+        classes = [images.class_names[label] for label in images.labels]
+        is_query = None if images.is_query is None else images.is_query.tolist()
+        files = [[identity(name) for name in images.names], classes, is_query]
+        described[split] = {"images": len(images), "classes": len(images.class_names), "digest": digest(files)}
+        factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
     return described | ({"factors": {"digest": digest(factors)}} if factors else {})
 
 

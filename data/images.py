@@ -151,37 +151,35 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
 
 
-def file_identity(path: str) -> tuple[str, int, str]:
-    """Return an image file's name, size and, where the format is not compressed, so that the size says nothing, digest.
-
-    Raises InputError where the file has gone.
-    """
-    try:
-        size, content = os.stat(path).st_size, ""
-        if not path.lower().endswith(COMPRESSED):
-            with open(path, "rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
-    return os.path.basename(path), size, content
-
-
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
     """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
 
-    A file counts with its identity, class and place in the set, and whether it is a query; a rendered image with its
-    name. Sets are called "train" and as the test sets; "factors" has the digest of known factors. Raises InputError
-    for a file that has gone.
+    A file counts with its name, without folder, its size, class and place, and whether it is a query; an uncompressed
+    one, whose size says nothing, with its bytes; rendered images with their names. Sets are called "train" and as the
+    test sets; "factors" has the digest of a factors.csv. Raises InputError for a file that has gone.
     """
     described, factors = {}, []
     for split, images in image_sets.items():
-        identity = file_identity if images.pixels is None else str
-        classes = [images.class_names[label] for label in images.labels]
-        is_query = None if images.is_query is None else images.is_query.tolist()
-        files = [[identity(name) for name in images.names], classes, is_query]
-        described[split] = {"images": len(images), "classes": len(images.class_names), "digest": digest(files)}
-        factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
+        is_rendered, files = images.pixels is not None, hashlib.sha256()
+        is_query = [None] * len(images) if images.is_query is None else images.is_query.tolist()
+        for name, label, query in zip(images.names, images.labels, is_query):
+            size, content = (None, b"") if is_rendered else file_identity(name)
+            files.update(repr((os.path.basename(name), size, images.class_names[label], query)).encode() + content)
+        described[split] = {"images": len(images), "classes": len(images.class_names), "digest": files.hexdigest()[:12]}
+        if not is_rendered:
+            factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
     return described | ({"factors": {"digest": digest(factors)}} if factors else {})
+
+
+def file_identity(path: str) -> tuple[int, bytes]:
+    """Return the size of an image file and, if it is uncompressed, its digest. Raises InputError where it has gone."""
+    try:
+        if path.lower().endswith(COMPRESSED):
+            return os.stat(path).st_size, b""
+        with open(path, "rb") as file:
+            return os.stat(path).st_size, hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
 
 
 def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | None:

@@ -266,7 +266,7 @@ def split_halves(
 
 
 def read_cars(root: Path) -> Splits:
-    """Read CARS196: class folders, or the official archive's car_ims with cars_annos.mat, in whose order classes are."""
+    """Read CARS196: class folders, or the official archive's car_ims and cars_annos.mat, in its order."""
     if os.path.isdir(root / "images"):
         return read_class_folders(root)
     path = first_existing(root, "cars_annos.mat", "../cars_annos.mat")

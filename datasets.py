@@ -42,11 +42,10 @@ Draw = tuple[int, int, int]
 
 
 def load_dataset(name: str, source_path: str | Path) -> Splits:
-    """Return the training images and the test sets of a data set.
+    """Return the training images and the test sets of a data set; a single test set is called "test".
 
-    name: a published data set of READERS; "shapes", which is rendered; any other name is a folder in source_path with
-    images/<class>/<image>. A single test set is called "test". Raises InputError, for a missing data set with a
-    diagnosis of several lines.
+    name: of READERS, "shapes", or a folder in source_path with images/<class>/<image>. Raises InputError, for a missing
+    data set with a diagnosis of several lines.
     """
     if name == "shapes":
         folder = Path(source_path) / name
@@ -68,10 +67,7 @@ def test_transform(img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class ImageDataset(Dataset):
-    """The images of a split through a transform, all uint8: the network normalises on the device.
-
-    An item is asked for by a Draw, or by a plain image index for evaluation.
-    """
+    """The images of a split through a transform, all uint8; an item's key is a Draw, or an index for evaluation."""
 
     def __init__(self, images: ImageSet, transform: Callable[[torch.Tensor], torch.Tensor]):
         self.images, self.transform = images, transform
@@ -83,11 +79,9 @@ class ImageDataset(Dataset):
         """Return (image (3, S, S) uint8, label). The augmentation depends on the draw's seed alone, on no worker."""
         index, label, seed = key if isinstance(key, tuple) else (key, int(self.images.labels[key]), 0)
         image = self.images.read(index)
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        image = self.transform(image)
-        torch.set_rng_state(state)
-        return image, label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), label
 
 
 class TaskDataset(Dataset):
@@ -173,7 +167,7 @@ class ClassBalancedBatchSampler(BatchSampler):
 class TaskBatchSampler(BatchSampler):
     """The batches of several tasks in the order of the training steps, so that one pool of workers loads them all.
 
-    A batch is a list of (task, draw) of one task. Each task's batches are those that its own sampler gives.
+    A batch is a list of (task, draw) of one task, as the task's sampler gives it.
     """
 
     def __init__(self, samplers: Mapping[str, ClassBalancedBatchSampler]):
@@ -253,8 +247,8 @@ def build_loaders(
 ) -> Loaders:
     """Return all loaders of a run.
 
-    tasks: the flags of each task, see options.PAIRS; one that never takes a step has no batches. probed: indices of the
-    training images of the probe. random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
+    tasks: the flags of each task, see options.PAIRS. probed: indices of the training images of the probe.
+    random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
     """
     make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
     samplers, augmented, share = {}, {}, processes.shard(batch_size)
@@ -266,8 +260,7 @@ def build_loaders(
             augmented[name] = ImageDataset(train, train_transform(img_size, flip))
     sampler = TaskBatchSampler(samplers)
 
-    def in_order(dataset: Dataset) -> DataLoader:
-        """Return a loader of all items once, of which each process takes its shard in whole batches."""
+    def in_order(dataset: Dataset) -> DataLoader:  # whose whole batches the processes share
         size = min(batch_size, SCORING_BATCH_SIZE)
         return make(dataset, batch_size=size, sampler=processes.shard(len(dataset), size))
 
@@ -321,7 +314,6 @@ def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
     """Decode all images of some sets; return for each in order why it cannot be decoded, None for a sound one."""
 
     def error_of(images: ImageSet, index: int) -> str | None:
-        """Return why one image cannot be decoded."""
         try:
             images.read(index)
         except InputError as error:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from googlenet import GoogLeNet
 from support import processes, weights
 from support.errors import InputError, first_line
-from support.packages import TimmBackbone, create_timm_model, imported_timm, with_own_grid
+from support.packages import TimmBackbone, create_timm_model, imported_timm, resample_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -207,7 +207,7 @@ def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[
         unused = network.backbone.unused_weights
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
     if isinstance(network.backbone, TimmBackbone):
-        state = with_own_grid(network.backbone.layers, state, PREFIX)
+        state = resample_grid(network.backbone.layers, state, PREFIX)
     fresh = []
     for task, head in network.heads.items():
         initial = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}

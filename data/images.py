@@ -22,7 +22,7 @@ except Exception as error:  # it is missing, older than 0.16, or made for anothe
     decode_image, NO_TORCHCODEC = None, first_line(error)
 
 COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
-"""Endings of formats in which another image has another size."""
+"""Endings of formats in which another image has a file of another size."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -34,9 +34,8 @@ class ImageSet:
 
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
     pixels: decoded images, (N, H, W, 3) uint8 or (N,) views of any size; None where `names` are files to decode.
-    factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
-    is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
-    image is searched in all others. warnings: what its reader found odd, a line each.
+    factors: known characteristics shared across classes, name to (N,) int64 levels. is_query: (N,) bool of the images
+    that are searched in the others, the gallery; None where each is searched in all others. warnings: of the reader.
     """
 
     names: list[str]
@@ -57,7 +56,7 @@ class ImageSet:
         return read_image(self.names[index])
 
     def describe(self) -> str:
-        """Return in words how many images and classes there are, which ones, and how many have a single image."""
+        """Return in words how many images and classes there are, and how many classes have a single image."""
         n_single = int((np.bincount(self.labels) == 1).sum())
         note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
         names = f"{self.class_names[0]} to {self.class_names[-1]}"
@@ -82,17 +81,16 @@ Splits = tuple[ImageSet, dict[str, ImageSet]]
 
 
 def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Return the training images without the last classes, and those: fraction of the classes, rounded.
+    """Return the images without the last classes, a fraction of all, and the images of those.
 
     Raises InputError where that leaves fewer than two classes on either side.
     """
     n_classes = len(images.class_names)
-    n_kept = n_classes - round(fraction * n_classes)
-    if not 2 <= n_kept <= n_classes - 2:
-        raise InputError(
-            f"--val_classes {fraction}: holds out {n_classes - n_kept} of {n_classes} training classes; at least 2 are "
-            "needed to train and 2 to score on"
-        )
+    n_held_out = round(fraction * n_classes)
+    n_kept = n_classes - n_held_out
+    if min(n_kept, n_held_out) < 2:
+        held_out = f"holds out {n_held_out} of {n_classes} training classes"
+        raise InputError(f"--val_classes {fraction}: {held_out}; at least 2 are needed to train and 2 to score on")
     return images.classes(0, n_kept), images.classes(n_kept, n_classes)
 
 
@@ -140,7 +138,7 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.format == "PNG" and "Raw profile type exif" not in image.info:
-                image.info.setdefault("exif", b"")  # else it is decoded to look for one behind the pixels
+                image.info.setdefault("exif", b"")  # else Pillow decodes it to look for one behind the pixels
             for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
                 image.info.pop(name, None)
             image.getexif()  # is kept: what stands behind the pixels does not count

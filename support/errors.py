@@ -46,15 +46,13 @@ class Interrupted(BaseException):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr, with exit code 2.
-
-    given: the names of the flags on the command line parsed last.
-    """
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
 
     given: frozenset[str] = frozenset()
+    """The names of the flags on the command line parsed last."""
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse, and remember in `given` which flags were there; see argparse."""
+        """Parse, and keep in `given` which flags were there; see argparse."""
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         absent = object()
         parsed = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, absent))))
@@ -160,10 +158,9 @@ def signals_stop(hint: str) -> Iterator[None]:
     """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        """Raise Interrupted. Workers that were told too may end now, which PyTorch would raise an error for."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler raises as workers end by the same signal
         if must_not_raise(frame):
             signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
             signal.setitimer(signal.ITIMER_REAL, 0.02)

@@ -37,22 +37,22 @@ def locate(name: str, source: Path) -> Path:
         f"no images of --dataset {name} in --source_path {source}",
         f"looked for  {published.layout} in {' or '.join(map(str, candidates))}",
         f"found       {holds or f'no folder {source}'}",
-        f"to do       {advise(published, name, source, candidates)}",
+        f"to do       {advise(published, name, source, candidates, present)}",
     ]
     if published.url:
         lines.append(f"get it at   {published.url}")
     raise InputError("\n  ".join(lines))
 
 
-def advise(published: Published, name: str, source: Path, candidates: list[Path]) -> str:
-    """Return what to do about a data set that is not where it is expected, in any of the candidates."""
+def advise(published: Published, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
+    """Return what to do about a data set that is in none of the candidates; present: those and source that exist."""
     if is_data_set(source, published):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for root in candidates:
         for path in (root, *(root / landmark for landmark in published.landmarks)):
             if os.path.islink(path) and not os.path.exists(path):
                 return f"mend the link {path}, which leads to {os.readlink(path)}: nothing is there"
-    for folder in filter(os.path.isdir, (*candidates, source)):
+    for folder in present:
         try:
             files = listing(folder)[1]
         except InputError as error:
@@ -64,8 +64,8 @@ def advise(published: Published, name: str, source: Path, candidates: list[Path]
         for deeper in below:
             if is_data_set(deeper, published):
                 return f"it lies too deep: move what {deeper} holds to {source / name}"
-        images = source / name / "images"
         if published.layout.startswith("images/<class>"):
+            images = source / name / "images"
             roots = [root for root in (folder, *below) if has_class_folders(root)]
             flat = [root for root in below if any(map(is_image, readable(root)[1]))]
             if len(roots) > 1:
@@ -341,7 +341,8 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
         table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{expected} ({first_line(error)})") from error
-    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None):
+    is_too_long = (table.dtypes == "uint64").any()  # pandas 2 reads numbers of 2^63 and more
+    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None) or is_too_long:
         raise InputError(f"{expected}, found {len(table)} rows of {' '.join(table.columns)[:80]!r}")
     return table
 

@@ -1,4 +1,4 @@
-"""What a network is fed: data sets by name, transforms, images with labels, class-balanced batches, loaders.
+"""What a network is fed: data sets by name, transforms, class-balanced batches, loaders.
 
 As a command it says what a data set holds, or what is wrong with it, without training.
 """
@@ -42,16 +42,15 @@ Draw = tuple[int, int, int]
 
 
 def load_dataset(name: str, source_path: str | Path) -> Splits:
-    """Return the training images and the test sets of a data set.
+    """Return the training images and the test sets of a data set; a single test set is called "test".
 
-    name: a published data set of READERS; "shapes", which is rendered; any other name is a folder in source_path with
-    images/<class>/<image>. A single test set is called "test". Raises InputError, for a missing data set with a
-    diagnosis of several lines.
+    name: of READERS, "shapes", or a folder in source_path with images/<class>/<image>. Raises InputError, for a missing
+    data set with a diagnosis of several lines.
     """
     if name == "shapes":
-        own = Path(source_path) / name
-        if os.path.isdir(own / "images") or readers.has_class_folders(own):
-            raise InputError(f"--dataset shapes: is the built-in set, and {own} is a folder of yours: rename that")
+        folder = Path(source_path) / name
+        if os.path.isdir(folder / "images") or readers.has_class_folders(folder):
+            raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
     read = READERS.get(name, readers.read_class_folders)
     return read(readers.locate(name, Path(source_path)))
@@ -59,10 +58,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the training augmentation, uint8 to uint8 (3, img_size, img_size): random resized crop, optional flip."""
-    steps = [v2.RandomResizedCrop(img_size, antialias=True)]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip(0.5))
-    return v2.Compose(steps)
+    return v2.Compose([v2.RandomResizedCrop(img_size, antialias=True), v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
 
 def test_transform(img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -71,10 +67,7 @@ def test_transform(img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 class ImageDataset(Dataset):
-    """The images of a split through a transform, all uint8: the network normalises on the device.
-
-    An item is asked for by a Draw, or by a plain image index for evaluation.
-    """
+    """The images of a split through a transform, all uint8; an item's key is a Draw, or an index for evaluation."""
 
     def __init__(self, images: ImageSet, transform: Callable[[torch.Tensor], torch.Tensor]):
         self.images, self.transform = images, transform
@@ -86,11 +79,9 @@ class ImageDataset(Dataset):
         """Return (image (3, S, S) uint8, label). The augmentation depends on the draw's seed alone, on no worker."""
         index, label, seed = key if isinstance(key, tuple) else (key, int(self.images.labels[key]), 0)
         image = self.images.read(index)
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(seed)
-        image = self.transform(image)
-        torch.set_rng_state(state)
-        return image, label
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image), label
 
 
 class TaskDataset(Dataset):
@@ -108,8 +99,8 @@ class ClassBalancedBatchSampler(BatchSampler):
     """Batches of class runs: `images_per_class` images of one class, then of the next (MIC's published batches).
 
     The next class is uniform among all but the two drawn just before it. Within a run no image repeats unless the
-    class is too small. With images_per_class 1 all images are shuffled instead. The order depends on the seed and on
-    what `set_epoch` is given, on nothing else.
+    class is too small. With images_per_class 1 all images are shuffled instead. The order depends only on the seed and
+    on what `set_epoch` is given.
 
     batch_size: a multiple of images_per_class. seed: integers that set this sampler's draws apart from others.
     random_pick_p: probability that an image is replaced by a random image of a random class while its label stays.
@@ -132,7 +123,7 @@ class ClassBalancedBatchSampler(BatchSampler):
         self.set_epoch(0, np.empty(0, dtype=np.int64), 0)
 
     def set_epoch(self, epoch: int, labels: np.ndarray, n_batches: int) -> None:
-        """Name all that the next pass depends on: the epoch, the (N,) int labels and how many batches are wanted."""
+        """Set the epoch, the (N,) int labels and the number of batches of the next pass."""
         self.epoch, self.labels, self.n_batches = epoch, labels, n_batches
 
     def __len__(self) -> int:
@@ -176,14 +167,14 @@ class ClassBalancedBatchSampler(BatchSampler):
 class TaskBatchSampler(BatchSampler):
     """The batches of several tasks in the order of the training steps, so that one pool of workers loads them all.
 
-    A batch is a list of (task, draw) of one task. Each task's batches are those that its own sampler gives.
+    A batch is a list of (task, draw) of one task, as the task's sampler gives it.
     """
 
     def __init__(self, samplers: Mapping[str, ClassBalancedBatchSampler]):
         self.samplers, self.steps = samplers, []
 
     def set_epoch(self, epoch: int, labels: Mapping[str, np.ndarray], steps: Sequence[str]) -> None:
-        """Name all that the next pass depends on: the epoch, each task's (N,) int labels, and the task of each step."""
+        """Set the epoch, each task's (N,) int labels, and the task of each step of the next pass."""
         self.steps = list(steps)
         for task, sampler in self.samplers.items():
             sampler.set_epoch(epoch, labels[task], self.steps.count(task))
@@ -207,7 +198,7 @@ def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **order: 
         **order,
         num_workers=n_workers,
         pin_memory=pin_memory,
-        # Its own: else each pass would take a number from the generator that the losses draw from
+        # Without one, each pass would take a number from the generator that the losses draw from
         generator=torch.Generator(),
         # Shares decoded images with the workers instead of copying them
         multiprocessing_context="fork" if n_workers and sys.platform == "linux" else None,
@@ -218,7 +209,7 @@ def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **order: 
 def leave_signals_to_the_owner(owner: int, _: int) -> None:
     """Let a loader's worker ignore Ctrl-C, which its owner answers, and end at SIGTERM and with its owner.
 
-    owner: its process id. PyTorch's own watch over the owner starts too late where that is killed just after the fork.
+    owner: a process id. PyTorch's watch over it starts too late where it is killed just after the fork.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -228,9 +219,9 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
 
 
 class Loaders(NamedTuple):
-    """What feeds the network; one loader at a time has workers. Each process loads its share.
+    """What feeds the network, on each process its shard.
 
-    batches: of the steps of an epoch, which `sampler` is told. train: all training images in order. tests: each test
+    sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in order. tests: each test
     set in order, by name. probe: a part of the training images in order.
     """
 
@@ -256,22 +247,20 @@ def build_loaders(
 ) -> Loaders:
     """Return all loaders of a run.
 
-    tasks: the flags of each task, see options.PAIRS; one that never takes a step has no batches. probed: indices of the
-    training images of the probe. random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
+    tasks: the flags of each task, see options.PAIRS. probed: indices of the training images of the probe.
+    random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
     """
     make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
-    samplers, augmented = {}, {}
+    samplers, augmented, share = {}, {}, processes.shard(batch_size)
     for i, (name, task) in enumerate(tasks.items()):
         if task.task_p > 0:
             pick_p = random_pick_p if name == "Shared" else 0.0
-            share = processes.shard(batch_size)
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
             flip = name == "Class"  # as published: a mirrored image may show another characteristic
             augmented[name] = ImageDataset(train, train_transform(img_size, flip))
     sampler = TaskBatchSampler(samplers)
 
-    def in_order(dataset: Dataset) -> DataLoader:
-        """Return a loader of all items once, of which each process takes its share in whole batches."""
+    def in_order(dataset: Dataset) -> DataLoader:  # whose whole batches the processes share
         size = min(batch_size, SCORING_BATCH_SIZE)
         return make(dataset, batch_size=size, sampler=processes.shard(len(dataset), size))
 
@@ -287,22 +276,21 @@ def build_loaders(
 
 def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
     """Return a line for counts that differ from the published ones, classes that both train and test, images that a
-    split holds twice, and what the reader found."""
+    split lists twice, and each warning of the reader."""
     sets, warnings = {"train": train, **tests}, []
-    counted = {split: row[:2] for split, row in split_table(train, tests).items()}
-    counted["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, (n_classes, n_images) in known_of(name).counts.items():
-        if counted[split] != (n_classes, n_images):
-            counts = "{} classes with {} images".format(*counted[split])
-            warnings.append(f"{name}, {split}: {counts}; officially {n_classes} with {n_images}")
+    counts = {split: row[:2] for split, row in split_table(train, tests).items()}
+    counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
+    for split, official in known_of(name).counts.items():
+        if counts[split] != official:
+            message = "{} classes with {} images; officially {} with {}".format(*counts[split], *official)
+            warnings.append(f"{name}, {split}: {message}")
     for split, images in sets.items():
-        where = f"{name}, {split}"
         both = set(images.class_names).intersection(train.class_names)
         if both and images is not train:
-            warnings.append(f"{where}: {len(both)} classes are trained on too: {first_few(sorted(both))}")
+            warnings.append(f"{name}, {split}: {len(both)} classes are trained on too: {first_few(sorted(both))}")
         n_twice = len(images) - len(set(images.names))
         if n_twice:
-            warnings.append(f"{where}: {n_twice} of {len(images)} images are listed before in the same split")
+            warnings.append(f"{name}, {split}: {n_twice} of {len(images)} images are listed before in the same split")
         warnings += images.warnings
     return warnings
 
@@ -326,7 +314,6 @@ def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
     """Decode all images of some sets; return for each in order why it cannot be decoded, None for a sound one."""
 
     def error_of(images: ImageSet, index: int) -> str | None:
-        """Return why one image cannot be decoded."""
         try:
             images.read(index)
         except InputError as error:
@@ -335,16 +322,16 @@ def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
 
     sources = [(images, index) for images in image_sets for index in range(len(images))]
     with ThreadPoolExecutor() as pool:
-        bar = {"total": len(sources), "desc": "decoding", "unit": "img", "disable": None}
-        return list(tqdm(pool.map(error_of, *zip(*sources)), **bar))
+        jobs = pool.map(error_of, *zip(*sources))
+        return list(tqdm(jobs, "decoding", len(sources), unit="img", disable=None))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print what a data set holds, and with --check decode every image; return the exit code."""
     parser = OneLineParser(prog="datasets.py", description="Say what a data set holds, without training.")
     parser.add_argument("name", help="as for main.py --dataset")
-    source = {"type": os.path.expanduser, "default": "./Datasets", "help": "folder that holds the dataset folders"}
-    parser.add_argument("--source_path", **source)
+    folder = "folder that holds the dataset folders"
+    parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets", help=folder)
     parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:
@@ -359,8 +346,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: {warning}")
     if not args.check:
         return 0
-    broken = [error for error in decoding_errors([train, *tests.values()]) if error is not None]
-    print("\n".join([*broken, f"{len(broken)} images cannot be decoded"]))
+    broken = list(filter(None, decoding_errors([train, *tests.values()])))
+    print(*broken, f"{len(broken)} images cannot be decoded", sep="\n")
     return 2 if broken else 0
 
 

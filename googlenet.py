@@ -10,9 +10,8 @@ class GoogLeNet(nn.Module):
 
     Szegedy et al.: Going Deeper with Convolutions, CVPR 2015, with BatchNorm and without the auxiliary classifiers.
     The published weights were ported from a network that saw images in [-1, 1], so images are brought to that range
-    first, as torchvision's `transform_input` does. This happens with any weights: it is one affine map per channel,
-    which random weights can live with, and so nothing about it has to be remembered with a checkpoint. The dropout
-    before torchvision's classifier is left out: it would make the distances between embeddings of one batch noisy.
+    first, with any weights, as torchvision's `transform_input` does. The dropout before torchvision's classifier is
+    left out: it would make the distances between embeddings of one batch noisy.
     Random weights follow He et al. 2015. torchvision's own, of deviation 0.01, make the output vanish until BatchNorm
     has seen data: before training all embeddings would coincide.
     """

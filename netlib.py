@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from googlenet import GoogLeNet
 from support import processes, weights
 from support.errors import InputError, first_line
-from support.packages import TimmBackbone, create_timm_model, imported_timm, with_own_grid
+from support.packages import TimmBackbone, create_timm_model, imported_timm, resample_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -122,8 +122,8 @@ class EmbeddingNetwork(nn.Module):
             with torch.autocast(images.device.type, enabled=False):
                 for task, head in self.heads.items():
                     if task in outputs:
-                        read = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
-                        features[task] = F.normalize(head(read), dim=1)
+                        pooled = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
+                        features[task] = F.normalize(head(pooled), dim=1)
         return {name: features[name] for name in outputs}
 
 
@@ -151,10 +151,9 @@ def build_network(
 ) -> EmbeddingNetwork:
     """Build the network for a name of BACKBONES or "timm/NAME", in channels_last memory format.
 
-    pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead,
-    the backbone's own or this program's; heads that the file holds in the right size are taken too. img_size: side of
-    the images, for backbones of timm. detached_heads: see EmbeddingNetwork. `started_from` says which weights these
-    are.
+    pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead, the
+    backbone's or this program's, with those heads that have the right size. img_size: side of the images, for backbones
+    of timm. `started_from` says which weights these are.
     Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
     """
     network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm, detached_heads)
@@ -163,14 +162,12 @@ def build_network(
         digest = hashlib.sha256(Path(weights_file).read_bytes()).hexdigest()
         network.started_from = f"{weights_file}, SHA-256 {digest[:12]}"
     elif pretrained:
-        source, cache = "downloaded weights", None
+        state, source = pretrained_state(arch, img_size), "downloaded weights"
         if arch.startswith("timm/"):
             config = network.backbone.layers.pretrained_cfg
             network.started_from = f"timm {config['architecture']}.{config['tag']}"
         else:
             network.started_from = f"torchvision {BACKBONES[arch].weights}"
-            cache = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
-        state = weights.download(lambda: pretrained_state(arch, img_size), arch, cache)
     if pretrained or weights_file is not None:
         state, fresh = named_as_ours(network, state)
         load_state(network, state, source, arch)
@@ -180,32 +177,41 @@ def build_network(
 
 
 def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
-    """Return a pretrained state dict from the cache of torchvision or timm, or the network."""
-    if arch.startswith("timm/"):
-        name = arch.removeprefix("timm/")
-        if not imported_timm(name).is_model_pretrained(name):
-            raise InputError(f"--arch {arch}: timm has no weights of it; give --weights FILE or --not_pretrained")
+    """Return a pretrained state dict from the cache of torchvision or timm, or the network. Raises InputError."""
+    name, cached = arch.removeprefix("timm/"), "in the cache"
+    if name == arch:
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
+    elif not imported_timm(name).is_model_pretrained(name):
+        raise InputError(f"--arch {arch}: timm has no weights of it; give --weights FILE or --not_pretrained")
+    elsewhere = "pass a local state dict with --weights FILE, or train from random weights with --not_pretrained"
+    try:
+        if name == arch:
+            return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return create_timm_model(name, img_size, pretrained=True).state_dict()
-    return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except OSError as error:  # as those of urllib, requests and the hub are
+        reason = f"cannot download the pretrained {arch} weights ({first_line(error)})"
+        raise InputError(f"{reason}: {elsewhere}") from error
+    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+        reason = f"the pretrained {arch} weights cannot be read ({first_line(error)})"
+        raise InputError(f"{reason}: delete the damaged file {cached}, or {elsewhere}") from error
 
 
 def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Rename keys to ours; heads that are missing or of another size start fresh.
 
-    state: of torchvision's or timm's network, or of this program's. Returns the state and the fresh tasks, of a file of
-    this program only, as others hold no heads.
+    state: of torchvision's or timm's network, or of this program's. Returns the state and the tasks of fresh heads,
+    none where the state is not of this program and holds no heads at all.
     """
     is_ours = any(name.startswith(PREFIX) for name in state)
     if not is_ours:
         unused = network.backbone.unused_weights
         state = {PREFIX + name: values for name, values in state.items() if not name.startswith(unused)}
     if isinstance(network.backbone, TimmBackbone):
-        state = with_own_grid(network.backbone.layers, state, PREFIX)
+        state = resample_grid(network.backbone.layers, state, PREFIX)
     fresh = []
     for task, head in network.heads.items():
         initial = {f"heads.{task}.{name}": values for name, values in head.state_dict().items()}
-        fits = all(name in state and state[name].shape == values.shape for name, values in initial.items())
-        if not fits:
+        if not all(name in state and state[name].shape == values.shape for name, values in initial.items()):
             state = state | initial
             fresh.append(task)
     return state, fresh if is_ours else []
@@ -230,26 +236,24 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
     stored = weights.read_checkpoint(path)
     flags, state = stored["flags"], stored["state_dict"]
     try:
-        if flags["arch"] not in BACKBONES and not flags["arch"].startswith("timm/"):
-            raise InputError(
-                f"{path}: its flags say arch {flags['arch']}, not one of {', '.join(BACKBONES)}, timm/NAME"
-            )
+        arch = flags["arch"]
+        if arch not in BACKBONES and not arch.startswith("timm/"):
+            raise InputError(f"{path}: its flags say arch {arch}, not one of {', '.join(BACKBONES)}, timm/NAME")
         sizes = {name.split(".")[1]: len(values) for name, values in state.items() if name.startswith("heads.")}
-        network = EmbeddingNetwork(
-            build_backbone(flags["arch"], flags["img_size"]), sizes, freeze_batchnorm=flags["bn"] == "frozen"
-        )
+        backbone = build_backbone(arch, flags["img_size"])
+        network = EmbeddingNetwork(backbone, sizes, freeze_batchnorm=flags["bn"] == "frozen")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: its flags or heads are not those of a run ({first_line(error)})") from error
-    load_state(network, state, str(path), flags["arch"])
+    load_state(network, state, str(path), arch)
     return network.to(memory_format=torch.channels_last).eval()
 
 
 def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bool) -> nn.Module:
     """Return the network as training steps run it: compiled, and with gradients that are the mean over all processes.
 
-    It shares its weights with `network`, which is what is evaluated and stored. has_unused_heads: some heads take no
-    part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it is
-    refused in run/options.py. train() and eval() reach the network through either wrapper.
+    It shares weights and mode with `network`, which is what is evaluated and stored. has_unused_heads: some heads take
+    no part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it
+    is refused in run/options.py.
     """
     if processes.world_size() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm

@@ -22,7 +22,7 @@ except Exception as error:  # it is missing, older than 0.16, or made for anothe
     decode_image, NO_TORCHCODEC = None, first_line(error)
 
 COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
-"""Endings of formats in which another image has another size."""
+"""Endings of formats in which another image has a file of another size."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -34,9 +34,8 @@ class ImageSet:
 
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
     pixels: decoded images, (N, H, W, 3) uint8 or (N,) views of any size; None where `names` are files to decode.
-    factors: known characteristics shared across classes, name to (N,) int64 levels; empty for photographs.
-    is_query: (N,) bool for a test set whose queries are searched in the other images, its gallery; None where each
-    image is searched in all others. warnings: what its reader found odd, a line each.
+    factors: known characteristics shared across classes, name to (N,) int64 levels. is_query: (N,) bool of the images
+    that are searched in the others, the gallery; None where each is searched in all others. warnings: of the reader.
     """
 
     names: list[str]
@@ -57,7 +56,7 @@ class ImageSet:
         return read_image(self.names[index])
 
     def describe(self) -> str:
-        """Return in words how many images and classes there are, which ones, and how many have a single image."""
+        """Return in words how many images and classes there are, and how many classes have a single image."""
         n_single = int((np.bincount(self.labels) == 1).sum())
         note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
         names = f"{self.class_names[0]} to {self.class_names[-1]}"
@@ -82,17 +81,16 @@ Splits = tuple[ImageSet, dict[str, ImageSet]]
 
 
 def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Return the training images without the last classes, and those: fraction of the classes, rounded.
+    """Return the images without the last classes, a fraction of all, and the images of those.
 
     Raises InputError where that leaves fewer than two classes on either side.
     """
     n_classes = len(images.class_names)
-    n_kept = n_classes - round(fraction * n_classes)
-    if not 2 <= n_kept <= n_classes - 2:
-        raise InputError(
-            f"--val_classes {fraction}: holds out {n_classes - n_kept} of {n_classes} training classes; at least 2 are "
-            "needed to train and 2 to score on"
-        )
+    n_held_out = round(fraction * n_classes)
+    n_kept = n_classes - n_held_out
+    if min(n_kept, n_held_out) < 2:
+        held_out = f"holds out {n_held_out} of {n_classes} training classes"
+        raise InputError(f"--val_classes {fraction}: {held_out}; at least 2 are needed to train and 2 to score on")
     return images.classes(0, n_kept), images.classes(n_kept, n_classes)
 
 
@@ -100,8 +98,8 @@ def read_image(path: str) -> torch.Tensor:
     """Decode an image file to a (3, H, W) uint8 RGB tensor. Raises InputError that names the file.
 
     The image is turned as its EXIF orientation says, transparency is put on white, of 16 bits of grey the upper 8 are
-    kept, of an animation the first frame. JPEGs go through torchcodec, which gives the pixels of Pillow in less time,
-    all else, and JPEGs that torchcodec refuses, through Pillow.
+    kept, of an animation the first frame. torchcodec decodes JPEGs as Pillow does, in less time; Pillow decodes the
+    rest, and JPEGs that torchcodec refuses.
     """
     if decode_image is not None:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow says better what is wrong with a file
@@ -140,7 +138,7 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             if image.format == "PNG" and "Raw profile type exif" not in image.info:
-                image.info.setdefault("exif", b"")  # else it is decoded to look for one behind the pixels
+                image.info.setdefault("exif", b"")  # else Pillow decodes it to look for one behind the pixels
             for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
                 image.info.pop(name, None)
             image.getexif()  # is kept: what stands behind the pixels does not count
@@ -151,37 +149,35 @@ def opened_image(path: str) -> Iterator[Image.Image]:
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
 
 
-def file_status(path: str) -> os.stat_result:
-    """Return the size, time of change, ... of an image file. Raises InputError where it has gone."""
-    try:
-        return os.stat(path)
-    except OSError as error:
-        raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
-
-
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
     """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
 
-    A file counts with its name, without folder, its size, class and place, and whether it is a query; where its ending
-    is not that of a compressed format, so that its size says nothing, with its bytes; rendered images with their names.
-    Sets are called "train" and as the test sets; "factors" has the digest of a factors.csv. Raises InputError for a
-    file that has gone.
+    A file counts with its name, without folder, its size, class and place, and whether it is a query; an uncompressed
+    one, whose size says nothing, with its bytes; rendered images with their names. Sets are called "train" and as the
+    test sets; "factors" has the digest of a factors.csv. Raises InputError for a file that has gone.
     """
     described, factors = {}, []
     for split, images in image_sets.items():
         is_rendered, files = images.pixels is not None, hashlib.sha256()
-        for i, (name, label) in enumerate(zip(images.names, images.labels)):
-            size = None if is_rendered else file_status(name).st_size
-            is_query = None if images.is_query is None else bool(images.is_query[i])
-            known = (os.path.basename(name), size, images.class_names[label], is_query)
-            files.update(repr(known).encode())
-            if not is_rendered and not name.lower().endswith(COMPRESSED):
-                with open(name, "rb") as file:
-                    files.update(hashlib.file_digest(file, "sha256").digest())
+        is_query = [None] * len(images) if images.is_query is None else images.is_query.tolist()
+        for name, label, query in zip(images.names, images.labels, is_query):
+            size, content = (None, b"") if is_rendered else file_identity(name)
+            files.update(repr((os.path.basename(name), size, images.class_names[label], query)).encode() + content)
         described[split] = {"images": len(images), "classes": len(images.class_names), "digest": files.hexdigest()[:12]}
         if not is_rendered:
             factors += [[name, levels.tolist()] for name, levels in images.factors.items()]
     return described | ({"factors": {"digest": digest(factors)}} if factors else {})
+
+
+def file_identity(path: str) -> tuple[int, bytes]:
+    """Return the size of an image file and, if it is uncompressed, its digest. Raises InputError where it has gone."""
+    try:
+        if path.lower().endswith(COMPRESSED):
+            return os.stat(path).st_size, b""
+        with open(path, "rb") as file:
+            return os.stat(path).st_size, hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise InputError(f"cannot read the image {path} ({error.strerror}); repair it or put it back") from error
 
 
 def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | None:

@@ -19,9 +19,8 @@ FACTORS = {"background": len(BACKGROUNDS), "orientation": 4, "size": 3, "light":
 def render_shapes() -> Splits:
     """Render the built-in data set: 48 classes of 24 images, 64 x 64; the first half trains, the second half tests.
 
-    A class is an object with its own outline and its own two-colour stripe pattern. Characteristics shared across the
-    classes are known: background colour, orientation, size and direction of the light. Each class has every level of
-    each factor equally often, so a factor says nothing about the class.
+    A class is an outline and a two-colour stripe pattern. The levels of all FACTORS are known. Each class has every
+    level equally often, so a factor says nothing about the class.
     """
     pixels, levels = [], {factor: [] for factor in FACTORS}
     for label in range(N_CLASSES):
@@ -43,9 +42,9 @@ def render_shapes() -> Splits:
 
 
 def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random.Generator], np.ndarray]:
-    """Draw a class, an outline and a stripe pattern, and return the function that renders one image of it.
+    """Draw a class; return the function that renders one image of it, (64, 64, 3) uint8.
 
-    That function takes the level of each factor and a generator for small variations; it returns (64, 64, 3) uint8.
+    That function takes the level of each factor and a generator for small variations.
     """
     angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     waves = np.arange(2, 7)
@@ -59,7 +58,6 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     stripe_angle, stripes = rng.uniform(0, np.pi), rng.uniform(1.0, 4.0)
 
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
-        """Render one image."""
         size = 2 * SIZE  # twice the resolution, averaged down at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
         scale = size * (0.28, 0.36, 0.44)[levels["size"]]

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -47,33 +46,28 @@ class Interrupted(BaseException):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr, with exit code 2.
-
-    given: the names of the flags on the command line parsed last.
-    """
+    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
 
     given: frozenset[str] = frozenset()
+    """The names of the flags on the command line parsed last."""
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse, and remember in `given` which flags were there; see argparse."""
-        absent, defaults = object(), {action.dest: action.default for action in self._actions}
-        defaults.pop("help", None)
+        """Parse, and keep in `given` which flags were there; see argparse."""
+        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
+        absent = object()
         parsed = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, absent))))
-        self.given = frozenset(name for name, value in parsed.items() if value is not absent)
-        return argparse.Namespace(
-            **{name: defaults[name] for name in parsed} | {name: parsed[name] for name in self.given}
-        )
+        given = {name: value for name, value in parsed.items() if value is not absent}
+        self.given = frozenset(given)
+        return argparse.Namespace(**defaults | given)
 
     def error(self, message: str) -> None:
         """Exit with the message; of several processes the first one prints it."""
         if message.startswith("unrecognized arguments: "):
-            known = [flag for action in self._actions for flag in action.option_strings]
-            near = [
-                difflib.get_close_matches(word.split("=")[0], known, 1, 0.75)
-                for word in message.split()
-                if word[0] == "-"
-            ]
-            message += f"; near: {' '.join(sum(near, []))}" if any(near) else ""
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            words = [word.split("=")[0] for word in message.split() if word.startswith("-")]
+            near = [flag for word in words for flag in difflib.get_close_matches(word, flags, 1, 0.75)]
+            if near:
+                message += f"; near: {' '.join(near)}"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if processes.is_first() else None)
 
 
@@ -87,9 +81,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def first_few(names: Sequence[str]) -> str:
-    """Return the first three names as text."""
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+def first_few(names: Sequence[str], n: int = 3) -> str:
+    """Return the first names as text."""
+    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
 
 
 def stop_reason(error: BaseException) -> str | None:
@@ -100,7 +94,7 @@ def stop_reason(error: BaseException) -> str | None:
     cause = line_with(error, OUT_OF_MEMORY)
     if cause:
         return f"out of memory ({cause}): free some; a new run takes less with a smaller --bs or --img_size"
-    cause = line_with(error, LITTLE_SHARED_MEMORY) or (is_of_loaders_start(error) and line_with(error, "No space left"))
+    cause = line_with(error, LITTLE_SHARED_MEMORY)
     if cause:
         reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
         return f"{reason}: give --kernels 0, or in Docker --shm-size=1g"
@@ -119,20 +113,12 @@ def stop_reason(error: BaseException) -> str | None:
 
 
 def line_with(error: BaseException, pattern: str) -> str | None:
-    """Return what the system or a library says is wrong, its own or in a loader's worker, in two sentences at most.
-
-    pattern: of the line that says it, a regular expression; None where there is no such line.
-    """
+    """Return the line of an error that matches a regular expression, or None; of the line, two sentences at most."""
     if not isinstance(error, (RuntimeError, MemoryError, OSError)):
         return None
     text = f"{error.strerror if isinstance(error, OSError) else error}\n{error.__cause__}\n{type(error).__name__}"
     line = next((line for line in text.splitlines() if re.search(pattern, line)), None)
     return line and ". ".join(line.split(": ")[-1].split(". ")[:2]).rstrip(". ")
-
-
-def is_of_loaders_start(error: BaseException) -> bool:
-    """Tell whether an error comes from a loader's own code, where it makes the semaphores of its workers."""
-    return any(frame.f_code.co_filename == dataloader.__file__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @contextlib.contextmanager
@@ -172,10 +158,9 @@ def signals_stop(hint: str) -> Iterator[None]:
     """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        """Raise Interrupted. Workers that were told too may end now, which PyTorch would raise an error for."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler raises as workers end by the same signal
         if must_not_raise(frame):
             signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
             signal.setitimer(signal.ITIMER_REAL, 0.02)

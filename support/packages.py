@@ -17,8 +17,7 @@ from support.errors import InputError, first_line
 def imported(module: str, package: str, flag: str) -> ModuleType:
     """Return a module of a package that need not be installed, or of one that needs it.
 
-    package: what pip calls it. flag: what asks for it. Raises InputError that says whether the package is missing, or
-    why it cannot be imported.
+    package: what pip calls it. flag: what asks for it. Raises InputError: it is missing, or why it cannot be imported.
     """
     name = package.replace("-", "_")
     try:
@@ -34,10 +33,9 @@ def imported(module: str, package: str, flag: str) -> ModuleType:
 class TimmBackbone(nn.Module):
     """A model of timm as a backbone: its pooled features before its classifier, and an early feature map.
 
-    The early map is the first one at a quarter of the image's side; of a transformer, whose blocks all see the same
-    grid of patches, the grid after a quarter of the blocks. Images are normalised as the model's configuration says.
-    name: of timm, with or without a tag. img_size: side of the images. Raises InputError where timm is missing or does
-    not know the name, or where the model cannot take images of this size.
+    The early map is the first one at a quarter of the image's side; of a transformer, the grid of patches after a
+    quarter of the blocks. name: of timm, with or without a tag. img_size: side of the images. Raises InputError for an
+    unknown name, a size that the model cannot take, or without timm.
     """
 
     def __init__(self, name: str, img_size: int):
@@ -78,20 +76,18 @@ def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.
 def imported_timm(name: str) -> ModuleType:
     """Return timm. Raises InputError, see imported, or where it has no model of this name, with or without a tag."""
     timm = imported("timm", "timm", f"--arch timm/{name}")
-    known, tag = timm.list_models(), name.partition(".")[2]
-    if name.partition(".")[0] not in known or (tag and name not in timm.list_pretrained()):
-        near = difflib.get_close_matches(name, timm.list_pretrained() if tag else known, 3, 0)
+    models, pretrained = timm.list_models(), timm.list_pretrained()
+    architecture, _, tag = name.partition(".")
+    if architecture not in models or (tag and name not in pretrained):
+        near = difflib.get_close_matches(name, pretrained if tag else models, 3, 0)
         raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; near it: {', '.join(near)}")
     return timm
 
 
-def with_own_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return a state dict whose position embeddings are resampled to a transformer's own grid of patches, by timm.
-
-    prefix: what stands before the names of the layers in the state dict.
-    """
-    name, own = f"{prefix}pos_embed", getattr(layers, "pos_embed", None)
-    if own is None or name not in state or state[name].ndim != 3 or state[name].shape == own.shape:
+def resample_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return a state dict, whose keys begin with prefix, with a transformer's position embeddings fit to its grid."""
+    name, pos_embed = f"{prefix}pos_embed", getattr(layers, "pos_embed", None)
+    if pos_embed is None or name not in state or state[name].ndim != 3 or state[name].shape == pos_embed.shape:
         return state
     from timm.layers import resample_abs_pos_embed
 
@@ -104,18 +100,18 @@ class LibraryLoss(nn.Module):
     """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
 
     n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
-    trains. Raises InputError where the package is missing or has no such loss, and where the loss asks for more, or
-    cannot work on embeddings and labels alone.
+    trains. Raises InputError without the package or such a loss, and for a loss that needs more than embeddings and
+    labels.
     """
 
     def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()
         kind, self.proxy_lr = library_loss(name), proxy_lr
-        known = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
-        wanted = {argument: known[argument] for argument in known if asks_for(kind, argument)}
+        sizes = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
+        arguments = {name: size for name, size in sizes.items() if asks_for(kind, name)}
         rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
         try:
-            self.loss = kind(**wanted)
+            self.loss = kind(**arguments)
             trial = copy.deepcopy(self.loss)
             for _ in range(2):  # some keep the graph of the batch before
                 trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
@@ -130,8 +126,8 @@ class LibraryLoss(nn.Module):
 
     def param_groups(self) -> list[dict]:
         """Return the optimiser groups: the loss's own parameters, if it has any, without weight decay."""
-        own = list(self.parameters())
-        return [{"params": own, "lr": self.proxy_lr, "weight_decay": 0.0}] if own else []
+        parameters = list(self.parameters())
+        return [{"params": parameters, "lr": self.proxy_lr, "weight_decay": 0.0}] if parameters else []
 
 
 def asks_for(kind: type, argument: str) -> bool:
@@ -146,11 +142,11 @@ def library_loss(name: str) -> type[nn.Module]:
     library = imported("pytorch_metric_learning.losses", "pytorch-metric-learning", f"--losses pml/{name}")
     base = library.BaseMetricLossFunction
     kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
-    known = {kind.__name__: kind for kind in kinds if kind is not base}
-    if name not in known:
-        near = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+    losses = {kind.__name__: kind for kind in kinds if kind is not base}
+    if name not in losses:
+        near = ", ".join(difflib.get_close_matches(name, losses, 3, 0))
         raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
-    return known[name]
+    return losses[name]
 
 
 def missing_for_graphs() -> list[str]:
@@ -167,10 +163,9 @@ def missing_for_graphs() -> list[str]:
 
 
 def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
-    """Return the graph of a network's blocks for one image of img_size pixels, as SVG; see missing_for_graphs."""
+    """Return the graph of a network's blocks for images of img_size pixels, as SVG; see missing_for_graphs."""
     import torchview  # optional
 
-    device = next(network.parameters()).device
     image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
-    graph = torchview.draw_graph(network, image, device=device, depth=2)
+    graph = torchview.draw_graph(network, image, device=next(network.parameters()).device, depth=2)
     return graph.visual_graph.pipe(format="svg", quiet=True)

@@ -116,17 +116,17 @@ def gather_rows(rows: np.ndarray, to_all: bool = True) -> np.ndarray | None:
     else:
         parts = [None] * world_size() if is_first() else None
         distributed.gather_object(rows, parts)
-        if parts is None:
-            return None
+    if parts is None:
+        return None
     return np.concatenate([part for part in parts if len(part)] or [rows])
 
 
 class GatherShards(torch.autograd.Function):
     """Concatenates the shards of a batch that the processes embedded, with gradient.
 
-    Each process computes the same loss of the whole batch, so its own shard's gradient needs nothing from the others.
-    It is multiplied by the number of processes, which DistributedDataParallel's mean takes out again: the gradient of
-    the weights is the sum over the images of the batch, as in one process.
+    Each process computes the same loss of the whole batch, so the gradient of its shard needs nothing from the others.
+    The factor world_size cancels DistributedDataParallel's mean: weights get the sum over the batch's images, as in one
+    process.
     """
 
     @staticmethod
@@ -139,7 +139,7 @@ class GatherShards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        """Return the own shard of the gradient, times the number of processes."""
+        """Return this process's shard of the gradient, times the number of processes."""
         start = rank() * ctx.n_rows
         return world_size() * gradient[start : start + ctx.n_rows]
 
@@ -154,7 +154,7 @@ def gather_batch(embeddings: Mapping[str, Tensor], labels: Tensor) -> tuple[dict
 def share_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Give all processes the first one's gradients of parameters whose gradient each computes from the whole batch.
 
-    They are equal but for the order in which a GPU adds up; the parameters must stay equal to the last bit.
+    A GPU adds up in any order, but the parameters must stay equal to the last bit.
     """
     for parameter in parameters:
         if world_size() > 1 and parameter.grad is not None:

@@ -3,13 +3,12 @@
 import os
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from support.errors import OUT_OF_MEMORY, InputError, first_line, line_with
+from support.errors import OUT_OF_MEMORY, InputError, line_with
 from support.packages import imported
 
 CHECKPOINT_FORMAT = 4
@@ -21,21 +20,22 @@ NEEDED = {
               "amp", "tf32", "k_vals", "n_epochs", "savename", "started_from", "tensorboard", "task_p", "adv_weights"},
     "progress": {"rows", "initial_scores", "mined_labels", "contents"},
 }  # fmt: skip
-"""What the program reads of the parts of a checkpoint."""
+"""What the program reads of each part of a checkpoint."""
 
 
 def read_file(path: str | Path, source: str) -> object:
     """Read a file of torch.save, or a .safetensors; no code in the file is executed.
 
-    source: what messages call the file. Raises InputError where it is missing, damaged, or holds objects other than
-    tensors and plain values, or where safetensors cannot be imported.
+    source: what messages call the file. Raises InputError where it is missing, damaged, or holds more than tensors and
+    plain values, or where safetensors cannot be imported.
     """
     if os.path.isdir(path):
         raise InputError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
     if not os.path.isfile(path):
         raise InputError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
-    is_safetensors = Path(path).suffix == ".safetensors"
-    library = imported("safetensors.torch", "safetensors", source) if is_safetensors else None
+    library = None
+    if Path(path).suffix == ".safetensors":
+        library = imported("safetensors.torch", "safetensors", source)
     try:
         if library:
             return library.load_file(path)
@@ -50,18 +50,20 @@ def read_file(path: str | Path, source: str) -> object:
     except Exception as error:  # untrusted bytes make the unpickler raise almost anything
         if line_with(error, OUT_OF_MEMORY):
             raise
+        reason = (
+            f"cannot be read ({type(error).__name__}); it is damaged or truncated, or was not written by torch.save"
+        )
         pickled = re.search(r"GLOBAL ([\w.]+)", str(error))
-        kind = type(error).__name__
-        reason = f"cannot be read ({kind}); it is damaged or truncated, or was not written by torch.save"
         if pickled:
             reason = f"holds a pickled object ({pickled[1][:80]}), which could run code when loaded; store tensors only"
         raise InputError(f"{source}: {reason}") from error
 
 
 def is_state_dict(value: object) -> bool:
-    """Tell whether a value is a dict of tensors by name."""
-    tensors = value if isinstance(value, dict) else {}
-    return len(tensors) > 0 and all(isinstance(key, str) and isinstance(tensors[key], Tensor) for key in tensors)
+    """Tell whether a value is a dict of tensors by name, not empty."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -92,12 +94,7 @@ def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
     """Return the checkpoints to score: the one asked for, or all best ones of a run. Raises InputError."""
     if checkpoint:
         return [run / checkpoint if (run / checkpoint).is_file() else Path(checkpoint)]
-    if not run.exists():
-        raise InputError(f"{run}: no such run folder or checkpoint file")
-    checkpoints = [run] if run.is_file() else sorted(run.glob("checkpoint*.pth.tar"))
-    if not checkpoints:
-        raise InputError(f"{run}: holds no checkpoint*.pth.tar; give a run folder or a checkpoint file")
-    return checkpoints
+    return sorted(run.glob("checkpoint*.pth.tar")) or [checkpoint_path(run, "checkpoint.pth.tar")]
 
 
 def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") -> dict[str, dict]:
@@ -107,29 +104,10 @@ def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") ->
     """
     path = checkpoint_path(path, checkpoint)
     stored = read_file(path, str(path))
-    parts = stored if isinstance(stored, dict) else {}
-    is_ours = isinstance(parts.get("format"), int) and parts["format"] == CHECKPOINT_FORMAT
+    is_ours = isinstance(stored, dict) and is_state_dict(stored.get("state_dict"))
+    is_ours = is_ours and isinstance(stored.get("format"), int) and stored["format"] == CHECKPOINT_FORMAT
     for part, keys in NEEDED.items():
-        is_ours = is_ours and isinstance(parts.get(part), dict) and keys <= parts[part].keys()
-    if not is_ours or not is_state_dict(parts["state_dict"]):
+        is_ours = is_ours and isinstance(stored.get(part), dict) and keys <= stored[part].keys()
+    if not is_ours:
         raise InputError(f"{path}: no checkpoint of this version of the program")
     return stored
-
-
-def download(fetch: Callable[[], dict[str, Tensor]], arch: str, cache: Path | None) -> dict[str, Tensor]:
-    """Return the pretrained weights that `fetch` takes from a cache or the network. Raises InputError.
-
-    cache: the file that they are kept in, where it is known.
-    """
-    elsewhere = "pass a local state dict with --weights FILE, or train from random weights with --not_pretrained"
-    try:
-        return fetch()
-    except InputError:
-        raise
-    except OSError as error:  # as those of urllib, requests and the hub are
-        reason = first_line(error)
-        raise InputError(f"cannot download the pretrained {arch} weights ({reason}): {elsewhere}") from error
-    except Exception as error:  # a damaged file makes the unpickler raise almost anything
-        reason = first_line(error)
-        raise InputError(f"the pretrained {arch} weights cannot be read ({reason}): delete the damaged file "
-                         f"{cache or 'in the cache'}, or {elsewhere}") from error  # fmt: skip

@@ -164,6 +164,17 @@ class ClassBalancedBatchSampler(BatchSampler):
                 yield index, classes[drawn]
 
 
+def draw_steps(task_p: Mapping[str, float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
+    """Return the steps of an epoch in order, (iteration, task).
+
+    Each task takes part in an iteration with its probability, drawn from the seed and the epoch alone.
+    """
+    tasks = list(task_p)
+    rng = np.random.default_rng([seed, len(tasks), epoch])  # the tasks' batches are drawn from [seed, 0 or 1, epoch]
+    takes_step = rng.random((n_iterations, len(tasks))) < list(task_p.values())
+    return [(int(iteration), tasks[task]) for iteration, task in np.argwhere(takes_step)]
+
+
 class TaskBatchSampler(BatchSampler):
     """The batches of several tasks in the order of the training steps, so that one pool of workers loads them all.
 
@@ -173,9 +184,9 @@ class TaskBatchSampler(BatchSampler):
     def __init__(self, samplers: Mapping[str, ClassBalancedBatchSampler]):
         self.samplers, self.steps = samplers, []
 
-    def set_epoch(self, epoch: int, labels: Mapping[str, np.ndarray], steps: Sequence[str]) -> None:
-        """Set the epoch, each task's (N,) int labels, and the task of each step of the next pass."""
-        self.steps = list(steps)
+    def set_epoch(self, epoch: int, labels: Mapping[str, np.ndarray], steps: Sequence[tuple[int, str]]) -> None:
+        """Set the epoch, each task's (N,) int labels, and the steps of the next pass, see draw_steps."""
+        self.steps = [task for _, task in steps]
         for task, sampler in self.samplers.items():
             sampler.set_epoch(epoch, labels[task], self.steps.count(task))
 

@@ -329,7 +329,9 @@ def embed_sets(
     network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], tasks: Sequence[str], amp: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the embeddings of test sets, {test set: {task: (N, D)}}; see extract_features."""
-    return {name: extract_features(network, loader, tasks, amp, what=f"embedding {name}") for name, loader in loaders.items()}
+    return {
+        name: extract_features(network, loader, tasks, amp, what=f"embedding {name}") for name, loader in loaders.items()
+    }
 
 
 def score_sets(

@@ -452,17 +452,19 @@ def rehearse(
     parts: Mapping[str, object],
     loaders: datasets.Loaders,
 ) -> None:
-    """Measure the parts of a run of these flags, print what the whole of it will take, and remove its folder (--trial).
+    """Measure the parts of a run of these flags, and print what the whole of it will take (--trial).
 
     A part of the training images is embedded. Clustering and evaluation take all images, with these embeddings again.
     """
     network, images, clock = parts["network"], loaders.train.dataset.images, time.perf_counter
     labels = {"Class": images.labels, "Shared": np.arange(len(images)) % args.shared_num_classes}
+    task_p = dict(zip(TASKS, args.task_p))
     fixed, timer, seconds = [parts[name] for name in ("objective", "optimizer", "scaler")], StepTimer(), {}
     seconds["start"] = run.seconds
     with contextlib.suppress(Settled):
         for epoch in range(10):
-            steps = loaders.sampler.set_epoch(epoch, labels)
+            steps = datasets.draw_steps(task_p, len(images) // args.bs, args.seed, epoch)
+            loaders.sampler.set_epoch(epoch, labels, steps)
             train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
     seconds["step"] = timer.seconds[-1]
     batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
@@ -474,6 +476,7 @@ def rehearse(
     points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
     squared_distances = auxiliaries.kmeans(points, args.shared_num_classes, args.seed)[1]
     report.mined(0, images, labels["Shared"], squared_distances)
+    run.log_mining({"Before Epoch": 0, "Time": 0.0}, labels["Shared"], images.names)
     seconds["mining"] = clock() - start
     start = clock()
     run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
@@ -486,7 +489,8 @@ def rehearse(
     run.save(parts, epoch=0)
     seconds["storing"] = clock() - start
     n_tests = sum(len(loader.dataset) for loader in loaders.tests.values())
-    run.discard(report_lines(seconds, options.counts(args, len(images), n_tests), run.folder, network.mean.device))
+    counts = options.counts(args, len(images), n_tests)
+    print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
 
 
 def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
@@ -523,9 +527,13 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
         parts = {"network": network, "objective": objective, "optimizer": optimizer}
         parts |= {"scheduler": scheduler, "scaler": scaler}
+        task_p = dict(zip(TASKS, args.task_p))
 
         if args.trial:
-            rehearse(args, run, report, trained, parts, loaders)
+            try:
+                rehearse(args, run, report, trained, parts, loaders)
+            finally:
+                run.discard()
             return run.folder
         if run.is_new:
             mined = begin(args, run, report, network, loaders)
@@ -536,7 +544,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
             start = time.time()
-            steps = loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined})
+            steps = datasets.draw_steps(task_p, len(images) // args.bs, args.seed, epoch)
+            loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
             batches = run.stopwatch.loading(loaders.batches)
             left = functools.partial(run.seconds_left, epoch)
             progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)

@@ -165,7 +165,7 @@ class Ours:
         """Train one epoch of n_steps steps, half of them each task's."""
         torch.backends.cudnn.deterministic = True  # as a run of main has it
         steps = [(i // 2, options.TASKS[i % 2]) for i in range(n_steps)]
-        self.loaders.sampler.set_epoch(self.n_epochs, self.labels, [task for _, task in steps])
+        self.loaders.sampler.set_epoch(self.n_epochs, self.labels, steps)
         self.n_epochs += 1
         network, is_scaled = self.trained, self.args.amp == "fp16"
         if marks is None:

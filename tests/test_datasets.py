@@ -163,7 +163,7 @@ def test_tasks_take_turns_with_the_batches_of_their_own_samplers(steps):
     labels = {"Class": LABELS, "Shared": np.arange(len(LABELS)) % 3}
     sampler = datasets.TaskBatchSampler(task_samplers())
     for epoch in range(2):
-        sampler.set_epoch(epoch, labels, steps)
+        sampler.set_epoch(epoch, labels, list(enumerate(steps)))
         assert len(sampler) == len(steps)
         assert {task: len(single) for task, single in sampler.samplers.items()} == {
             task: steps.count(task) for task in labels
@@ -178,7 +178,7 @@ def test_tasks_take_turns_with_the_batches_of_their_own_samplers(steps):
 
 def test_labels_of_a_task_without_a_sampler_change_nothing():
     sampler = datasets.TaskBatchSampler({"Class": task_samplers()["Class"]})
-    sampler.set_epoch(0, {"Class": LABELS, "Shared": LABELS}, ["Class"] * 3)
+    sampler.set_epoch(0, {"Class": LABELS, "Shared": LABELS}, [(i, "Class") for i in range(3)])
     assert len(list(sampler)) == 3
 
 
@@ -194,7 +194,7 @@ def test_workers_change_nothing(shapes):
         loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_sampler=sampler)
         passes.append([])
         for epoch in range(2):
-            sampler.set_epoch(epoch, labels, ["Shared", "Class", "Class"])
+            sampler.set_epoch(epoch, labels, [(0, "Shared"), (1, "Class"), (2, "Class")])
             passes[-1] += list(loader)
     assert (torch.get_rng_state() == state).all()
     assert len(passes[0]) == len(passes[1]) == 6

@@ -69,12 +69,13 @@ def test_standardisation_per_class(mode):
 
 
 def test_steps_have_the_stated_rates_and_depend_on_seed_and_epoch():
-    steps = main.draw_steps([1, 0.3], 20_000, seed=1, epoch=0)
+    task_p = {"Class": 1, "Shared": 0.3}
+    steps = datasets.draw_steps(task_p, 20_000, seed=1, epoch=0)
     assert [iteration for iteration, task in steps if task == "Class"] == list(range(20_000))
     assert sum(task == "Shared" for _, task in steps) / 20_000 == pytest.approx(0.3, abs=0.015)
     assert sorted(steps) == steps  # Class goes first
-    assert all(task == "Class" for _, task in main.draw_steps([1, 0], 100, seed=1, epoch=0))
-    again, other = (main.draw_steps([1, 0.3], 20_000, seed=1, epoch=epoch) for epoch in (0, 1))
+    assert all(task == "Class" for _, task in datasets.draw_steps({"Class": 1, "Shared": 0}, 100, seed=1, epoch=0))
+    again, other = (datasets.draw_steps(task_p, 20_000, seed=1, epoch=epoch) for epoch in (0, 1))
     assert again == steps
     assert other != steps
 
@@ -247,7 +248,7 @@ def test_batches_carry_the_labels_of_their_task(class_folders):
     _, _, loaders = tiny_parts(class_folders, "--random_cluster_pick_p", 0)
     labels = {"Class": loaders.train.dataset.images.labels, "Shared": (np.arange(10) + 1) % 3}
     steps = ["Class", "Shared", "Shared", "Class"]
-    loaders.sampler.set_epoch(0, labels, steps)
+    loaders.sampler.set_epoch(0, labels, list(enumerate(steps)))
     batches = list(loaders.sampler)
     assert [{task for task, _ in batch} for batch in batches] == [{task} for task in steps]
     assert all(labels[task][index] == label for batch in batches for task, (index, label, _) in batch)

@@ -1,0 +1,182 @@
+"""What an epoch costs beside training and embedding, at the size of CUB200-2011: scoring, drawing, logs, checkpoints.
+
+    python benchmarks/epoch.py [--epochs 100] [--seconds 10] [--images 11788] [--arch resnet50] [--runs 20]
+
+A run of so many epochs is made without training: images, embeddings and scores are generated, the weights are random,
+all else is what main.py does after an epoch. Half of the images train, in 100 classes, half test; labels are mined after
+every fourth epoch. seconds: what training and embedding are said to take in each epoch, as drawing keeps to a share of
+the run. runs: other runs in the index of the data set.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import auxiliaries
+import evaluate
+import losses
+import main as program
+import netlib
+from data.images import ImageSet
+from report.epoch import Report
+from run import options
+from run.folder import Run
+from support.output import Transcript
+
+SCORES = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
+LOSSES = ["Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss", "Learning Rate"]
+N_CLASSES, N_CLUSTERS = 100, 30
+
+
+def generate_images(folder: Path, n_images: int) -> ImageSet:
+    """Return an image set of n_images entries that share 100 files of 500 x 375 pixels."""
+    rng = np.random.default_rng(0)
+    for i in range(100):
+        pixels = np.clip(rng.uniform(0, 255, 3) + rng.normal(0, 20, (375, 500, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+    names = [str(folder / f"{i % 100}.jpg") for i in range(n_images)]
+    return ImageSet(names, np.arange(n_images) % N_CLASSES, [f"class {i}" for i in range(N_CLASSES)])
+
+
+def generate_embeddings(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Return (N, 128) float32 points on the unit sphere around the centres of their labels."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(labels.max() + 1, 128))[labels] + 0.7 * rng.normal(size=(len(labels), 128))
+    return (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+
+
+def generate_row(epoch: int, names: list[str]) -> dict[str, float]:
+    """Return a row of a log whose columns rise with noise, so that about every fourth epoch is the best so far."""
+    rng = np.random.default_rng(epoch)
+    return {"Epochs": epoch, "Time": 1.0} | {name: 0.6 - 0.4 * 0.97**epoch + rng.normal(0, 0.01) for name in names}
+
+
+class Trial:
+    """A run without training, whose parts are timed.
+
+    seconds: of each call, by part.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace):
+        self.args, self.seconds = args, {}
+        flags = f"--dataset cub200 --arch {args.arch} --not_pretrained --n_epochs {args.epochs} --savename run"
+        parser = program.get_args_parser()
+        self.flags = options.resolve([*flags.split(), "--save_path", str(folder / "runs")], parser)
+        self.train, self.test = (generate_images(folder, args.images // 2) for _ in range(2))
+        self.embeddings = {"Class": generate_embeddings(self.test.labels, 1)}
+        self.mined = np.random.default_rng(2).integers(0, N_CLUSTERS, len(self.train))
+        self.embeddings["Shared"] = generate_embeddings(np.resize(self.mined, len(self.test)), 3)
+        tasks, sizes = options.per_task(self.flags), {"Class": 128, "Shared": 128}
+        network = netlib.build_network(args.arch, sizes, pretrained=False, freeze_batchnorm=True)
+        classes = {"Class": N_CLASSES, "Shared": N_CLUSTERS}
+        objective = losses.build_objective(tasks, classes, {"Class-Shared": 2500.0}, 512, 1e-5)
+        optimizer, scheduler = program.build_optimizer(self.flags, network, objective)
+        for parameter in [*network.parameters(), *objective.parameters()]:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # from now on it has moments
+        self.parts = {"network": network, "objective": objective, "optimizer": optimizer, "scheduler": scheduler}
+        self.run = Run(
+            options.run_folder(self.flags),
+            options.kept(self.flags) | {"started_from": "random weights"},
+            args.epochs,
+            is_resumed=False,
+            may_take_over=False,
+            paper={},
+            provenance={"program": "a benchmark"},
+            transcript=Transcript(),
+        )
+        self.report = Report(self.run, options.defaults(self.flags, parser), rate_steps=[args.epochs // 2])
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Take the time of a block."""
+        start = time.perf_counter()
+        yield
+        self.seconds.setdefault(part, []).append(time.perf_counter() - start)
+
+    def mine(self, before_epoch: int) -> None:
+        """Do what comes with a mining, embedding apart."""
+        run, images = self.run, self.train
+        with self.timed("clustering"):
+            mined, distances = auxiliaries.kmeans(generate_embeddings(self.mined, before_epoch), N_CLUSTERS, 1)
+            described = evaluate.describe_clusters(mined, N_CLUSTERS, images.labels, {}, self.mined)
+        with self.timed("logs"):
+            run.log_mining({"Before Epoch": before_epoch, "Time": 1.0} | described, mined, images.names)
+        with self.timed("sheet of a mining"), run.stopwatch.measure("drawing"):
+            self.report.mined(before_epoch, images, mined, distances)
+
+    def epoch(self, epoch: int) -> None:
+        """Do what comes with an epoch, training and embedding apart."""
+        run, tests, embeddings = self.run, {"test": self.test}, {"test": self.embeddings}
+        chosen = evaluate.probe_subset(self.test.labels, seed=1)
+        probed = {task: points[chosen] for task, points in self.embeddings.items()}
+        with self.timed("scoring"):
+            evaluate.score_sets("Class", embeddings, tests, [1, 2, 4, 8], 1, torch.device("cpu"), with_clustering=True)
+        with self.timed("probe"):
+            labels = {"Class": self.test.labels[chosen], "Mined": self.mined[chosen]}
+            probe = evaluate.probe_scores(probed, labels)
+        with self.timed("logs"):
+            run.log("train", generate_row(epoch, LOSSES))
+            run.log("val", generate_row(epoch, SCORES))
+            run.log("probe", {"Epochs": epoch, "Time": 1.0} | probe)
+        with self.timed("checkpoint of the best epoch, or none"):
+            run.keep_best(self.parts["network"])
+        with self.timed("plots and sheets"), run.stopwatch.measure("drawing"):
+            self.report.evaluated(tests, embeddings)
+        with self.timed("summary"):
+            run.summarise()
+        if (epoch + 1) % 4 == 0:
+            self.mine(epoch + 1)
+        with self.timed("checkpoint of the epoch"):
+            run.save(self.parts, epoch + 1)
+        with self.timed("page and index"):
+            self.report.write_page()
+        run.start -= self.args.seconds  # as if it had trained
+
+
+def main() -> None:
+    """Make the run and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--images", type=int, default=11_788)
+    parser.add_argument("--arch", default="resnet50")
+    parser.add_argument("--runs", type=int, default=20)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(Path(folder), args)
+        with trial.run, trial.report:
+            trial.mine(0)
+            trial.run.save(trial.parts, 0)
+            trial.report.write_page()
+            page = (trial.run.folder / "page.html").read_bytes()
+            for i in range(args.runs):
+                other = trial.run.folder.with_name(f"run {i}")
+                other.mkdir()
+                (other / "page.html").write_bytes(page)
+            trial.seconds.clear()
+            for epoch in range(args.epochs):
+                trial.epoch(epoch)
+    print(f"{args.images} images, {args.arch}, {args.epochs} epochs of {args.seconds:g} s; {args.runs} runs beside it\n")
+    print("| part | median s | most s | times | s an epoch |\n|---|---|---|---|---|")
+    total = 0.0
+    for part, seconds in trial.seconds.items():
+        mean = sum(seconds) / args.epochs
+        total += mean
+        print(f"| {part} | {statistics.median(seconds):.3f} | {max(seconds):.3f} | {len(seconds)} | {mean:.3f} |")
+    print(f"| all | | | | {total:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.published import known_of
+from report.charts import finite
 from report.page import rendered, warn, warned
 from run.folder import scores_of
 
@@ -32,17 +33,17 @@ def read_summary(path: str, changed_ns: int) -> Entry | None:
     """Return the summary in a page, None for a page that is damaged or not ours. changed_ns: see os.stat; it tells
     versions of a page apart for the cache.
     """
-    try:
+    try:  # whatever a file may hold; 0.0 + None, for what must be a number, is a TypeError
         with open(path, "rb") as file:
             stored = json.loads(SUMMARY.search(file.read(HEAD_BYTES))[1])
-        numbers = {
-            name: stored[name] if stored[name] is None else float(stored[name]) for name in ("best", "last", "nmi")
+        numbers = {name: finite(stored[name]) for name in ("best", "last", "nmi")}
+        numbers |= {
+            name: 0.0 + finite(stored[name]) for name in ("epoch", "n_epochs", "seconds", "written", "patience")
         }
-        numbers |= {name: float(stored[name]) for name in ("epoch", "n_epochs", "seconds", "written", "patience")}
         texts = {name: str(stored[name]) for name in ("dataset", "test_set", "state", "seed")}
-        curve = [(float(epoch), float(value)) for epoch, value in stored["curve"]]
+        curve = [(0.0 + finite(epoch), 0.0 + finite(value)) for epoch, value in stored["curve"]]
         return numbers | texts | {"curve": curve, "flags": {str(k): str(v) for k, v in stored["flags"].items()}}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):  # whatever a file may hold
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -60,13 +61,13 @@ def read_entries(parent: Path) -> list[Entry]:
 
 def sparklines(entries: Sequence[Entry]) -> list[str]:
     """Return the Recall@1 of each run as an SVG path on 100 x 24 units, all on one scale."""
-    points = [point for entry in entries for point in entry["curve"]]
-    last, low, high = (
-        (max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)) if points else (0, 0, 0)
-    )
+    epochs = [epoch for entry in entries for epoch, _ in entry["curve"]]
+    recalls = [recall for entry in entries for _, recall in entry["curve"]]
+    last, low = max(epochs, default=0) or 1, min(recalls, default=0)
+    height = (max(recalls, default=0) - low) or 1
     paths = []
     for entry in entries:
-        places = [(100 * x / (last or 1), 22 - 20 * (y - low) / ((high - low) or 1)) for x, y in entry["curve"]]
+        places = [(100 * epoch / last, 22 - 20 * (recall - low) / height) for epoch, recall in entry["curve"]]
         paths.append("L".join(f"{x:.1f} {y:.1f}" for x, y in places))
     return paths
 

@@ -24,8 +24,8 @@ from report.plots import COLOURS
 from run.folder import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of, write_file
 from run.options import shown
 
-SILENCE = 600
-"""Seconds after which a running run counts as silent, unless its epochs take long."""
+SILENCE, FIRST_SILENCE = 600, 3600
+"""Seconds after which a running run counts as silent, unless its epochs take long; before the first one is done."""
 
 FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(InfoPlot_.*|network)\.svg"]
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]
@@ -116,7 +116,7 @@ def score_panel(view: RunView, name: str) -> dict[str, object]:
         "best": best.get("Epochs"),
         "last": whole_rows[2].get("Epochs"),
         "has_paper": bool(paper),
-        "chart": chart("Scores", lines, marks=view.mined_before, best=star),
+        "chart": chart("Scores" if name == "test" else f"Scores, {name}", lines, marks=view.mined_before, best=star),
     }
 
 
@@ -155,9 +155,9 @@ def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]
     agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("NMI ", "ARI "))]
     labels = {name: name.replace("NMI ", "NMI with ") for name in agreements}
     lines = {labels[name]: (look_of(i), points_of(rows, name, "Before Epoch")) for i, name in enumerate(agreements)}
-    slides = []
+    slides, first, last = [], min(view.mined_before, default=0), max(view.mined_before, default=0)
     for row in rows:
-        epoch, last = row["Before Epoch"], rows[-1]["Before Epoch"]
+        epoch = row["Before Epoch"]
         picture = f"mined/before_epoch_{epoch:04}.jpg"
         if picture not in view.files and epoch == last:
             picture = "mined_clusters.png"
@@ -166,9 +166,7 @@ def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]
             facts.append((name if name == "Clusters" else f"{name} cluster", number_text(row.get(name), "g")))
         words = f"Clusters mined before epoch {epoch}: a row for each, with the images nearest to its centre"
         slide = {"epoch": epoch, "url": url(picture) if picture in view.files else "", "alt": words, "facts": facts}
-        slides.append(
-            slide | {"left": 100 * (epoch - rows[0]["Before Epoch"] + 0.5) / (last - rows[0]["Before Epoch"] + 1)}
-        )
+        slides.append(slide | {"left": 100 * (epoch - first + 0.5) / (last - first + 1)})  # as in the chart
     return slides, chart("Mined labels", lines, bounds=(0, 1))
 
 
@@ -229,7 +227,7 @@ def summary(view: RunView, written: float) -> dict[str, object]:
         "n_epochs": int(view.flags["n_epochs"]),
         "seconds": view.seconds,
         "written": int(written),
-        "patience": max(SILENCE, 3 * view.seconds / max(view.epoch, 1)),
+        "patience": max(SILENCE, 3 * view.seconds / view.epoch) if view.epoch else FIRST_SILENCE,
         "best": finite(view.best(name).get(column(name, "Recall @ 1"))),
         "last": recalls[-1][1] if recalls else None,
         "nmi": clusterings[-1][1] if clusterings else None,

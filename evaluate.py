@@ -330,7 +330,8 @@ def embed_sets(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the embeddings of test sets, {test set: {task: (N, D)}}; see extract_features."""
     return {
-        name: extract_features(network, loader, tasks, amp, what=f"embedding {name}") for name, loader in loaders.items()
+        name: extract_features(network, loader, tasks, amp, what=f"embedding {name}")
+        for name, loader in loaders.items()
     }
 
 

@@ -3,8 +3,8 @@
     python benchmarks/epoch.py [--epochs 100] [--seconds 10] [--images 11788] [--arch resnet50] [--runs 20]
 
 A run of so many epochs is made without training: images, embeddings and scores are generated, the weights are random,
-all else is what main.py does after an epoch. Half of the images train, in 100 classes, half test; labels are mined after
-every fourth epoch. seconds: what training and embedding are said to take in each epoch, as drawing keeps to a share of
+all else is what main.py does after an epoch. Half of the images train, in 100 classes, half test; labels are mined
+after every fourth epoch. seconds: what training and embedding are said to take in each epoch, as drawing keeps to a share of
 the run. runs: other runs in the index of the data set.
 """
 
@@ -168,7 +168,7 @@ def main() -> None:
             trial.seconds.clear()
             for epoch in range(args.epochs):
                 trial.epoch(epoch)
-    print(f"{args.images} images, {args.arch}, {args.epochs} epochs of {args.seconds:g} s; {args.runs} runs beside it\n")
+    print(f"{args.images} images, {args.arch}, {args.epochs} epochs of {args.seconds:g} s; {args.runs} other runs\n")
     print("| part | median s | most s | times | s an epoch |\n|---|---|---|---|---|")
     total = 0.0
     for part, seconds in trial.seconds.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from report.plots import COLOURS
-from run.folder import Row
+from run.logs import Row
 
 MOST_POINTS = 500
 """Points of a curve; one with more is thinned."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from data.images import VALIDATION, ImageSet
 from report import plots, sheets
-from report.page import RunView, write_index, write_page
+from report.index import write_index
+from report.page import RunView, write_page
 from run.folder import Run, sheet_path
 from run.logs import Row, column, file_suffix, scores_of
 from support.errors import Interrupted, stop_reason
@@ -105,7 +106,7 @@ class Report:
                 seconds_left=run.seconds_left(run.epoch),
             )
             write_page(view)
-            write_index(view)
+            write_index(run.folder)
 
 
 def plotted_scores(row: Row, test_set: str) -> Row:

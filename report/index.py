@@ -15,7 +15,7 @@ from pathlib import Path
 from data.published import known_of
 from report.charts import finite
 from report.page import rendered, warn, warned
-from run.folder import scores_of
+from run.logs import scores_of
 
 MARKER = b'<meta name="generator" content="MIC">'
 """Tells an index.html of ours from one of the user's."""

@@ -21,8 +21,9 @@ from data.images import VALIDATION
 from report.charts import Chart, chart, finite, look_of, points_of, thinned
 from report.compare import NO_SETTING
 from report.plots import COLOURS
-from run.folder import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of, write_file
+from run.logs import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of
 from run.options import shown
+from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
 """Seconds after which a running run counts as silent, unless its epochs take long; before the first one is done."""
@@ -37,7 +38,7 @@ class RunView:
     """What a page shows of a run at one moment.
 
     flags: of the run, plain values, with what was noted beside them (started_from, images). defaults: of the program's
-    flags. rows: of each log, see folder.LOGS. paper: published scores by column, may be empty. provenance: of each
+    flags. rows: of each log, see logs.LOGS. paper: published scores by column, may be empty. provenance: of each
     start of the run, {what: value}. state: running, finished or stopped. reason: the line that says why it stopped and
     how to go on. epoch: epochs done. seconds: spent so far. seconds_left: None where not known yet.
     """

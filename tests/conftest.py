@@ -296,8 +296,9 @@ def assert_same_run(one, other):
     for pattern in ("*.csv", "mined*", "mined/*"):
         assert {path.name for path in one.glob(pattern)} == {path.name for path in other.glob(pattern)}
     if (one / "mined_labels.npz").exists():
-        minings = [dict(np.load(folder / "mined_labels.npz")) for folder in (one, other)]
-        assert_equal(*({name: values.tolist() for name, values in mining.items() if name != "paths"} for mining in minings), "mined")
+        minings = [np.load(folder / "mined_labels.npz") for folder in (one, other)]
+        for name in ("labels", "epochs"):
+            assert_equal(*(mining[name].tolist() for mining in minings), f"mined_labels.npz: {name}")
     for path in one.glob("*.csv"):
         tables = [pd.read_csv(folder / path.name, dtype=str).drop(columns="Time") for folder in (one, other)]
         pd.testing.assert_frame_equal(*tables)

@@ -26,7 +26,7 @@ def test_a_transcript_holds_the_lines_of_both_streams_before_and_after_it_has_a_
 
 def test_a_transcript_is_appended_to_and_ends_with_the_traceback_of_a_bug(tmp_path):
     (tmp_path / "log.txt").write_text("of the first start\n")
-    with pytest.raises(ZeroDivisionError), Transcript() as transcript:
+    with pytest.raises(ZeroDivisionError), Transcript() as transcript:  # noqa: PT012
         transcript.write_to(tmp_path / "log.txt")
         1 / 0  # noqa: B018
     lines = (tmp_path / "log.txt").read_text().splitlines()

@@ -5,7 +5,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import faiss
 import numpy as np
@@ -155,6 +155,15 @@ class LossMeter:
             self.counts[term] = self.counts.get(term, 0) + 1
         self.pending.clear()
         return {term: f"{total / self.counts[term]:.4g}" for term, total in self.sums.items()}
+
+    def averages(self, n_steps: int, tasks: Sequence[str], directions: Sequence[str]) -> dict[str, float | None]:
+        """Return the row of an epoch of n_steps steps: the average of all terms over all steps, that of each task over
+        its own, that of the adversarial terms over all; None for what took no step."""
+        row: dict[str, float | None] = {"Train Loss": sum(self.sums.values()) / n_steps if n_steps else None}
+        for task in tasks:
+            row[f"{task} Loss"] = self.sums[task] / self.counts[task] if task in self.sums else None
+        adversarial = [total for term, total in self.sums.items() if term in directions]
+        return row | {"Adversarial Loss": sum(adversarial) / n_steps if adversarial else None}
 
 
 class Stopwatch:

@@ -20,11 +20,12 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import readers
-from data.images import ImageSet, Splits
+from data.images import NO_TORCHCODEC, ImageSet, Splits
 from data.published import known_of
 from data.shapes import render_shapes
 from support import processes
 from support.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
+from support.output import Progress
 
 READERS = {
     "cub200": readers.read_class_folders,
@@ -229,6 +230,14 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
         processes.end_with(owner, signal.SIGKILL)
 
 
+def decode_all(loader: DataLoader) -> None:
+    """Decode every image of a loader once: a broken one is bad input before training, and would end a run in it."""
+    if loader.dataset.images.pixels is None:
+        with Progress("decoding", len(loader.sampler)) as progress:
+            for images, _ in loader:
+                progress.update(len(images))
+
+
 class Loaders(NamedTuple):
     """What feeds the network, on each process its shard.
 
@@ -303,6 +312,8 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
         if n_twice:
             warnings.append(f"{name}, {split}: {n_twice} of {len(images)} images are listed before in the same split")
         warnings += images.warnings
+    if NO_TORCHCODEC and train.pixels is None:
+        warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     return warnings
 
 

@@ -516,6 +516,8 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     for flag in to_score if args.compare else to_compare:
         if getattr(args, flag) is not None:
             parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
+    if processes.world_size() > 1:
+        parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
         parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
     if args.against is not None and args.over is not None:

@@ -24,7 +24,7 @@ import losses
 import netlib
 from auxiliaries import seconds_since
 from data.cache import cached
-from data.images import NO_TORCHCODEC, VALIDATION, ImageSet, contents, digest, hold_out_classes
+from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
 from data.published import known_of
 from report.epoch import Report, lesson
 from run import options
@@ -202,8 +202,6 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
         print(f"{name}: {images.describe()}")
-    if NO_TORCHCODEC and train.pixels is None:
-        warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     n_workers = auxiliaries.n_workers(args.kernels)
@@ -373,12 +371,7 @@ def train_one_epoch(
                     f"up to iteration {iteration} the float16 gradients overflow at every step, whatever their scale: "
                     "try --amp bf16 or none, or a lower --lr"
                 )
-    sums, counts = meter.sums, meter.counts
-    averages: dict[str, float | None] = {"Train Loss": sum(sums.values()) / len(steps) if steps else None}
-    for task in TASKS:
-        averages[f"{task} Loss"] = sums[task] / counts[task] if task in sums else None
-    adversarial = [total for term, total in sums.items() if term in DIRECTIONS]
-    return averages | {"Adversarial Loss": sum(adversarial) / len(steps) if adversarial else None}
+    return meter.averages(len(steps), TASKS, DIRECTIONS)
 
 
 def evaluate_epoch(
@@ -432,16 +425,8 @@ def begin(
     print(f"before training  {scores_line(run.initial_scores)}")
     if args.task_p[1] > 0:
         return renew_labels(args, run, report, network, loaders.train, previous=None, before_epoch=0)
-    decode_all(loaders.train)
+    datasets.decode_all(loaders.train)
     return None
-
-
-def decode_all(loader: DataLoader) -> None:
-    """Decode every image of a loader once: a broken one is bad input before training, and would end a run in it."""
-    if loader.dataset.images.pixels is None:
-        with Progress("decoding", len(loader.sampler)) as progress:
-            for images, _ in loader:
-                progress.update(len(images))
 
 
 def rehearse(
@@ -456,40 +441,37 @@ def rehearse(
 
     A part of the training images is embedded. Clustering and evaluation take all images, with these embeddings again.
     """
-    network, images, clock = parts["network"], loaders.train.dataset.images, time.perf_counter
+    network, images, started = parts["network"], loaders.train.dataset.images, run.seconds
     labels = {"Class": images.labels, "Shared": np.arange(len(images)) % args.shared_num_classes}
-    task_p = dict(zip(TASKS, args.task_p))
-    fixed, timer, seconds = [parts[name] for name in ("objective", "optimizer", "scaler")], StepTimer(), {}
-    seconds["start"] = run.seconds
+    objective, optimizer, scaler, timer = parts["objective"], parts["optimizer"], parts["scaler"], StepTimer()
     with contextlib.suppress(Settled):
         for epoch in range(10):
-            steps = datasets.draw_steps(task_p, len(images) // args.bs, args.seed, epoch)
+            steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, labels, steps)
-            train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
-    seconds["step"] = timer.seconds[-1]
+            train_one_epoch(trained, objective, optimizer, scaler, steps, loaders.batches, args.amp, timer)
     batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
     for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
-        start = clock()
+        start = time.perf_counter()
         embedded = evaluate.extract_features(network, itertools.islice(batches, n), TASKS, args.amp)
-    seconds["embedding"] = (clock() - start) / len(embedded["Class"])
-    start = clock()
-    points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
-    squared_distances = auxiliaries.kmeans(points, args.shared_num_classes, args.seed)[1]
-    report.mined(0, images, labels["Shared"], squared_distances)
-    run.log_mining({"Before Epoch": 0, "Time": 0.0}, labels["Shared"], images.names)
-    seconds["mining"] = clock() - start
-    start = clock()
+    seconds = {"start": started, "step": timer.seconds[-1]}
+    seconds["embedding"] = (time.perf_counter() - start) / len(embedded["Class"])
+    mined = labels["Shared"] if args.task_p[1] > 0 else None
+    with run.stopwatch.measure("mining"):
+        if mined is not None:
+            points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
+            squared_distances = auxiliaries.kmeans(points, args.shared_num_classes, args.seed)[1]
+            report.mined(0, images, mined, squared_distances)
+            run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
     run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
     embeddings = {}
     for name, loader in loaders.tests.items():
         embeddings[name] = {task: np.resize(of, (len(loader.dataset), of.shape[1])) for task, of in embedded.items()}
-    evaluate_epoch(args, run, report, network, loaders, labels["Shared"], 0, embeddings)
-    seconds["evaluation"] = clock() - start
-    start = clock()
+    evaluate_epoch(args, run, report, network, loaders, mined, 0, embeddings)
+    start, spent = time.perf_counter(), run.stopwatch.seconds
     run.save(parts, epoch=0)
-    seconds["storing"] = clock() - start
-    n_tests = sum(len(loader.dataset) for loader in loaders.tests.values())
-    counts = options.counts(args, len(images), n_tests)
+    seconds |= {"mining": spent["mining"], "evaluation": spent["evaluation"] + spent["drawing"]}
+    seconds["storing"] = time.perf_counter() - start
+    counts = options.counts(args, len(images), sum(len(loader.dataset) for loader in loaders.tests.values()))
     print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
 
 

@@ -4,8 +4,8 @@
 
 A run of so many epochs is made without training: images, embeddings and scores are generated, the weights are random,
 all else is what main.py does after an epoch. Half of the images train, in 100 classes, half test; labels are mined
-after every fourth epoch. seconds: what training and embedding are said to take in each epoch, as drawing keeps to a share of
-the run. runs: other runs in the index of the data set.
+after every fourth epoch. seconds: what training and embedding are said to take in each epoch; drawing keeps to a share
+of the run. runs: other runs in the index of the data set.
 """
 
 import argparse

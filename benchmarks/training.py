@@ -37,6 +37,7 @@ import main as program
 import netlib
 from data.images import ImageSet
 from run import options
+from support.output import Progress
 
 SETTINGS = {
     "plain": [],
@@ -174,7 +175,7 @@ class Ours:
         else:
             network, scaler = MarkedNetwork(network, marks), MarkedScaler(marks, is_scaled)
             batches = marks.loading(self.loaders.batches)
-        with main.Progress("", 0) as bar:
+        with Progress("", 0) as bar:
             program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, self.args.amp, bar)
 
 

@@ -14,6 +14,7 @@ from data.published import known_of
 from report import plots
 from run.logs import StoredRun, best_index, column, read_run, scores_of, test_sets_of
 from run.options import PAIRS, shown
+from run.provenance import VERSIONS
 from support.errors import InputError
 from support.files import replaced_file
 
@@ -148,7 +149,8 @@ def parts_of(runs: Sequence[StoredRun]) -> list[tuple[str, str, list[Setting]]]:
 def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     """Return the settings of the runs on a data set.
 
-    Finished runs count for means and differences, of each seed the first by name; the others are named.
+    Finished runs count for means and differences, of each seed the first by name; the others are named. So are versions
+    of the program and of packages where the runs of a setting come from several.
     """
     settings = []
     groups = grouped(runs, [described(run) for run in runs])
@@ -162,6 +164,11 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
                 print(f"left out of the means: {run.folder}, repeats seed {seed} of {counted[seed].folder}")
             else:
                 counted[seed] = run
+        starts = [start for run in members for start in run.provenance]
+        for what in VERSIONS:
+            versions = sorted({start[what] for start in starts if what in start})
+            if len(versions) > 1:
+                print(f"{name}: runs of different versions of {what}: {'; '.join(versions)}")
         settings.append(Setting(name, flags, members, counted))
     return settings
 

@@ -23,11 +23,12 @@ def assert_row(lines, start, n_numbers):
     assert len(re.findall(NUMBER, row.removeprefix(start))) == n_numbers, row
 
 
-def test_drawing(tmp_path):
-    lines = printed(tmp_path, "drawing.py", "--images", 200, "--size", 60, 40, "--epochs", 5, "--rounds", 1)
-    drawn = ["InfoPlot_Class.svg", "InfoPlot_Probe.svg", "sample_recoveries.png", "sample_recoveries_Shared.png"]
-    for name in [*drawn, "mined_clusters.png", "(probe: nearest neighbours)", "all of an epoch"]:
-        assert_row(lines, f"| {name} | ", 1)
+def test_epoch(tmp_path):
+    lines = printed(tmp_path, "epoch.py", "--images", 400, "--arch", "googlenet", "--epochs", 5, "--runs", 2)
+    parts = ["scoring", "probe", "logs", "checkpoint of the best epoch, or none", "plots and sheets", "summary"]
+    for part in [*parts, "clustering", "sheet of a mining", "checkpoint of the epoch", "page and index"]:
+        assert_row(lines, f"| {part} | ", 3)
+    assert_row(lines, "| all | ", 1)
     assert not list(tmp_path.iterdir())
 
 

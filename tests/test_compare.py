@@ -30,6 +30,21 @@ def write_scores(path, rows, **flags):
     table.to_csv(path / "log_val_Class.csv", index=False)
 
 
+def test_versions_in_which_the_runs_of_a_setting_differ_are_told_and_set_none_apart(tmp_path, capsys):
+    for seed, torch_version in ((1, "2.14.1"), (2, "2.15.0"), (3, "2.14.1")):
+        run = tmp_path / "runs" / f"seed{seed}"
+        write_run(run, [0.5], seed=seed)
+        flags = {"dataset": "cub200", "seed": seed, "savename": run.name}
+        starts = [{"program": "commit a", "torch": torch_version, "started": f"at {seed}"}]
+        folder.write_flags(run, flags, starts if seed < 3 else [*starts, *starts])
+    write_run(tmp_path / "runs" / "other", [0.5], seed=2, adv_weights=[0.0])
+    compare.compare_runs([tmp_path / "runs"])
+    printed = capsys.readouterr().out
+    told = [line for line in printed.splitlines() if "versions" in line]
+    assert told == ["adv_weights None: runs of different versions of torch: 2.14.1; 2.15.0"]
+    assert "mean of 3" in printed
+
+
 def left_out(printed):
     """Return {run: why} of the lines that say what is left out; each run is named once."""
     lines = [line.split("/runs/", 1)[1] for line in printed.splitlines() if line.startswith("left out")]

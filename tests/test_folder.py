@@ -35,6 +35,7 @@ import evaluate
 from run import folder, logs
 from support import files
 from support.errors import InputError
+from support.weights import read_checkpoint
 
 BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
 
@@ -92,6 +93,14 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     assert run(["--resume", path]) == path
     assert_same_run(path, expected)
     assert not list(path.glob(".*.tmp"))
+    starts = pickle.loads((path / "hypa.pkl").read_bytes())["provenance"]
+    assert starts == read_checkpoint(path, "last.pth.tar")["provenance"]
+    assert [start["command"].split()[2] for start in starts] == [small_flags(source, tmp_path, *BASE)[0], "--resume"]
+    log = (path / "log.txt").read_text()  # of both starts, from the first line to the last
+    assert log.startswith("device: ")
+    assert log.count("\ndevice: ") == 1
+    assert "\nresumed: " in log
+    assert log.endswith(f"run folder: {path}\n")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +265,7 @@ def test_of_two_starts_of_one_name_the_second_is_refused(whole, tmp_path):
     path = tmp_path / "tiny" / "run"
     argv = small_flags(whole[0], tmp_path, *BASE, "--go_on")
     assert_refused_while_held(argv, At("open", "4.bmp"), path)  # before there is a checkpoint to go on from
-    assert [entry.name for entry in (tmp_path / "tiny").iterdir()] == ["run"]
+    assert {entry.name for entry in (tmp_path / "tiny").iterdir()} == {"run", "index.html"}
     assert_same_run(path, whole[1])
 
 
@@ -278,7 +287,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     capsys.readouterr()
     run(named)
     assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
-    assert sorted(path.name for path in top.iterdir()) == ["run", "run_1", "run_7"]
+    assert sorted(path.name for path in top.iterdir()) == ["index.html", "run", "run_1", "run_7"]
     assert [path.name for path in (top / "run").iterdir()] == ["checkpoint.pth.tar"]
 
 

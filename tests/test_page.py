@@ -11,7 +11,7 @@ from conftest import At, act_at
 from PIL import Image
 
 from report import charts, index, page
-from run.folder import LOGS
+from run.logs import LOGS
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "<script>alert(1)<b>", "javascript:alert(1)", "a#b?c%41 \"d\" 'e' & {{ f }}"]
 HOSTILE += [os.fsdecode(b"bytes \xff")]

@@ -251,6 +251,16 @@ class Loaders(NamedTuple):
     tests: dict[str, DataLoader]
     probe: DataLoader
 
+    @property
+    def images(self) -> ImageSet:
+        """The training images."""
+        return self.train.dataset.images
+
+    @property
+    def test_images(self) -> dict[str, ImageSet]:
+        """The images of each test set."""
+        return {name: loader.dataset.images for name, loader in self.tests.items()}
+
 
 def build_loaders(
     train: ImageSet,

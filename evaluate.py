@@ -47,9 +47,8 @@ def extract_features(
     """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
 
     Each process embeds its shard, and all of them get the features. outputs: names that EmbeddingNetwork.forward takes.
-    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others. what: for
-    lines on the progress.
-    Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
+    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others. what: said
+    on the progress. Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
     """
     was_training, device = network.training, network.mean.device
     network.eval()
@@ -310,12 +309,11 @@ def probe_sets(
     probed. test_embeddings: {test set: {task: (N, D)}}.
     """
     tasks = ["Class"] if mined is None else ["Class", "Shared"]
-    images, chosen = loaders.train.dataset.images, loaders.probe.dataset.indices
+    images, chosen = loaders.images, loaders.probe.dataset.indices
     labels = {"Class": images.labels} | ({} if mined is None else {"Mined": mined}) | images.factors
     embeddings = extract_features(network, loaders.probe, tasks, amp)
     scores = probe_scores(embeddings, {name: values[chosen] for name, values in labels.items()})
-    for test_set, loader in loaders.tests.items():
-        images = loader.dataset.images
+    for test_set, images in loaders.test_images.items():
         chosen = probe_subset(images.labels, seed) if images.factors else []
         if len(chosen):
             labels = {name: values[chosen] for name, values in ({"Class": images.labels} | images.factors).items()}
@@ -329,10 +327,7 @@ def embed_sets(
     network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], tasks: Sequence[str], amp: str
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the embeddings of test sets, {test set: {task: (N, D)}}; see extract_features."""
-    return {
-        name: extract_features(network, loader, tasks, amp, what=f"embedding {name}")
-        for name, loader in loaders.items()
-    }
+    return {name: extract_features(network, loader, tasks, amp) for name, loader in loaders.items()}
 
 
 def score_sets(
@@ -354,9 +349,7 @@ def score_sets(
 
 
 def score_run(args: argparse.Namespace) -> None:
-    """Score each test set with its best checkpoint, print that beside what the run logged, and store the embeddings
-    where asked for. Raises InputError.
-    """
+    """Score each test set with its best checkpoint beside what the run logged; store embeddings where asked for."""
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
     stored = weights.read_checkpoint(checkpoints[0])
@@ -534,7 +527,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {path}: exists already; nothing is overwritten")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             parser.error(f"--{flag} {path}: there is no folder {path.parent} that can be written to")
-    if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
+    if args.csv and args.csv == args.plot:
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 
 

@@ -65,9 +65,8 @@ def get_args_parser() -> OneLineParser:
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
         "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--weights", type=PATH, metavar="FILE",
-        help="start from this state dict of the backbone, checkpoint of this program or "
-        ".safetensors instead of downloading weights; heads that it has in the right size are taken too")
+    add("--weights", type=PATH, metavar="FILE", help="start from this state dict of the backbone, checkpoint of this "
+        "program or .safetensors instead of downloading; heads that it has in the right size are taken too")
     add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
         "batches (default: frozen with pretrained weights, train with random ones)")
     add("--img_size", type=whole(32, 4096), default=224, metavar="PIXELS", help="side of the square network input; "
@@ -75,12 +74,10 @@ def get_args_parser() -> OneLineParser:
     add("--k_vals", type=whole(1), nargs="+", metavar="K", help="the k of Recall@k; 1, which picks the best epoch, is "
         "always among them (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, others "
         "1 2 4 8)")
-    add("--cache", choices=["none", "ram"], default="none", help="keep decoded images in memory; does not "
-        "change results")
+    add("--cache", choices=["none", "ram"], default="none", help="keep decoded images in memory; changes no result")
 
     add = parser.add_argument_group("training").add_argument
-    add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs; each has (training images / bs) "
-        "iterations")
+    add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
     add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
         "core; 0 loads in the main process; does not change results")
     add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
@@ -88,8 +85,7 @@ def get_args_parser() -> OneLineParser:
         "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less memory")
     add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
         "mantissa: faster; needs an NVIDIA GPU of 2020 or later")
-    add("--compile", action="store_true", help="torch.compile the network for training: minutes at the start, faster "
-        "steps")
+    add("--compile", action="store_true", help="torch.compile the network: minutes at the start, faster steps")
     add("--eval_every", type=whole(1), default=1, metavar="N", help="score the test classes after every N-th epoch, "
         "and after the last")
     add("--fast_eval", action="store_true", help="leave NMI and F1, which need a k-means with as many clusters as "
@@ -97,8 +93,7 @@ def get_args_parser() -> OneLineParser:
     add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, to "
         "log_val_Shared.csv: takes as long again as scoring, but no second pass over the images")
     add("--val_classes", type=FRACTION, default=0.0, metavar="FRACTION", help="hold out this fraction of the training "
-        "classes, the last ones, and score on them too, as Val: to choose flags by, where the test classes should not "
-        "be")
+        "classes, the last ones, and score on them too, as Val: to choose flags by")
     add("--select", choices=["test", "val"], default="test", help="the classes whose Recall @ 1 picks the best epoch: "
         "test as in the paper, val those that --val_classes holds out")
 
@@ -106,8 +101,7 @@ def get_args_parser() -> OneLineParser:
     add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
         "gamma at each epoch of tau, exp: after every epoch, none: never")
     add("--gamma", type=POSITIVE, default=0.3, help="factor of the scheduler")
-    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler, counted "
-        "from 0")
+    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler, from 0")
     add("--decay", type=NOT_NEGATIVE, default=4e-4, help="weight decay of the network; higher regularises more")
     add("--lr", type=POSITIVE, default=1e-5, help="Adam learning rate of the network and the projection networks; "
         "random weights want about 1e-3")
@@ -117,8 +111,7 @@ def get_args_parser() -> OneLineParser:
         "iteration; 1 0 trains on classes only and mines nothing, but keeps the adversarial term: --adv_weights 0 too "
         "is the plain baseline")
     add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains: the "
-        "backbone too, as published, or its head only, which leaves the backbone to the Class task and to the "
-        "adversarial term")
+        "backbone too, as published, or its head only")
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
         "batch; 1 for proxynca, which needs no more")
@@ -135,8 +128,7 @@ def get_args_parser() -> OneLineParser:
     add("--beta", type=POSITIVE, default=[1.2, 1.2], **pair, help="margin loss: initial class boundary between "
         "positive and negative distances")
     add("--beta_lr", type=NOT_NEGATIVE, default=[5e-4, 5e-4], **pair, help="learning rate of beta; 0 keeps it fixed")
-    add("--nu", type=NOT_NEGATIVE, default=[0.0, 0.0], **pair, help="weight of beta's regularisation; higher pulls "
-        "classes tighter")
+    add("--nu", type=NOT_NEGATIVE, default=[0.0, 0.0], **pair, help="weight of beta's regularisation")
     add("--margin", type=NOT_NEGATIVE, default=[0.2, 0.2], **pair, help="margin of margin loss (distance), triplet "
         "loss (squared distance) and semihard sampling")
 
@@ -160,9 +152,8 @@ def get_args_parser() -> OneLineParser:
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")
-    add("--resume", type=PATH, metavar="RUN",
-        help="go on with the run in this folder as if it had not been interrupted, with its "
-        "flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may be given anew")
+    add("--resume", type=PATH, metavar="RUN", help="go on with the run in this folder as if it had not been "
+        "interrupted, with its flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may change")
     add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
         "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
     add("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
@@ -171,10 +162,8 @@ def get_args_parser() -> OneLineParser:
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
         "and graphviz")
-    add("--source_path", type=PATH, default="./Datasets", metavar="FOLDER",
-        help="folder that holds the dataset folders")
-    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER",
-        help="runs go to SAVE_PATH/DATASET/NAME")
+    add("--source_path", type=PATH, default="./Datasets", metavar="FOLDER", help="holds the dataset folders")
+    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="holds DATASET/NAME of each run")
     # fmt: on
     return parser
 
@@ -363,7 +352,6 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)
-        progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
             progress.show(meter.read())
             if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
@@ -371,6 +359,7 @@ def train_one_epoch(
                     f"up to iteration {iteration} the float16 gradients overflow at every step, whatever their scale: "
                     "try --amp bf16 or none, or a lower --lr"
                 )
+        progress.update(len(labels))
     return meter.averages(len(steps), TASKS, DIRECTIONS)
 
 
@@ -391,7 +380,7 @@ def evaluate_epoch(
     tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
-    tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
+    tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
         start = time.time()
         embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
@@ -417,11 +406,9 @@ def begin(
     """Score the network before training and mine for the first time; return the labels, None where none are mined."""
     with run.stopwatch.measure("evaluation"):
         embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
-        tests = {name: loader.dataset.images for name, loader in loaders.tests.items()}
         scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
-        run.initial_scores = evaluate.score_sets(
-            "Class", embeddings, tests, **scoring, with_clustering=not args.fast_eval
-        )
+        scoring["with_clustering"] = not args.fast_eval
+        run.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
     print(f"before training  {scores_line(run.initial_scores)}")
     if args.task_p[1] > 0:
         return renew_labels(args, run, report, network, loaders.train, previous=None, before_epoch=0)
@@ -441,7 +428,7 @@ def rehearse(
 
     A part of the training images is embedded. Clustering and evaluation take all images, with these embeddings again.
     """
-    network, images, started = parts["network"], loaders.train.dataset.images, run.seconds
+    network, images, started = parts["network"], loaders.images, run.seconds
     labels = {"Class": images.labels, "Shared": np.arange(len(images)) % args.shared_num_classes}
     objective, optimizer, scaler, timer = parts["objective"], parts["optimizer"], parts["scaler"], StepTimer()
     with contextlib.suppress(Settled):
@@ -464,14 +451,14 @@ def rehearse(
             run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
     run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
     embeddings = {}
-    for name, loader in loaders.tests.items():
-        embeddings[name] = {task: np.resize(of, (len(loader.dataset), of.shape[1])) for task, of in embedded.items()}
+    for name, tests in loaders.test_images.items():
+        embeddings[name] = {task: np.resize(of, (len(tests), of.shape[1])) for task, of in embedded.items()}
     evaluate_epoch(args, run, report, network, loaders, mined, 0, embeddings)
     start, spent = time.perf_counter(), run.stopwatch.seconds
     run.save(parts, epoch=0)
     seconds |= {"mining": spent["mining"], "evaluation": spent["evaluation"] + spent["drawing"]}
     seconds["storing"] = time.perf_counter() - start
-    counts = options.counts(args, len(images), sum(len(loader.dataset) for loader in loaders.tests.values()))
+    counts = options.counts(args, len(images), sum(map(len, loaders.test_images.values())))
     print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
 
 
@@ -501,7 +488,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
 
     with run, Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args)) as report:
         loaders = load_data(args, run, pin_memory=device.type == "cuda")
-        images = loaders.train.dataset.images
+        images = loaders.images
         network = build_network(args, run, device)
         objective = build_objective(args, images, device)
         optimizer, scheduler = build_optimizer(args, network, objective)
@@ -509,7 +496,6 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
         parts = {"network": network, "objective": objective, "optimizer": optimizer}
         parts |= {"scheduler": scheduler, "scaler": scaler}
-        task_p = dict(zip(TASKS, args.task_p))
 
         if args.trial:
             try:
@@ -526,7 +512,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
             start = time.time()
-            steps = datasets.draw_steps(task_p, len(images) // args.bs, args.seed, epoch)
+            steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
             batches = run.stopwatch.loading(loaders.batches)
             left = functools.partial(run.seconds_left, epoch)

@@ -265,13 +265,14 @@ class Run:
         """Return the share of the run's time that went to an activity, see Stopwatch."""
         return self.stopwatch.seconds[activity] / self.seconds
 
-    def seconds_left(self, epochs_done: float) -> float | None:
-        """Return how long the run will take from here, by the epochs that this process has trained; None before any."""
-        if self.training_since is None:
-            return None
-        since, first_epoch = self.training_since
-        trained = epochs_done - first_epoch
-        return (time.time() - since) / trained * (self.n_epochs - epochs_done) if trained > 0 else None
+    def seconds_left(self, epochs: int, share: float = 0.0) -> float | None:
+        """Return how long the run will take from here, by the epochs that this process has trained; None before any.
+
+        epochs: how many are done. share: of the next one.
+        """
+        since, first_epoch = self.training_since or (0.0, epochs + share)
+        trained = epochs + share - first_epoch
+        return (time.time() - since) / trained * (self.n_epochs - epochs - share) if trained > 0 else None
 
     def keep_best(self, network: torch.nn.Module) -> None:
         """Store the network for each test set whose best epoch the last evaluation is of.

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import re
 from xml.etree import ElementTree
 
 import layouts
@@ -22,7 +23,7 @@ import netlib
 from report import sheets
 from run import options
 from run.folder import LAST
-from support import packages
+from support import output, packages
 from support.weights import read_checkpoint
 
 RUN_FILES = {
@@ -242,6 +243,16 @@ def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embe
         expected, distances = auxiliaries.kmeans(points, 3, seed=1)
         assert mined.tolist() == expected.tolist()
         np.testing.assert_allclose(squared_distances, distances, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatch, capsys):
+    monkeypatch.setattr(output, "INTERVAL", 0)
+    folder = tiny_run("--n_epochs", 2)
+    printed = capsys.readouterr().out
+    for what in ("embedding", "mining", "searching", "epoch 0", "epoch 1"):
+        assert re.search(rf"^{what}: \d+% of \d+ images, [\d,]+ images/s.*, left: 0:00:\d\d", printed, re.M), what
+    assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, of the run 0:00:\d\d$", printed, re.M)
+    assert (folder / "log.txt").read_text() == printed
 
 
 def test_batches_carry_the_labels_of_their_task(class_folders):

@@ -352,6 +352,7 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)
+        progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
             progress.show(meter.read())
             if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
@@ -359,7 +360,6 @@ def train_one_epoch(
                     f"up to iteration {iteration} the float16 gradients overflow at every step, whatever their scale: "
                     "try --amp bf16 or none, or a lower --lr"
                 )
-        progress.update(len(labels))
     return meter.averages(len(steps), TASKS, DIRECTIONS)
 
 

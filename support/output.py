@@ -101,14 +101,19 @@ class Progress:
         """Count images that are done."""
         self.n_done += n_images
         self.bar.update(n_images)
-        if self.bar.disable and time.monotonic() - self.said > INTERVAL:
-            self.said = time.monotonic()
-            print(self.line())  # goes nowhere in processes that are not the first
+        self._say()
 
     def show(self, values: Mapping[str, str]) -> None:
-        """Take values, such as losses, to show them with the next update."""
+        """Show values, such as losses, from now on."""
         self.values = values
         self.bar.set_postfix(values)
+        self._say()
+
+    def _say(self) -> None:
+        """Print a line where there is no bar, once a minute; it goes nowhere in processes that are not the first."""
+        if self.bar.disable and time.monotonic() - self.said > INTERVAL:
+            self.said = time.monotonic()
+            print(self.line())
 
     def line(self) -> str:
         """Return how far it is, how fast, and what is left of it and of the run, as one line."""

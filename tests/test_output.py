@@ -58,7 +58,7 @@ def test_a_transcript_without_a_file_any_more_goes_on(tmp_path, capsys):
 
 
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(capsys, monkeypatch):
-    now = iter([0.0, 1.0, 30.0, 61.0, 61.0, 61.0])
+    now = iter([0.0, 1.0, 2.0, 30.0, 61.0, 61.0, 61.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with Progress("epoch 3", 200, run_left=lambda share: 3600 / share) as progress:
         progress.update(25)

@@ -119,7 +119,9 @@ class Progress:
         """Return how far it is, how fast, and what is left of it and of the run, as one line."""
         share, seconds = self.n_done / self.n_images, time.monotonic() - self.start
         run_left = self.run_left(share)
-        left = f"left: {clock(seconds / share - seconds)}" + (f", of the run {clock(run_left)}" if run_left else "")
+        left = f"left: {clock(seconds / share - seconds)}" + (
+            f", of the run {clock(run_left)}" if run_left is not None else ""
+        )
         speed = f"{share:.0%} of {self.n_images:,} images, {self.n_done / seconds:,.0f} images/s"
         return ", ".join([f"{self.what}: {speed}", *(f"{name} {value}" for name, value in self.values.items()), left])
 

@@ -1,6 +1,7 @@
 """A run as it is drawn while it trains: pictures, page and index, and what the demo ends with."""
 
 import contextlib
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -38,8 +39,11 @@ class Report:
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():  # what ended the run is to be told
             if self.is_behind:
                 self._draw_plots()
-            reason = "stopped by a signal" if isinstance(error, Interrupted) else error and stop_reason(error)
-            self.write_page("stopped" if error else "finished", reason or type(error).__name__)
+            if isinstance(error, Interrupted):
+                reason = f"stopped by {signal.Signals(error.signum).name}"
+            else:
+                reason = error and (stop_reason(error) or f"a bug: {type(error).__name__}, see log.txt")
+            self.write_page("stopped" if error else "finished", reason or "")
 
     def evaluated(self, tests: Mapping[str, ImageSet], embeddings: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         """Draw the contact sheets of each test set whose best epoch is the last, and the plots, as time allows.
@@ -100,7 +104,7 @@ class Report:
                 paper=run.paper,
                 provenance=run.provenance,
                 state=state,
-                reason=reason if state == "stopped" else "",
+                reason=reason,
                 epoch=run.epoch,
                 seconds=run.seconds,
                 seconds_left=run.seconds_left(run.epoch),

@@ -1,6 +1,5 @@
 """A trial of a run's flags: when the rate of the steps has settled, and what the whole run will take."""
 
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -60,8 +59,7 @@ def report_lines(
     parts = seconds_by_activity(seconds, counts)
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     n_bytes = sum(sizes.values()) + sum(sizes[path] for path in folder.glob("mined/*")) * (counts["minings"] - 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    memory = f"this process {gigabytes(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)}"
+    memory = f"this process {gigabytes(peak_memory())}"
     if device.type == "cuda":
         memory = f"GPU {gigabytes(torch.cuda.max_memory_allocated(device))}, {memory}"
     return [
@@ -75,6 +73,15 @@ def report_lines(
         + ", ".join(f"{activity} {clock(value)}" for activity, value in parts.items())
         + ")",
     ]
+
+
+def peak_memory() -> float:
+    """Return the most bytes of memory that this process has had; NaN on Windows, which has no getrusage."""
+    try:
+        import resource
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def gigabytes(n_bytes: float) -> str:

@@ -266,8 +266,7 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
 
 def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
     """Return the fraction of points whose label is the most frequent among their k nearest other points, of labels
-    that tie the nearest. embeddings: (N, D) float, N of some 1,000. labels: (N,) int.
-    """
+    that tie the nearest. embeddings: (N, D) float, N of some 1,000. labels: (N,) int."""
     points = torch.as_tensor(embeddings).double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     nearest = distances.topk(min(k, len(labels) - 1), largest=False, sorted=True).indices.numpy()

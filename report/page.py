@@ -145,8 +145,8 @@ def probe_charts(view: RunView) -> list[Chart]:
                 lines[f"from {task}{what}"] = (look + thin, points_of(rows, f"{prefix}{kind} from {task}"))
         lines["by chance"] = ("plain dotted", points_of(rows, f"{kind} by chance"))
         title = {"Class": "The class", "Mined": "The mined label"}.get(kind, kind)
-        wanted = f"wanted low from {'Shared' if kind == 'Class' else 'Class'}"
-        charts.append(chart(title, lines, note=wanted, bounds=(0, 1)))
+        note = f"wanted low from {'Shared' if kind == 'Class' else 'Class'}"
+        charts.append(chart(title, lines, note=note, bounds=(0, 1)))
     return [made for made in charts if made]
 
 

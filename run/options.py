@@ -43,8 +43,8 @@ def shown(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    """Return an argparse type: a number of `kind` for which `holds`, which NaN does not; `wanted` says so in words."""
+def number(kind: type, holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """Return an argparse type: a number of `kind` for which `holds`, which NaN does not; `words` says so."""
 
     def convert(text: str) -> float:
         """Return the number; see argparse."""
@@ -53,7 +53,7 @@ def number(kind: type, holds: Callable[[float], bool], wanted: str) -> Callable[
         except ValueError:
             value = math.nan
         if not holds(value):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {words}")
         return value
 
     return convert
@@ -292,9 +292,9 @@ def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Na
     folder = next((folder for folder in folders if stored[folder]["savename"] == args.savename), None)
     if folder is None:
         return args
-    wanted = kept(args)
-    was = {flag: parser.get_default(flag) for flag in wanted} | stored[folder]  # the program may have a flag more now
-    other = [flag for flag in wanted if flag not in (*RESUMABLE, "save_path") and was[flag] != wanted[flag]]
+    given = kept(args)
+    was = {flag: parser.get_default(flag) for flag in given} | stored[folder]  # the program may have a flag more now
+    other = [flag for flag in given if flag not in (*RESUMABLE, "save_path") and was[flag] != given[flag]]
     other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
     if other:
         differing = " ".join(f"--{flag} {shown(was[flag])}" for flag in other)

@@ -13,21 +13,21 @@ import filelock
 from support.errors import InputError
 
 
-def make_folder(wanted: Path) -> list[Path]:
+def make_folder(path: Path) -> list[Path]:
     """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
 
     Returns the folder behind the parents that this made. Raises InputError where it cannot be made.
     """
-    made = [parent for parent in reversed(wanted.parents) if not parent.exists()]
-    folder, counter = wanted, 0
+    made = [parent for parent in reversed(path.parents) if not parent.exists()]
+    folder, counter = path, 0
     try:
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return [*made, folder]
             counter += 1
-            folder = wanted.with_name(f"{wanted.name}_{counter}")
+            folder = path.with_name(f"{path.name}_{counter}")
     except BaseException as error:
         remove_empty(made)
         if isinstance(error, OSError):

@@ -121,6 +121,16 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
     return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 
 
+def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters that took no part in a step a gradient of zero, not None, once they have been trained.
+
+    So it was under the published code's PyTorch: Adam's momentum and weight decay move them on.
+    """
+    for parameter in parameters:
+        if parameter.grad is None and parameter in optimizer.state:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 def seconds_since(start: float) -> float:
     """Return the seconds since a time of time.time(), as logs hold them."""
     return round(time.time() - start, 2)

@@ -359,7 +359,7 @@ def needs_positives(name: str) -> bool:
 def build_loss(name: str, sampling: str, **values: float) -> nn.Module:
     """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS.
 
-    values: n_classes, embed_size, margin, beta, beta_lr, nu, proxy_lr; each constructor takes those that it names.
+    values: n_classes, embed_size and the task's flags, see options.PAIRS; each constructor takes those that it names.
     A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
     """
 
@@ -388,9 +388,8 @@ def build_objective(
     """
     task_losses, adversaries = {}, {}
     for name, task in tasks.items():
-        values = {flag: getattr(task, flag) for flag in ("margin", "beta", "beta_lr", "nu", "proxy_lr")}
-        sizes = {"n_classes": n_classes[name], "embed_size": task.embed_sizes}
-        task_losses[name] = build_loss(task.losses, task.sampling, **sizes, **values)
+        values = vars(task) | {"n_classes": n_classes[name], "embed_size": task.embed_sizes}
+        task_losses[name] = build_loss(values.pop("losses"), values.pop("sampling"), **values)
     for direction, weight in directions.items():
         if weight > 0:
             target, source = (tasks[name].embed_sizes for name in direction.split("-"))

@@ -275,11 +275,14 @@ def mine_labels(
     """
     output = "Early" if is_first_time else "Shared"
     features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
-    clustered = None
-    if processes.is_first():  # which alone has the features; the others wait for the labels
-        if is_first_time:
-            features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
-        clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed)
+    if is_first_time and processes.is_first():  # which alone has the features; the others wait for the labels
+        features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
+    return cluster(args, features)
+
+
+def cluster(args: argparse.Namespace, features: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return labels (N,) and squared distances (N,) of the first process's features (N, D), on all processes."""
+    clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed) if processes.is_first() else None
     return processes.broadcast(clustered)
 
 
@@ -326,6 +329,9 @@ def train_one_epoch(
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses, None for what took no step.
 
+    An iteration has up to two steps, Class then Shared. Each is a step of the optimiser on a batch of its own, for the
+    loss of its task and the adversarial term, which needs both heads.
+
     trained: the network as netlib.for_training returns it. scaler: of the loss, for fp16; it leaves out steps whose
     gradients overflow. steps: (iteration, task) of each. batches: images (B, 3, S, S) uint8 and labels (B,) of each
     step. progress: told of every image and at times of the losses.
@@ -334,7 +340,8 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
-    heads = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
+    resting = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
+    resting += objective.parameters()
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
@@ -345,10 +352,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
-        # Zero, not None, for what takes no part, as under the published code's PyTorch: Adam's momentum moves it on
-        for parameter in (*heads, *objective.parameters()):
-            if parameter.grad is None and parameter in optimizer.state:
-                parameter.grad = torch.zeros_like(parameter)
+        auxiliaries.fill_gradients(resting, optimizer)
         scaler.step(optimizer)
         scaler.update()
         meter.add(f"at iteration {iteration} ({task} step)", terms)
@@ -373,10 +377,7 @@ def evaluate_epoch(
     epoch: int,
     embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Score and probe the embeddings, log it, keep the network where it is the best so far, and redraw the plots.
-
-    embeddings: of the test sets {name: {task: (N, D)}}, where they are there already.
-    """
+    """Score and probe the test sets' embeddings {name: {task: (N, D)}}, log it, keep the best network, and draw."""
     tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
@@ -446,7 +447,7 @@ def rehearse(
     with run.stopwatch.measure("mining"):
         if mined is not None:
             points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
-            squared_distances = auxiliaries.kmeans(points, args.shared_num_classes, args.seed)[1]
+            squared_distances = cluster(args, points)[1]
             report.mined(0, images, mined, squared_distances)
             run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
     run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
@@ -463,10 +464,7 @@ def rehearse(
 
 
 def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
-    """Assemble all parts, start or resume the run, train it to its end, and return the run folder.
-
-    argv: the command line, for the run's provenance.
-    """
+    """Assemble all parts, start or resume the run that `argv` asks for, train it to its end, and return its folder."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
@@ -526,7 +524,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
                 scores, best = scores_line(run.rows["val"][-1]), run.best_line()
                 times = f"{time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left"
                 print(f"epoch {epoch}  {scores}  (best Recall @ 1: {best})  {times}")
-            if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:
+            if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
                 mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()
             run.save(parts, epoch + 1)

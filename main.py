@@ -427,37 +427,36 @@ def rehearse(
 ) -> None:
     """Measure the parts of a run of these flags, and print what the whole of it will take (--trial).
 
-    A part of the training images is embedded. Clustering and evaluation take all images, with these embeddings again.
+    A part of the training images is embedded. Clustering and evaluation take as many random points as there are images.
     """
-    network, images, started = parts["network"], loaders.images, run.seconds
-    labels = {"Class": images.labels, "Shared": np.arange(len(images)) % args.shared_num_classes}
-    objective, optimizer, scaler, timer = parts["objective"], parts["optimizer"], parts["scaler"], StepTimer()
+    network, images, rng = parts["network"], loaders.images, np.random.default_rng(args.seed)
+    seconds, timer = {"start": run.seconds}, StepTimer()
+    labels = {"Class": images.labels, "Shared": rng.integers(args.shared_num_classes, size=len(images))}
+    steps = datasets.draw_steps({task: p > 0 for task, p in zip(TASKS, args.task_p)}, 500, args.seed, epoch=0)
+    loaders.sampler.set_epoch(0, labels, steps)
+    fixed = [parts[name] for name in ("objective", "optimizer", "scaler")]
     with contextlib.suppress(Settled):
-        for epoch in range(10):
-            steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
-            loaders.sampler.set_epoch(epoch, labels, steps)
-            train_one_epoch(trained, objective, optimizer, scaler, steps, loaders.batches, args.amp, timer)
+        train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
+    seconds["step"] = timer.seconds[-1]
     batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
     for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
         start = time.perf_counter()
         embedded = evaluate.extract_features(network, itertools.islice(batches, n), TASKS, args.amp)
-    seconds = {"start": started, "step": timer.seconds[-1]}
     seconds["embedding"] = (time.perf_counter() - start) / len(embedded["Class"])
     mined = labels["Shared"] if args.task_p[1] > 0 else None
     with run.stopwatch.measure("mining"):
         if mined is not None:
-            points = np.resize(embedded["Shared"], (len(images), args.embed_sizes[1]))
-            squared_distances = cluster(args, points)[1]
+            squared_distances = cluster(args, rng.normal(size=(len(images), args.embed_sizes[1])))[1]
             report.mined(0, images, mined, squared_distances)
             run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
     run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
     embeddings = {}
     for name, tests in loaders.test_images.items():
-        embeddings[name] = {task: np.resize(of, (len(tests), of.shape[1])) for task, of in embedded.items()}
-    evaluate_epoch(args, run, report, network, loaders, mined, 0, embeddings)
-    start, spent = time.perf_counter(), run.stopwatch.seconds
+        embeddings[name] = {task: rng.normal(size=(len(tests), n)) for task, n in zip(TASKS, args.embed_sizes)}
+    evaluate_epoch(args, run, report, network, loaders, mined, min(args.eval_every, args.n_epochs) - 1, embeddings)
+    start = time.perf_counter()
     run.save(parts, epoch=0)
-    seconds |= {"mining": spent["mining"], "evaluation": spent["evaluation"] + spent["drawing"]}
+    seconds |= {name: run.stopwatch.seconds[name] for name in ("mining", "evaluation", "drawing")}
     seconds["storing"] = time.perf_counter() - start
     counts = options.counts(args, len(images), sum(map(len, loaders.test_images.values())))
     print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
@@ -469,7 +468,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     started = provenance(argv, device, [args.arch, *args.losses])
-    print(as_text(started))
+    print(f"{as_text(started)}\ncommand: {started['command']}")
     run = Run(
         Path(args.resume or options.run_folder(args)),
         options.kept(args),
@@ -480,11 +479,14 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         provenance=started,
         transcript=transcript,
     )
+    report = Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args))
     if run.is_finished:
+        with run:
+            report.write_page("finished")  # it may have been killed just before
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
         return run.folder
 
-    with run, Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args)) as report:
+    with run, report:
         loaders = load_data(args, run, pin_memory=device.type == "cuda")
         images = loaders.images
         network = build_network(args, run, device)
@@ -519,11 +521,11 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
                 averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
             averages["Learning Rate"] = scheduler.get_last_lr()[0]
             run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
+            said = scores_line(run.rows["train"][-1])
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 evaluate_epoch(args, run, report, network, loaders, mined, epoch)
-                scores, best = scores_line(run.rows["val"][-1]), run.best_line()
-                times = f"{time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left"
-                print(f"epoch {epoch}  {scores}  (best Recall @ 1: {best})  {times}")
+                said = f"{scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
+            print(f"epoch {epoch}  {said}  {time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
             if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
                 mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()

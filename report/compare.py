@@ -164,9 +164,9 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
                 print(f"left out of the means: {run.folder}, repeats seed {seed} of {counted[seed].folder}")
             else:
                 counted[seed] = run
-        starts = [start for run in members for start in run.provenance]
+        starts = [start for run in members for start in run.provenance or [{}]]
         for what in VERSIONS:
-            versions = sorted({start[what] for start in starts if what in start})
+            versions = sorted({start.get(what, "unknown") for start in starts})
             if len(versions) > 1:
                 print(f"{name}: runs of different versions of {what}: {'; '.join(versions)}")
         settings.append(Setting(name, flags, members, counted))

@@ -13,10 +13,8 @@ from report.index import write_index
 from report.page import RunView, write_page
 from run.folder import Run, sheet_path
 from run.logs import Row, column, file_suffix, scores_of
+from run.trial import DRAWING_SHARE
 from support.errors import Interrupted, stop_reason
-
-DRAWING_SHARE = 0.05
-"""Share of a run's time up to which its plots are drawn anew after every evaluation."""
 
 
 class Report:
@@ -27,7 +25,10 @@ class Report:
 
     def __init__(self, run: Run, defaults: Mapping[str, object], rate_steps: Sequence[int]):
         self.run, self.defaults, self.rate_steps = run, dict(defaults), rate_steps
-        self.is_behind, self.is_new_mining = False, False
+        self.is_behind, self.is_new_mining = (
+            bool(run.rows["val"]),
+            False,
+        )  # a run that was killed has drawn later epochs
 
     def __enter__(self) -> "Report":
         return self
@@ -70,7 +71,7 @@ class Report:
         if self.run.writes:
             latest, path = self.run.folder / "mined_clusters.png", sheet_path(self.run.folder, before_epoch)
             path.parent.mkdir(exist_ok=True)
-            sheets.draw_clusters([latest, path], self.run.folder.name, before_epoch, images, mined, squared_distances)
+            sheets.draw_clusters([path, latest], self.run.folder.name, before_epoch, images, mined, squared_distances)
             self.run.show([latest], before_epoch)
         self.is_new_mining = True
 
@@ -108,6 +109,8 @@ class Report:
                 epoch=run.epoch,
                 seconds=run.seconds,
                 seconds_left=run.seconds_left(run.epoch),
+                spent=run.stopwatch.seconds,
+                contents=run.contents,
             )
             write_page(view)
             write_index(run.folder)

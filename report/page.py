@@ -39,8 +39,9 @@ class RunView:
 
     flags: of the run, plain values, with what was noted beside them (started_from, images). defaults: of the program's
     flags. rows: of each log, see logs.LOGS. paper: published scores by column, may be empty. provenance: of each
-    start of the run, {what: value}. state: running, finished or stopped. reason: the line that says why it stopped and
-    how to go on. epoch: epochs done. seconds: spent so far. seconds_left: None where not known yet.
+    start of the run, {what: value}. state: running, finished or stopped. reason: why it stopped. epoch: epochs done.
+    seconds: spent so far; spent: by activity. seconds_left: None where not known yet. contents: of the image sets, see
+    data/images.py.
     """
 
     folder: Path
@@ -55,6 +56,8 @@ class RunView:
     epoch: int
     seconds: float
     seconds_left: float | None
+    spent: Mapping[str, float]
+    contents: Mapping[str, Mapping[str, object]]
 
     @functools.cached_property
     def test_sets(self) -> list[str]:
@@ -267,8 +270,8 @@ def warned(path: Path) -> Iterator[None]:
     """Make a warning of what keeps a file from being written: training is worth more than its page."""
     try:
         yield
-    except OSError as error:
-        warn(path, f"cannot be written ({error.strerror or error})")
+    except Exception as error:
+        warn(path, f"cannot be written ({getattr(error, 'strerror', None) or error or type(error).__name__})")
 
 
 def write_page(view: RunView) -> None:
@@ -287,6 +290,9 @@ def write_page(view: RunView) -> None:
             panels=[score_panel(view, name) for name in view.test_sets],
             training=training_charts(view),
             slides=slides,
+            first_mined=dict(slides[0]["facts"]) if slides else {},
+            spent=[(what, round(100 * part / view.seconds)) for what, part in view.spent.items() if view.seconds],
+            image_sets=[(name, of["images"], of["classes"]) for name, of in view.contents.items() if "images" in of],
             mined_chart=mined_chart,
             strongest=strongest_factor(view),
             mined_size=size_of(view.folder / slides[-1]["url"]) if slides else None,

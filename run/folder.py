@@ -16,7 +16,7 @@ from PIL import Image
 
 import auxiliaries
 from data.images import VALIDATION, describe_change, digest
-from run.logs import LOGS, Row, best_index, column, file_suffix, score_table, test_sets_of
+from run.logs import LOGS, Row, best_index, column, file_suffix, read_provenance, score_table, test_sets_of
 from support import processes, weights
 from support.errors import DivergedError, InputError, Interrupted, StoppedError, stop_reason
 from support.files import locked, make_folder, remove_empty, replaced_file, try_file_system, write_file
@@ -80,9 +80,14 @@ class Run:
             raise InputError(f"{self.folder / LAST}: holds a network without the state of its training")
         training, progress = self.stored["training"], self.stored["progress"]
         self.flags = self.stored["flags"] | self.flags
-        self.provenance = [*self.stored.get("provenance", []), *self.provenance]
-        self.rows, self.initial_scores = progress["rows"], progress["initial_scores"]
-        self.minings = [] if progress["mined_labels"] is None else list(progress["mined_labels"].numpy())
+        # That of a start that was killed before it had stored anything is in hypa.pkl only
+        starts = [self.stored["provenance"], read_provenance(self.folder)]
+        self.provenance = [*max(starts, key=len), *self.provenance]
+        self.rows, self.initial_scores, self.contents = (progress[k] for k in ("rows", "initial_scores", "contents"))
+        mined = progress["mined_labels"]
+        if mined is not None and mined.shape[:1] != (len(self.rows["mining"]),):
+            raise InputError(f"{self.folder / LAST}: its mined labels are not those of its minings")
+        self.minings = [] if mined is None else list(mined.numpy())
         self.epoch, self.stopwatch.seconds = training["epoch"], dict(training["spent"])
         self.start -= training["seconds"]
 
@@ -113,6 +118,7 @@ class Run:
             if self.writes:
                 if (self.folder / LAST).exists():
                     raise InputError(f"{self.folder}: was trained meanwhile; start again to go on with it")
+                self._remove_first_files(but=".lock")  # of the run that was killed
                 try_file_system(self.folder)
                 self.transcript.write_to(self.folder / "log.txt")
                 self._open()
@@ -123,8 +129,9 @@ class Run:
 
     def _open(self) -> None:
         """Write flags and logs as they are so far, over whatever has happened to the files."""
-        for leftover in self.folder.glob(".*.tmp"):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        for pattern in (".*.tmp", "mined/.*.tmp"):  # of a process that was killed
+            for leftover in self.folder.glob(pattern):
+                leftover.unlink(missing_ok=True)
         write_flags(self.folder, self.flags, self.provenance)
         for name in LOGS:
             self._write_log(name)
@@ -150,9 +157,15 @@ class Run:
         """Remove the folders that this run made, unless something lies in them that it did not write."""
         self.transcript.write_to(None)
         with contextlib.suppress(OSError):  # what ended the run is to be told
-            for path in first_files(self.folder) if self.is_locked else []:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if self.is_locked:
+                self._remove_first_files()
         remove_empty(self.made)
+
+    def _remove_first_files(self, but: str = "") -> None:
+        """Remove what a run writes before it has stored anything, but one file."""
+        for path in first_files(self.folder):
+            if path.name != but:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the folder of a new run with all that it holds."""
@@ -333,8 +346,12 @@ class Run:
             self._open()
             self._write_minings(paths)
             sheets = {sheet_path(self.folder, row["Before Epoch"]) for row in self.rows["mining"]}
-            for later in {*self.folder.glob("mined/before_epoch_*.jpg")} - sheets:
-                later.unlink()
+            later = {*self.folder.glob("mined/before_epoch_*.jpg")} - sheets
+            for path in later:
+                path.unlink()
+            if later and sheets:
+                with Image.open(max(sheets)) as sheet:
+                    sheet.save(self.folder / "mined_clusters.png")
         self._training_begins()
         print(f"resumed: {self.epoch} of {self.n_epochs} epochs are done")
         return self.minings[-1].astype(np.int64) if self.minings else None

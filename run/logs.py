@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from data.images import VALIDATION
+from support import weights
 from support.errors import InputError, first_line
 
 LOGS = {
@@ -113,6 +114,9 @@ def read_run(folder: Path) -> StoredRun:
             flags = PlainUnpickler(file).load()
         if not isinstance(flags, dict) or not isinstance(flags.get("dataset"), str):
             raise ValueError("no flags of a run")
+        provenance = flags.pop("provenance", [])
+        if not weights.is_provenance(provenance):
+            raise ValueError("its provenance is none")
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     try:
@@ -123,4 +127,14 @@ def read_run(folder: Path) -> StoredRun:
         raise InputError(f"{folder}: {LOGS['val']} cannot be read ({first_line(error)})") from error
     if not recalls or table.empty:
         raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
-    return StoredRun(folder, flags, flags.pop("provenance", []), table.to_dict("records"))
+    return StoredRun(folder, flags, provenance, table.to_dict("records"))
+
+
+def read_provenance(folder: Path) -> list[dict[str, str]]:
+    """Return the provenance in the hypa.pkl of a run folder, nothing where it cannot be read."""
+    try:
+        with open(folder / "hypa.pkl", "rb") as file:
+            provenance = PlainUnpickler(file).load()["provenance"]
+    except Exception:  # damaged bytes make the unpickler raise almost anything
+        return []
+    return provenance if weights.is_provenance(provenance) else []

@@ -242,6 +242,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
     arch = args.arch.replace("/", "_")  # of timm/NAME
     name = args.savename or f"{args.dataset}_{arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    name = f".trial_{name}" if args.trial else name  # no run, should it be killed
     return Path(args.save_path) / args.dataset / name
 
 

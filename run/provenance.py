@@ -45,7 +45,12 @@ def program_version() -> str:
 
     def git(*arguments: str) -> str:
         """Return what git says of the program's folder."""
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

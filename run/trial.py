@@ -10,6 +10,9 @@ import torch
 from support import processes
 from support.output import Progress, clock
 
+DRAWING_SHARE = 0.05
+"""Share of a run's time up to which its plots are drawn anew after every evaluation."""
+
 
 class Settled(Exception):
     """The rate of the training steps has settled."""
@@ -41,15 +44,18 @@ def seconds_by_activity(seconds: Mapping[str, float], counts: Mapping[str, int])
     """Return how long a whole run takes, by activity.
 
     seconds: start, until training can begin; step and embedding, of an image; mining and evaluation, once, embedding
-    apart; storing, a checkpoint. counts: epochs, steps (images of all of them), evaluations, minings, train and test
-    (images).
+    apart; drawing, after an evaluation; storing, a checkpoint. counts: epochs, steps (images of all of them),
+    evaluations, minings, train and test (images).
     """
-    return {
+    parts = {
         "training": counts["steps"] * seconds["step"],
         "evaluation": (counts["evaluations"] + 1) * (counts["test"] * seconds["embedding"] + seconds["evaluation"]),
         "mining": counts["minings"] * (counts["train"] * seconds["embedding"] + seconds["mining"]),
         "all else": seconds["start"] + (counts["epochs"] + 1) * seconds["storing"],
     }
+    # Plots are drawn after each evaluation up to a share of the run, and after each mining
+    most = DRAWING_SHARE * sum(parts.values()) + (counts["minings"] + 1) * seconds["drawing"]
+    return parts | {"drawing": min(counts["evaluations"] * seconds["drawing"], most)}
 
 
 def report_lines(
@@ -66,7 +72,8 @@ def report_lines(
         f"training: {1 / seconds['step']:,.0f} images/s, {counts['steps'] / counts['epochs']:,.0f} images an epoch",
         f"embedding: {1 / seconds['embedding']:,.0f} images/s",
         f"mining: {seconds['mining']:.1f} s, embedding {counts['train']:,} images apart",
-        f"evaluation: {seconds['evaluation']:.1f} s, embedding {counts['test']:,} images apart",
+        f"evaluation: {seconds['evaluation']:.1f} s, embedding {counts['test']:,} images apart; drawing "
+        f"{seconds['drawing']:.1f} s",
         f"peak memory: {memory}",
         f"disk: {gigabytes(n_bytes)} for the run folder",
         f"whole run: {clock(sum(parts.values()))} for {counts['epochs']} epochs ("

@@ -144,7 +144,8 @@ def end(line: str, code: int) -> None:
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
     if processes.is_first():
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it; log.txt has it
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:  # its reader has gone, or its disk is full: Python's own flush at exit must not fail again

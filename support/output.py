@@ -70,7 +70,7 @@ class CopiedStream:
 
     def write(self, text: str) -> int:
         """Write, and copy the lines that this completes, of each what stands after a bar that it cleared."""
-        *lines, self.unfinished = (self.unfinished + text).split("\n")
+        *lines, self.unfinished = (self.unfinished + text.replace("\r\n", "\n")).split("\n")
         for line in lines:
             self.transcript.add(line.rsplit("\r", 1)[-1])
         self.unfinished = self.unfinished.rsplit("\r", 1)[-1]
@@ -84,10 +84,12 @@ class Progress:
     of this activity on, None where that is not known.
     """
 
+    said = time.monotonic()
+    """When the last line of any activity was printed."""
+
     def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] = lambda share: None):
         self.what, self.n_images, self.run_left = what, n_images, run_left
         self.n_done, self.values, self.start = 0, {}, time.monotonic()
-        self.said = self.start
         is_silent = None if processes.is_first() else True  # None: where stderr is no terminal
         self.bar = tqdm(desc=what, total=n_images, unit="img", unit_scale=True, leave=False, disable=is_silent)
 
@@ -111,8 +113,8 @@ class Progress:
 
     def _say(self) -> None:
         """Print a line where there is no bar, once a minute; it goes nowhere in processes that are not the first."""
-        if self.bar.disable and time.monotonic() - self.said > INTERVAL:
-            self.said = time.monotonic()
+        if self.bar.disable and self.n_images and time.monotonic() - Progress.said > INTERVAL:
+            Progress.said = time.monotonic()
             print(self.line())
 
     def line(self) -> str:

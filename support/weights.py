@@ -66,6 +66,15 @@ def is_state_dict(value: object) -> bool:
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
+def is_provenance(value: object) -> bool:
+    """Tell whether a value is a list of the starts of a run, each a dict of plain text."""
+    entries = value if isinstance(value, list) else [None]
+    return all(
+        isinstance(entry, dict) and {type(text) for pair in entry.items() for text in pair} <= {str}
+        for entry in entries
+    )
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Return the state dict in a file of --weights, be it there by itself or in a checkpoint. Raises InputError."""
     source = f"--weights {path}"
@@ -108,6 +117,8 @@ def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") ->
     is_ours = is_ours and isinstance(stored.get("format"), int) and stored["format"] == CHECKPOINT_FORMAT
     for part, keys in NEEDED.items():
         is_ours = is_ours and isinstance(stored.get(part), dict) and keys <= stored[part].keys()
-    if not is_ours:
+    mined = stored["progress"]["mined_labels"] if is_ours else None
+    is_history = mined is None or (isinstance(mined, Tensor) and mined.ndim == 2)
+    if not is_ours or not is_history or not is_provenance(stored.get("provenance")):
         raise InputError(f"{path}: no checkpoint of this version of the program")
     return stored

@@ -80,9 +80,10 @@ def linked_run(whole, path):
         [At("os.rename", "checkpoint.pth.tar")],  # before the first best checkpoint has its name
         [At("os.rename", "InfoPlot_Class.svg", 2)],  # while epoch 1 is drawn
         [At("os.rename", "log_mining.csv", 3), At("open", ".mined_clusters.png.*.tmp")],  # mined after epoch 1
+        [At("os.rename", "before_epoch_0002.jpg")],  # before its contact sheet has its name
         [At("os.rename", "last.pth.tar", 3)],  # its file for epoch 2 is written, and has not its name yet
     ],
-    ids=["evaluates", "probes", "best", "draws", "mined", "last"],
+    ids=["evaluates", "probes", "best", "draws", "mined", "sheet", "last"],
 )
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     source, expected = whole

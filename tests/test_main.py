@@ -494,7 +494,7 @@ def eight_classes(tmp_path):
 def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_classes, capsys):
     folder = run(eight_classes("--val_classes", 0.5, "--n_epochs", 2, "--eval_every", 1))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[2:5] == [
+    assert printed[3:6] == [
         "train: 10 images of 2 classes, class_00 to class_01",
         "test: 20 images of 4 classes, class_04 to class_07",
         "Val: 10 images of 2 classes, class_02 to class_03",

@@ -71,6 +71,7 @@ def view_of(folder, n_epochs=4, prefixes=("",), **more):
     given |= {"defaults": {"lr": 1e-5, "task_p": [1.0, 0.8], "resume": None}, "paper": {"Recall @ 1": 0.661}}
     given |= {"initial_scores": {f"{prefix}Recall @ 1": 0.3 for prefix in prefixes}, "state": "running", "reason": ""}
     given |= {"provenance": [{"command": "python main.py"}], "epoch": n_epochs, "seconds": 8.0, "seconds_left": None}
+    given |= {"spent": {"training": 6.0, "drawing": 0.1}, "contents": {"train": {"images": 1234, "classes": 5}}}
     return page.RunView(**(given | more))
 
 

@@ -116,7 +116,12 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
 
 
 CHECKPOINT = {part: dict.fromkeys(sorted(keys)) for part, keys in weights.NEEDED.items()}
-CHECKPOINT |= {"format": weights.CHECKPOINT_FORMAT, "state_dict": {"weight": torch.zeros(2)}}
+CHECKPOINT |= {
+    "format": weights.CHECKPOINT_FORMAT,
+    "state_dict": {"weight": torch.zeros(2)},
+    "provenance": [{"a": "b"}],
+}
+CHECKPOINT["progress"] |= {"mined_labels": torch.zeros(1, 2, dtype=torch.uint8)}
 
 
 def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
@@ -132,6 +137,11 @@ def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
     [
         {"format": 1},
         {"format": None},
+        {"provenance": 5},
+        {"provenance": [3]},
+        {"provenance": [{"torch": [1]}]},
+        {"progress": CHECKPOINT["progress"] | {"mined_labels": "x"}},
+        {"progress": CHECKPOINT["progress"] | {"mined_labels": torch.zeros(3)}},
         {"format": [weights.CHECKPOINT_FORMAT]},
         {"format": torch.ones(2)},
         {"flags": [1]},

@@ -38,8 +38,8 @@ setup_flags() { # NAME: sets `flags` to main.py's flags of a set-up
         demo)
             local amp=none # bfloat16 halves the time on a CPU with AVX-512, and multiplies it on one without
             if grep -qs avx512 /proc/cpuinfo; then amp=bf16; fi
-            flags=(--dataset shapes --not_pretrained --img_size 64 --amp "$amp" --lr 1e-3 --bs 56 --n_epochs 16
-                --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500)
+            flags=(--dataset shapes --not_pretrained --img_size 64 --amp "$amp" --lr 1e-3 --bs 28 --n_epochs 7
+                --tau 5 --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500)
             ;;
         cub200) flags+=(--shared_num_classes 30 --adv_weights 2500 --task_p 1 0.8 --tau 50 --n_epochs 100) ;;
         cars196) flags+=(--shared_num_classes 150 --adv_weights 500 --task_p 1 0.8 --tau 60 --n_epochs 110) ;;

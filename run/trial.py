@@ -10,7 +10,7 @@ import torch
 from support import processes
 from support.output import Progress, clock
 
-DRAWING_SHARE = 0.05
+DRAWING_SHARE = 0.03
 """Share of a run's time up to which its plots are drawn anew after every evaluation."""
 
 

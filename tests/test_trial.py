@@ -25,7 +25,7 @@ def test_a_whole_run_is_the_sum_of_its_parts():
         "drawing": pytest.approx(5 * 3),
     }
     often = trial.seconds_by_activity(SECONDS, COUNTS | {"evaluations": 100, "minings": 0})
-    assert often["drawing"] == pytest.approx(0.05 * (90 + 101 * 6 + 10.5) + 3)  # as a share of the run
+    assert often["drawing"] == pytest.approx(0.03 * (90 + 101 * 6 + 10.5) + 3)  # as a share of the run
 
 
 def test_the_forecast_says_speeds_memory_disk_and_time(tmp_path):

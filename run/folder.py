@@ -1,7 +1,6 @@
 """A run in training, as its folder keeps it: lock, logs, mined labels, summary and checkpoints."""
 
 import contextlib
-import io
 import pickle
 import shlex
 import shutil
@@ -303,9 +302,13 @@ class Run:
         progress["mined_labels"] = torch.from_numpy(small(np.stack(self.minings))) if self.minings else None
         content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
         content |= {"flags": self.flags, "provenance": self.provenance, "progress": progress}
-        buffer = io.BytesIO()  # a full disk is an OSError then, not whatever the archive's writer makes of it
-        torch.save(content | more, buffer)
-        write_file(self.folder / name, buffer.getbuffer())
+        with replaced_file(self.folder / name) as file:
+            try:
+                torch.save(content | more, file)
+            except RuntimeError as error:  # what the archive's writer makes of a full disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def save(self, parts: Mapping[str, object], epoch: int) -> None:
         """Store all that `restore` needs to go on with an epoch, as last.pth.tar.

@@ -76,8 +76,11 @@ def draw_progress(
             draw_curves(axis, losses[[name]], first_look=i)
             axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
             if name == "Learning Rate":
+                rates = sorted({losses[name].min(), losses[name].max()})
                 axis.set_yscale("log")
-                axis.margins(y=0.2)
+                axis.margins(y=0.3)
+                axis.set_yticks(rates, [f"{rate:.2g}" for rate in rates])
+                axis.minorticks_off()
                 axis.set_title("learning rate", loc="left", fontsize=11)
             if i < len(parts) - 1:
                 axis.set_xticks([])

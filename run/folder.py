@@ -352,7 +352,7 @@ class Run:
             later = {*self.folder.glob("mined/before_epoch_*.jpg")} - sheets
             for path in later:
                 path.unlink()
-            if later and sheets:
+            if later and sheets and max(sheets).exists():  # else it is drawn by the next mining
                 with Image.open(max(sheets)) as sheet:
                     sheet.save(self.folder / "mined_clusters.png")
         self._training_begins()

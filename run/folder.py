@@ -19,7 +19,7 @@ from run.logs import LOGS, Row, best_index, column, file_suffix, read_provenance
 from support import processes, weights
 from support.errors import DivergedError, InputError, Interrupted, StoppedError, stop_reason
 from support.files import locked, make_folder, remove_empty, replaced_file, try_file_system, write_file
-from support.output import Transcript
+from support.output import Transcript, timed_run
 
 LAST = "last.pth.tar"
 
@@ -327,7 +327,9 @@ class Run:
     def _training_begins(self) -> None:
         """From the first checkpoint on the run can be resumed, and its epochs are timed."""
         self.can_go_on = True
-        self.training_since = self.training_since or (time.time(), self.epoch)
+        if self.training_since is None:
+            self.training_since = time.time(), self.epoch
+            self.stack.enter_context(timed_run(lambda: self.seconds_left(self.epoch)))
 
     def restore(self, parts: Mapping[str, object], paths: Sequence[str]) -> np.ndarray | None:
         """Set parts and random states to what `save` stored; return the mined labels of the images at `paths` (N,).

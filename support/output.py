@@ -77,17 +77,31 @@ class CopiedStream:
         return self.stream.write(text)
 
 
+RUN_LEFT: list[Callable[[], float | None]] = [lambda: None]
+"""The last one says how long the run that is trained will take from now on, in seconds; see timed_run."""
+
+
+@contextlib.contextmanager
+def timed_run(seconds_left: Callable[[], float | None]) -> Iterator[None]:
+    """Let lines on the progress say in a block how long the run will take."""
+    RUN_LEFT.append(seconds_left)
+    try:
+        yield
+    finally:
+        RUN_LEFT.pop()
+
+
 class Progress:
     """Shows how far an activity is: a bar on a terminal, elsewhere a line a minute; of several processes the first one.
 
     what: the activity. n_images: how many images it takes. run_left: seconds that the whole run will take from a share
-    of this activity on, None where that is not known.
+    of this activity on, None where that is not known; by default as timed_run was told.
     """
 
     said = time.monotonic()
     """When the last line of any activity was printed."""
 
-    def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] = lambda share: None):
+    def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] | None = None):
         self.what, self.n_images, self.run_left = what, n_images, run_left
         self.n_done, self.values, self.start = 0, {}, time.monotonic()
         is_silent = None if processes.is_first() else True  # None: where stderr is no terminal
@@ -120,7 +134,7 @@ class Progress:
     def line(self) -> str:
         """Return how far it is, how fast, and what is left of it and of the run, as one line."""
         share, seconds = self.n_done / self.n_images, time.monotonic() - self.start
-        run_left = self.run_left(share)
+        run_left = self.run_left(share) if self.run_left else RUN_LEFT[-1]()
         left = f"left: {clock(seconds / share - seconds)}" + (
             f", of the run {clock(run_left)}" if run_left is not None else ""
         )

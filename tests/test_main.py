@@ -251,6 +251,7 @@ def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatc
     printed = capsys.readouterr().out
     for what in ("embedding", "mining", "searching", "epoch 0", "epoch 1"):
         assert re.search(rf"^{what}: \d+% of \d+ images, [\d,]+ images/s.*, left: 0:00:\d\d", printed, re.M), what
+    assert re.search(r"^mining: 100% of .*, left: 0:00:00, of the run \d:\d\d:\d\d$", printed, re.M)
     assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, of the run 0:00:\d\d$", printed, re.M)
     assert (folder / "log.txt").read_text() == printed
 

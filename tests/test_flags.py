@@ -176,8 +176,8 @@ def test_weights_that_cannot_be_downloaded(class_folders, tmp_path, capsys, monk
 def test_no_data_as_a_user_sees_it(tmp_path):
     script = ROOT / "main.py"
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("\n")) == (2, 2)
-    assert re.match(r"device: .*\n.*; python ", done.stdout)  # imports print nothing
+    assert (done.returncode, done.stdout.count("\n")) == (2, 3)
+    assert re.match(r"device: .*\n.*; python .*\ncommand: python main.py\n$", done.stdout)  # imports print nothing
     assert done.stderr.count("\n") == 1
     assert "no images of --dataset cub200 in --source_path Datasets; looked for images/<class>/<image>" in done.stderr
     assert "; found no folder Datasets; to do " in done.stderr

@@ -166,7 +166,8 @@ def small():
     network = netlib.build_network("googlenet", SIZES, pretrained=False, freeze_batchnorm=False).eval()
     stored = {part: dict.fromkeys(keys) for part, keys in weights.NEEDED.items()}
     stored["flags"] |= {"arch": "googlenet", "img_size": 32, "bn": "train"}
-    return network, stored | {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
+    stored |= {"format": weights.CHECKPOINT_FORMAT, "provenance": []}
+    return network, stored | {"state_dict": network.state_dict()}
 
 
 def start_from(path, sizes=SIZES, arch="googlenet"):

@@ -193,6 +193,7 @@ class TripletLoss(TripletBasedLoss):
         self.margin = margin
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
+        """See TripletBasedLoss."""
         to_positive, to_negative = triplet_distances(embeddings, triplets)
         terms = F.relu(to_positive - to_negative + self.margin) * valid
         return terms.sum() / valid.sum().clamp(min=1)
@@ -223,6 +224,7 @@ class MarginLoss(TripletBasedLoss):
         self.beta = nn.Parameter(torch.full((n_classes,), float(beta)))
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
+        """See TripletBasedLoss."""
         to_positive, to_negative = ((squared + EPSILON).sqrt() for squared in triplet_distances(embeddings, triplets))
         beta = self.beta.index_select(0, labels.index_select(0, triplets[:, 0]))
         positive_terms = F.relu(to_positive - beta + self.margin) * valid

@@ -437,7 +437,7 @@ def rehearse(
     fixed = [parts[name] for name in ("objective", "optimizer", "scaler")]
     with contextlib.suppress(Settled):
         train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
-    seconds["step"] = timer.seconds[-1]
+    seconds["training"] = timer.seconds[-1]
     batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
     for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
         start = time.perf_counter()

@@ -58,6 +58,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
     stripe_angle, stripes = rng.uniform(0, np.pi), rng.uniform(1.0, 4.0)
 
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
+        """Render one image."""
         size = 2 * SIZE  # twice the resolution, averaged down at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
         scale = size * (0.28, 0.36, 0.44)[levels["size"]]

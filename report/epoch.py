@@ -25,10 +25,8 @@ class Report:
 
     def __init__(self, run: Run, defaults: Mapping[str, object], rate_steps: Sequence[int]):
         self.run, self.defaults, self.rate_steps = run, dict(defaults), rate_steps
-        self.is_behind, self.is_new_mining = (
-            bool(run.rows["val"]),
-            False,
-        )  # a run that was killed has drawn later epochs
+        self.is_behind = bool(run.rows["val"])  # a run that was killed may have drawn later epochs
+        self.is_new_mining = False
 
     def __enter__(self) -> "Report":
         return self

@@ -177,15 +177,12 @@ class Run:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():
             return "nothing had been stored yet"
-        return f"the last complete epoch is safe; go on with: {self.command_to_resume()}"
-
-    def command_to_resume(self) -> str:
-        """Return the command that goes on with this run, as it can be pasted."""
         n_local = processes.local_world_size()
         program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
         if processes.world_size() > n_local:  # on several machines
             program = "torchrun as before,"
-        return f"{program} main.py --resume {shlex.quote(str(self.folder))}"
+        resume = f"{program} main.py --resume {shlex.quote(str(self.folder))}"
+        return f"the last complete epoch is safe; go on with: {resume}"
 
     def require_images(self, contents: Mapping[str, Mapping]) -> None:
         """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""

@@ -226,11 +226,11 @@ def rate_steps(args: argparse.Namespace) -> Sequence[int]:
 
 
 def counts(args: argparse.Namespace, n_train: int, n_test: int) -> dict[str, int]:
-    """Return how often a run does what, see trial.seconds_by_activity; steps are those to be expected."""
+    """Return how often a run does what, see trial.seconds_by_activity; steps are as many as to be expected."""
     n_iterations, n_minings = n_train // args.bs, args.n_epochs // (args.cluster_update_freq + 1) + 1
     return {
         "epochs": args.n_epochs,
-        "steps": round(args.n_epochs * n_iterations * sum(args.task_p)) * args.bs,
+        "trained": round(args.n_epochs * n_iterations * sum(args.task_p)) * args.bs,
         "evaluations": -(-args.n_epochs // args.eval_every),
         "minings": n_minings if args.task_p[1] > 0 else 0,
         "train": n_train,

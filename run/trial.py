@@ -43,12 +43,12 @@ class StepTimer(Progress):
 def seconds_by_activity(seconds: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
     """Return how long a whole run takes, by activity.
 
-    seconds: start, until training can begin; step and embedding, of an image; mining and evaluation, once, embedding
-    apart; drawing, after an evaluation; storing, a checkpoint. counts: epochs, steps (images of all of them),
-    evaluations, minings, train and test (images).
+    seconds: start, until training can begin; training and embedding, of an image; mining and evaluation, once, without
+    embedding; drawing, after an evaluation; storing, a checkpoint. counts: how many epochs, trained (images in all
+    steps), evaluations, minings, and images in train and test.
     """
     parts = {
-        "training": counts["steps"] * seconds["step"],
+        "training": counts["trained"] * seconds["training"],
         "evaluation": (counts["evaluations"] + 1) * (counts["test"] * seconds["embedding"] + seconds["evaluation"]),
         "mining": counts["minings"] * (counts["train"] * seconds["embedding"] + seconds["mining"]),
         "all else": seconds["start"] + (counts["epochs"] + 1) * seconds["storing"],
@@ -62,14 +62,14 @@ def report_lines(
     seconds: Mapping[str, float], counts: Mapping[str, int], folder: Path, device: torch.device
 ) -> list[str]:
     """Return what a trial found, a line each; see seconds_by_activity. folder: of the trial, with all its files."""
-    parts = seconds_by_activity(seconds, counts)
+    parts, per_epoch = seconds_by_activity(seconds, counts), counts["trained"] / counts["epochs"]
     sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     n_bytes = sum(sizes.values()) + sum(sizes[path] for path in folder.glob("mined/*")) * (counts["minings"] - 1)
     memory = f"this process {gigabytes(peak_memory())}"
     if device.type == "cuda":
         memory = f"GPU {gigabytes(torch.cuda.max_memory_allocated(device))}, {memory}"
     return [
-        f"training: {1 / seconds['step']:,.0f} images/s, {counts['steps'] / counts['epochs']:,.0f} images an epoch",
+        f"training: {1 / seconds['training']:,.0f} images/s, {per_epoch:,.0f} images an epoch",
         f"embedding: {1 / seconds['embedding']:,.0f} images/s",
         f"mining: {seconds['mining']:.1f} s, embedding {counts['train']:,} images apart",
         f"evaluation: {seconds['evaluation']:.1f} s, embedding {counts['test']:,} images apart; drawing "

@@ -159,6 +159,7 @@ def signals_stop(hint: str) -> Iterator[None]:
     """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        """Raise Interrupted, as soon as the code that the signal met lets exceptions through."""
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler raises as workers end by the same signal

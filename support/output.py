@@ -135,11 +135,11 @@ class Progress:
         """Return how far it is, how fast, and what is left of it and of the run, as one line."""
         share, seconds = self.n_done / self.n_images, time.monotonic() - self.start
         run_left = self.run_left(share) if self.run_left else RUN_LEFT[-1]()
-        left = f"left: {clock(seconds / share - seconds)}" + (
-            f", of the run {clock(run_left)}" if run_left is not None else ""
-        )
-        speed = f"{share:.0%} of {self.n_images:,} images, {self.n_done / seconds:,.0f} images/s"
-        return ", ".join([f"{self.what}: {speed}", *(f"{name} {value}" for name, value in self.values.items()), left])
+        parts = [f"{self.what}: {share:.0%} of {self.n_images:,} images", f"{self.n_done / seconds:,.0f} images/s"]
+        parts += [f"{name} {value}" for name, value in self.values.items()]
+        parts += [f"left: {clock(seconds / share - seconds)}"]
+        parts += [] if run_left is None else [f"of the run {clock(run_left)}"]
+        return ", ".join(parts)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from conftest import At, killed_run, refused, run, small_flags
 from run import trial
 from support import output
 
-SECONDS = {"start": 5.0, "step": 0.01, "embedding": 0.001, "mining": 2.0, "evaluation": 4.0, "storing": 0.5}
+SECONDS = {"start": 5.0, "training": 0.01, "embedding": 0.001, "mining": 2.0, "evaluation": 4.0, "storing": 0.5}
 SECONDS |= {"drawing": 3.0}
-COUNTS = {"epochs": 10, "steps": 9_000, "evaluations": 5, "minings": 3, "train": 1_000, "test": 2_000}
+COUNTS = {"epochs": 10, "trained": 9_000, "evaluations": 5, "minings": 3, "train": 1_000, "test": 2_000}
 
 
 def test_a_whole_run_is_the_sum_of_its_parts():

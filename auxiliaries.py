@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import random
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -13,7 +14,7 @@ import torch
 
 from support import processes
 from support.errors import DivergedError, InputError
-from support.output import said_each_minute
+from support.output import log
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
 """What a run's time is split into; loading is the time that the training steps wait for their batches."""
@@ -114,9 +115,9 @@ def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 2
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
-    with said_each_minute(f"clustering {len(points):,} points into {n_clusters:,}"):
-        clustering.train(points)
-        squared_distances, nearest = clustering.index.search(points, 1)
+    log.info(f"clustering {len(points):,} points of {points.shape[1]:,} dimensions into {n_clusters:,}")
+    clustering.train(points)
+    squared_distances, nearest = clustering.index.search(points, 1)
     faiss.omp_set_num_threads(n_threads)
     return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 
@@ -132,8 +133,22 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
 
 
 def seconds_since(start: float) -> float:
-    """Return the seconds since a time of time.time(), as logs hold them."""
-    return round(time.time() - start, 2)
+    """Return the seconds since a time of time.monotonic(), as logs hold them."""
+    return round(time.monotonic() - start, 2)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most bytes that this process has had, and of a GPU that PyTorch has; Windows does not say the former.
+    """
+    memory = {}
+    with contextlib.suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory["process"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if device.type == "cuda":
+        memory["GPU"] = float(torch.cuda.max_memory_allocated(device))
+    return memory
 
 
 class LossMeter:

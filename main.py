@@ -289,31 +289,38 @@ def cluster(args: argparse.Namespace, features: np.ndarray | None) -> tuple[np.n
 def renew_labels(
     args: argparse.Namespace,
     run: Run,
-    report: Report,
     network: netlib.EmbeddingNetwork,
     loader: DataLoader,
     previous: np.ndarray | None,
-    before_epoch: int,
+    epoch: int,
 ) -> np.ndarray:
-    """Return newly mined labels (N,) of the training images; log and draw what was mined.
+    """Mine new labels before an epoch, log and draw them.
 
-    previous: the labels so far, None for the first time. Clusters are numbered anew each time; betas and proxies stay
-    with the number, as published.
+    Clusters are numbered anew each time; betas and proxies stay with the number, as published.
+
+    Args:
+        loader: the training images in order.
+        previous: the labels (N,) so far, None for the first time.
+        epoch: the epoch that begins with the new labels.
+
+    Returns:
+        The labels (N,) int64 of the training images.
     """
-    start, images = time.time(), loader.dataset.images
+    start, images = time.monotonic(), loader.dataset.images
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
-    row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
+    row = {"Before Epoch": epoch, "Time": seconds_since(start)}
     row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
-    print(
-        f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
+    log.info(
+        f"mined for epoch {epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
         f"{described['Largest']} images; NMI of the labels with {matches}"
     )
     with run.stopwatch.measure("drawing"):
-        report.mined(before_epoch, images, mined, squared_distances)
+        if run.writes:
+            run.show(sheets.draw_mining(run.history, images, mined, squared_distances), epoch)
     return mined
 
 
@@ -367,182 +374,120 @@ def train_one_epoch(
     return meter.averages(len(steps), TASKS, DIRECTIONS)
 
 
+def score_before_training(
+    args: argparse.Namespace, run: Run, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
+) -> None:
+    """Score the network before training."""
+    with run.stopwatch.measure("evaluation"):
+        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
+        scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
+        scoring["with_clustering"] = not args.fast_eval
+        run.history.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
+    log.info(f"before training  {row_text(run.history.initial_scores)}")
+
+
 def evaluate_epoch(
     args: argparse.Namespace,
     run: Run,
-    report: Report,
     network: netlib.EmbeddingNetwork,
     loaders: datasets.Loaders,
     mined: np.ndarray | None,
     epoch: int,
-    embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Score and probe the test sets' embeddings {name: {task: (N, D)}}, log it, keep the best network, and draw."""
+    """Score and probe the test sets, log it, keep the best network, and draw its nearest neighbours."""
     tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
-        start = time.time()
-        embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
+        start = time.monotonic()
+        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
         run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
-            start = time.time()
+            start = time.monotonic()
             scores = evaluate.score_sets("Shared", embeddings, tests, **scoring)
             run.log("shared", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if len(loaders.probe.dataset):
-            start = time.time()
+            start = time.monotonic()
             accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
             run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
     run.keep_best(network)
     with run.stopwatch.measure("drawing"):
-        report.evaluated(tests, embeddings)
-    run.summarise()
+        if run.writes:
+            run.show(sheets.draw_neighbours(run.history, tests, embeddings), epoch)
 
 
-def begin(
-    args: argparse.Namespace, run: Run, report: Report, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
-) -> np.ndarray | None:
-    """Score the network before training and mine for the first time; return the labels, None where none are mined."""
-    with run.stopwatch.measure("evaluation"):
-        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
-        scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
-        scoring["with_clustering"] = not args.fast_eval
-        run.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
-    print(f"before training  {scores_line(run.initial_scores)}")
-    if args.task_p[1] > 0:
-        return renew_labels(args, run, report, network, loaders.train, previous=None, before_epoch=0)
-    datasets.decode_all(loaders.train)
-    return None
-
-
-def rehearse(
-    args: argparse.Namespace,
-    run: Run,
-    report: Report,
-    trained: nn.Module,
-    parts: Mapping[str, object],
-    loaders: datasets.Loaders,
-) -> None:
-    """Measure the parts of a run of these flags, and print what the whole of it will take (--trial).
-
-    A part of the training images is embedded. Clustering and evaluation take as many random points as there are images.
-    """
-    network, images, rng = parts["network"], loaders.images, np.random.default_rng(args.seed)
-    seconds, timer = {"start": run.seconds}, StepTimer()
-    labels = {"Class": images.labels, "Shared": rng.integers(args.shared_num_classes, size=len(images))}
-    steps = datasets.draw_steps({task: p > 0 for task, p in zip(TASKS, args.task_p)}, 500, args.seed, epoch=0)
-    loaders.sampler.set_epoch(0, labels, steps)
-    fixed = [parts[name] for name in ("objective", "optimizer", "scaler")]
-    with contextlib.suppress(Settled):
-        train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
-    seconds["training"] = timer.seconds[-1]
-    batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
-    for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
-        start = time.perf_counter()
-        embedded = evaluate.extract_features(network, itertools.islice(batches, n), TASKS, args.amp)
-    seconds["embedding"] = (time.perf_counter() - start) / len(embedded["Class"])
-    mined = labels["Shared"] if args.task_p[1] > 0 else None
-    with run.stopwatch.measure("mining"):
-        if mined is not None:
-            squared_distances = cluster(args, rng.normal(size=(len(images), args.embed_sizes[1])))[1]
-            report.mined(0, images, mined, squared_distances)
-            run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
-    run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
-    embeddings = {}
-    for name, tests in loaders.test_images.items():
-        embeddings[name] = {task: rng.normal(size=(len(tests), n)) for task, n in zip(TASKS, args.embed_sizes)}
-    evaluate_epoch(args, run, report, network, loaders, mined, min(args.eval_every, args.n_epochs) - 1, embeddings)
-    start = time.perf_counter()
-    run.save(parts, epoch=0)
-    seconds |= {name: run.stopwatch.seconds[name] for name in ("mining", "evaluation", "drawing")}
-    seconds["storing"] = time.perf_counter() - start
-    counts = options.counts(args, len(images), sum(map(len, loaders.test_images.values())))
-    print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
-
-
-def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
-    """Assemble all parts, start or resume the run that `argv` asks for, train it to its end, and return its folder."""
+def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | None) -> Path:
+    """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     started = provenance(argv, device, [args.arch, *args.losses])
-    print(f"{as_text(started)}\ncommand: {started['command']}")
+    log.info(f"{as_text(started)}\ncommand: {started['command']}")
     run = Run(
-        Path(args.resume or options.run_folder(args)),
+        options.run_folder(args) if stored is None else stored.folder,
         options.kept(args),
-        args.n_epochs,
-        is_resumed=args.resume is not None,
-        may_take_over=args.go_on,
-        paper=known_of(args.dataset).scores,
+        defaults=options.defaults_of_changed(args, get_args_parser()),
         provenance=started,
-        transcript=transcript,
+        stored=stored,
+        may_restart=args.go_on,
     )
-    report = Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args))
-    if run.is_finished:
+    try:
         with run:
-            report.write_page("finished")  # it may have been killed just before
-        print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
-        return run.folder
-
-    with run, report:
-        loaders = load_data(args, run, pin_memory=device.type == "cuda")
-        images = loaders.images
-        network = build_network(args, run, device)
-        objective = build_objective(args, images, device)
-        optimizer, scheduler = build_optimizer(args, network, objective)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
-        parts = {"network": network, "objective": objective, "optimizer": optimizer}
-        parts |= {"scheduler": scheduler, "scaler": scaler}
-
-        if args.trial:
-            try:
-                rehearse(args, run, report, trained, parts, loaders)
-            finally:
-                run.discard()
-            return run.folder
-        if run.is_new:
-            mined = begin(args, run, report, network, loaders)
-            run.save(parts, epoch=0)
-        else:
-            mined = run.restore(parts, images.names)
-        report.write_page()
-        print(f"run folder: {run.folder}")
-        for epoch in range(run.epoch, args.n_epochs):
-            start = time.time()
-            steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
-            loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
-            batches = run.stopwatch.loading(loaders.batches)
-            left = functools.partial(run.seconds_left, epoch)
-            progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
-            with run.stopwatch.measure("training"), progress:
-                averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
-            averages["Learning Rate"] = scheduler.get_last_lr()[0]
-            run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
-            said = scores_line(run.rows["train"][-1])
-            if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
-                evaluate_epoch(args, run, report, network, loaders, mined, epoch)
-                said = f"{scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
-            print(f"epoch {epoch}  {said}  {time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
-            if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
-                mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
-            scheduler.step()
-            run.save(parts, epoch + 1)
-            report.write_page()
-    print(run.summarise(), end="")
-    if args.dataset == "shapes" and mined is not None:
-        print(lesson(run.rows, run.initial_scores, run.folder))
+            loaders = load_data(args, run, pin_memory=device.type == "cuda")
+            images = loaders.images
+            network = build_network(args, run, device)
+            objective = build_objective(args, images, device)
+            optimizer, scheduler = build_optimizer(args, network, objective)
+            scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+            trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
+            parts = {"objective": objective, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            mined = None
+            if run.is_new:
+                score_before_training(args, run, network, loaders)
+                if args.task_p[1] == 0:
+                    datasets.decode_all(loaders.train)  # a broken image is bad input; mining would find it
+            else:
+                mined = run.restore(network, parts, images.names)
+            log.info(f"run folder: {run.folder}")
+            page.draw(run.history)
+            run.start_timing()
+            for epoch in range(run.epoch, args.n_epochs):
+                if run.history.mining_is_due(epoch):
+                    mined = renew_labels(args, run, network, loaders.train, mined, epoch)
+                start = time.monotonic()
+                steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
+                loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
+                batches = run.stopwatch.loading(loaders.batches)
+                left = functools.partial(run.seconds_left, epoch)
+                progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
+                with run.stopwatch.measure("training"), progress:
+                    averages = train_one_epoch(
+                        trained, objective, optimizer, scaler, steps, batches, args.amp, progress
+                    )
+                averages["Learning Rate"] = scheduler.get_last_lr()[0]
+                run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
+                if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
+                    evaluate_epoch(args, run, network, loaders, mined, epoch)
+                scheduler.step()
+                run.save(network, parts, epoch + 1)
+                run.log_epoch(time.monotonic() - start)
+                with run.stopwatch.measure("drawing"):
+                    page.draw(run.history)
+    finally:
+        page.draw(run.history)  # how it ended, if its folder is still there
+    log.info(run.history.write_summary()...)
     return run.folder
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
-    with Transcript() as transcript, errors.one_line_errors("main.py"):
-        args = options.resolve(argv, get_args_parser())
-        with errors.signals_stop("nothing had been stored yet"), processes.connected():
-            return train(args, sys.argv[1:] if argv is None else argv, transcript)
+    argv = sys.argv[1:] if argv is None else argv
+    with output.logged(), errors.one_line_errors("main.py"), errors.signals_stop():
+        args, stored = options.resolve(argv, get_args_parser())
+        with processes.connected():
+            return train(args, argv, stored)
 
 
 if __name__ == "__main__":

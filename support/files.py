@@ -12,6 +12,8 @@ import filelock
 
 from support.errors import InputError
 
+LOCK = ".lock"
+
 
 def make_folder(path: Path) -> list[Path]:
     """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
@@ -57,13 +59,13 @@ def try_file_system(folder: Path) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. A process that has died holds none.
+def acquire_lock(folder: Path) -> filelock.BaseFileLock:
+    """Return the lock of a run folder, held. A process that has died holds none.
 
-    Raises InputError where another process holds it, or the file system knows no locks.
+    Raises:
+        InputError: another process holds it, or the file system knows no locks.
     """
-    path = folder / ".lock"
+    path = folder / LOCK
     is_new, lock = not path.exists(), filelock.FileLock(path)
     try:
         with warnings.catch_warnings():
@@ -78,10 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{folder}: its file system cannot lock files ({reason}); keep runs on another one, see --save_path"
         ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock
 
 
 @contextlib.contextmanager

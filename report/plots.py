@@ -46,7 +46,7 @@ def saved_figure(path: Path, **options) -> Iterator[Figure]:
 
 
 def draw_progress(path: Path, history: History, test_set: str) -> None:
-    """Draw a run: left a panel for each part of the loss and a thin one for the learning rate, right a test set's scores.
+    """Draw a run: left a panel for each part of the loss and one for the learning rate, right a test set's scores.
 
     Minings, lower learning rates and the best epoch are marked. Before the first evaluation the right side is empty.
     """

@@ -32,7 +32,7 @@ Row = dict[str, object]
 """A row of a log, {column of its CSV: value}; None where a value was left out."""
 
 
-@dataclass
+@dataclass(eq=False)
 class History:
     """What a run has logged.
 
@@ -213,6 +213,8 @@ class History:
         history = cls(folder, flags, provenance=provenance)
         for name, file in LOGS.items():
             history.rows[name] = read_log(folder / file) if file in names else []
+        if history.rows["val"] and not test_sets_of(history.rows["val"][0]):
+            raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
         if STATE_FILE in names:
             vars(history).update(read_state(folder / STATE_FILE))
         else:  # written by an earlier version

@@ -55,14 +55,14 @@ def pick_device(gpu: int) -> torch.device:
     """
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     if not torch.cuda.is_available():
-        print(f"device: CPU (no CUDA GPU found){among}")
+        log.info(f"device: CPU (no CUDA GPU found){among}")
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
     if gpu + processes.local_world_size() > n_gpus:
         raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
     torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
-    print(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")
+    log.info(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")
     return device
 
 
@@ -72,7 +72,7 @@ def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     Warns of a CPU that runs bfloat16 slower than float32. Raises InputError where the device has no TF32.
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
-        print(f"warning: --amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
+        log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
     if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         needed = "an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
         raise InputError(f"--tf32: needs {needed}; leave it out, or resume a run that has it on such a GPU")

@@ -4,12 +4,11 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 """
 
 import argparse
-import contextlib
 import functools
-import itertools
+import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,17 @@ import netlib
 from auxiliaries import seconds_since
 from data.cache import cached
 from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
-from data.published import known_of
-from report.epoch import Report, lesson
+from report import page, sheets
 from run import options
+from run.checkpoint import StoredRun
 from run.folder import Run
-from run.logs import scores_line
+from run.history import History, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance
-from run.trial import Settled, StepTimer, report_lines
-from support import errors, packages, processes
+from support import errors, output, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
 from support.files import write_file
-from support.output import Progress, Transcript, clock
+from support.output import Progress, clock, log
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
@@ -156,8 +154,6 @@ def get_args_parser() -> OneLineParser:
         "interrupted, with its flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may change")
     add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
         "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
-    add("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
-        "memory and disk the run needs and how long it will take, and leaves no run folder")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
@@ -190,11 +186,11 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if args.task_p[1] > 0 and args.shared_num_classes > len(train):
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
     for name, images in {"train": train, **tests}.items():
-        print(f"{name}: {images.describe()}")
+        log.info(f"{name}: {images.describe()}")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
-        print(f"warning: {warning}")
+        log.warning(warning)
     n_workers = auxiliaries.n_workers(args.kernels)
-    print(f"loader workers: {n_workers} of --kernels {args.kernels}, one at most per CPU core")
+    log.info(f"loader workers: {n_workers} of --kernels {args.kernels}, one at most per CPU core")
     return datasets.build_loaders(
         train,
         tests,
@@ -313,10 +309,10 @@ def renew_labels(
     row = {"Before Epoch": epoch, "Time": seconds_since(start)}
     row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
-    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
+    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("AMI "))
     log.info(
         f"mined for epoch {epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
-        f"{described['Largest']} images; NMI of the labels with {matches}"
+        f"{described['Largest']} images; AMI of the labels with {matches}"
     )
     with run.stopwatch.measure("drawing"):
         if run.writes:
@@ -472,13 +468,44 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                     evaluate_epoch(args, run, network, loaders, mined, epoch)
                 scheduler.step()
                 run.save(network, parts, epoch + 1)
-                run.log_epoch(time.monotonic() - start)
+                log.info(epoch_line(run, epoch, time.monotonic() - start))
                 with run.stopwatch.measure("drawing"):
                     page.draw(run.history)
     finally:
         page.draw(run.history)  # how it ended, if its folder is still there
-    log.info(run.history.write_summary()...)
+    log.info(run.history.summary())
+    if args.dataset == "shapes" and mined is not None:
+        log.info(lesson(run.history))
     return run.folder
+
+
+def epoch_line(run: Run, epoch: int, seconds: float) -> str:
+    """Return what an epoch is told by: its losses, scores if it was scored, seconds, and the time left of the run."""
+    rows, parts = run.history.rows, []
+    if rows["val"] and rows["val"][-1]["Epochs"] == epoch:
+        parts = [row_text(rows["val"][-1]), f"(best Recall @ 1: {run.history.best_line()})"]
+    parts = [f"epoch {epoch}", row_text(rows["train"][-1]), *parts, f"{seconds:.1f} s"]
+    return "  ".join(parts) + f", {clock(run.history.seconds_left)} left"
+
+
+def lesson(history: History) -> str:
+    """Return the three lines that the demo ends with: what was learned, what to look at, what to try next."""
+    before, after = (row["Recall @ 1"] for row in (history.initial_scores, history.rows["val"][-1]))
+    last = history.rows["mining"][-1]
+    mined = {name.removeprefix("AMI "): value for name, value in last.items() if name.startswith("AMI ")}
+    with_class = mined.pop("class")
+    factor = max(mined, key=mined.get)
+    is_clear = mined[factor] > max(with_class, 0.5)
+    clear = f"mined: the {factor}" if is_clear else f"mined: nothing clear, most the {factor}"
+    return (
+        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; {clear} "
+        f"(AMI of the labels with it {mined[factor]:.2f}, with the class {with_class:.2f})\n"
+        f"look at: {history.folder / 'page.html'} in a browser; what the images of a mined cluster share is what was "
+        "mined\n"
+        "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
+        "--adv_weights 0; then "
+        f"python evaluate.py --compare {shlex.quote(str(history.folder.parent))}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -23,13 +23,14 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from report.epoch import Report
+
 import auxiliaries
 import evaluate
 import losses
 import main as program
 import netlib
 from data.images import ImageSet
-from report.epoch import Report
 from run import options
 from run.folder import Run
 from support.output import Transcript

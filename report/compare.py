@@ -197,7 +197,7 @@ def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]])
 
 
 def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
-    """Group runs, a row of flags each, by their flags; return of each group the flags in which groups differ, and rows."""
+    """Group runs by their flags, a row each; return of each group the flags in which groups differ, and its rows."""
     flags = flags.loc[:, flags.nunique() > 1]
     if flags.empty:
         return [({}, list(flags.index))]

@@ -162,13 +162,16 @@ class History:
             pd.DataFrame(self.rows[name], dtype=object).to_csv(file, index=False, lineterminator="\n")
 
     def write_state(self) -> None:
-        """Write run.json, which holds what has no other place."""
+        """Write run.json, which holds what has no other place, and Curr_Summary_Class.txt."""
         self.written = time.time()
         state = {name: getattr(self, name) for name in STATE}
         write_file(self.folder / STATE_FILE, json.dumps(state, indent=1).encode())
+        if self.rows["val"]:
+            text = f"{self.summary()}\n"
+            write_file(self.folder / "Curr_Summary_Class.txt", text.encode(errors="surrogateescape"))
 
-    def write_summary(self) -> str:
-        """Write Curr_Summary_Class.txt and return its text."""
+    def summary(self) -> str:
+        """Return the text of Curr_Summary_Class.txt."""
         tables = []
         for name in self.test_sets:
             table = self.score_table(name)
@@ -190,9 +193,7 @@ class History:
             f"peak memory: {memory_text(self.peak_memory)}",
             f"run folder: {self.folder}",
         ]
-        text = "\n".join(lines) + "\n"
-        write_file(self.folder / "Curr_Summary_Class.txt", text.encode(errors="surrogateescape"))
-        return text
+        return "\n".join(lines)
 
     @classmethod
     def read(cls, folder: Path) -> "History":

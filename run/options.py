@@ -12,7 +12,7 @@ import torch
 
 import losses
 from data.published import known_of
-from run.folder import LAST
+from run.checkpoint import LAST, StoredRun, read_to_resume
 from support import packages, processes, weights
 from support.errors import InputError, OneLineParser, first_few
 
@@ -86,17 +86,19 @@ PATH = os.path.expanduser
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
-def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> argparse.Namespace:
+def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> tuple[argparse.Namespace, StoredRun | None]:
     """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
     They are those of a new run, of the one that --resume names, but for what may be given anew, or with --go_on of the
     one of that name where there is one.
     """
     args = parser.parse_args(argv)
-    if args.resume is not None:
-        return resumed(args, parser)
-    args = check(args, parser)
-    return of_named_run(args, parser) if args.go_on else args
+    if args.resume is None:
+        args = check(args, parser)
+        args = of_named_run(args, parser) if args.go_on else args
+    else:
+        args = resumed(args, parser)
+    return args, read_to_resume(Path(args.resume), processes.is_first()) if args.resume else None
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
@@ -125,8 +127,6 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
         value = getattr(args, flag)
         if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
             parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
-    if args.trial and args.go_on:
-        parser.error("--trial: a trial is of a new run; leave --go_on out")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -215,40 +215,22 @@ def implied(args: argparse.Namespace) -> dict[str, object]:
     return {"k_vals": known_of(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
-def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
-    """Return the value that each flag of a run has where it is not given."""
-    return vars(parser.parse_args([])) | implied(args)
-
-
-def rate_steps(args: argparse.Namespace) -> Sequence[int]:
-    """Return the epochs that begin with another learning rate than the one before."""
-    return {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
-
-
-def counts(args: argparse.Namespace, n_train: int, n_test: int) -> dict[str, int]:
-    """Return how often a run does what, see trial.seconds_by_activity; steps are as many as to be expected."""
-    n_iterations, n_minings = n_train // args.bs, args.n_epochs // (args.cluster_update_freq + 1) + 1
-    return {
-        "epochs": args.n_epochs,
-        "trained": round(args.n_epochs * n_iterations * sum(args.task_p)) * args.bs,
-        "evaluations": -(-args.n_epochs // args.eval_every),
-        "minings": n_minings if args.task_p[1] > 0 else 0,
-        "train": n_train,
-        "test": n_test,
-    }
+def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
+    """Return the default of each flag of a run whose value differs from it."""
+    defaults = vars(parser.parse_args([])) | implied(args)
+    return {flag: defaults[flag] for flag, value in kept(args).items() if shown(value) != shown(defaults[flag])}
 
 
 def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
     arch = args.arch.replace("/", "_")  # of timm/NAME
     name = args.savename or f"{args.dataset}_{arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    name = f".trial_{name}" if args.trial else name  # no run, should it be killed
     return Path(args.save_path) / args.dataset / name
 
 
 def kept(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on", "trial")}
+    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
 
 
 def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:

@@ -77,3 +77,8 @@ def as_text(entry: dict[str, str]) -> str:
     versions = [f"{name} {entry[name]}" for name in VERSIONS[1:] if name in entry]
     n = entry["processes"]
     return f"{entry['program']}; {', '.join(versions)}; {entry['device']}" + (f", {n} processes" if n != "1" else "")
+
+
+def command_to_resume(folder: Path, start: dict[str, str] | None = None) -> str:
+    """TEMP"""
+    return f"python main.py --resume {shlex.quote(str(folder))}"

@@ -9,9 +9,9 @@ from urllib.parse import unquote_to_bytes
 import pytest
 from conftest import At, act_at
 from PIL import Image
+from run.logs import LOGS
 
 from report import charts, index, page
-from run.logs import LOGS
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "<script>alert(1)<b>", "javascript:alert(1)", "a#b?c%41 \"d\" 'e' & {{ f }}"]
 HOSTILE += [os.fsdecode(b"bytes \xff")]

@@ -431,6 +431,9 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     )
     try:
         with run:
+            if run.is_finished:
+                log.info(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
+                return run.folder
             loaders = load_data(args, run, pin_memory=device.type == "cuda")
             images = loaders.images
             network = build_network(args, run, device)

@@ -61,12 +61,18 @@ def draw(history: History) -> None:
     """
     if not processes.is_first() or not history.folder.is_dir():
         return
-    scored = history.rows["val"]
-    if not scored or scored[-1]["Epochs"] == history.epoch - 1:
+    shown_log = history.folder / LOGS["val" if history.rows["val"] else "train"]
+    plot = info_plot(history.folder, history.test_sets[0]) if history.test_sets else None
+    if plot and modified(plot) < modified(shown_log):
         draw_plots(history)
     draw_page(history)
     if (history.folder / LAST).exists():
         draw_index(history.folder.absolute().parent)
+
+
+def modified(path: Path) -> int:
+    """Return when a file was written last, 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def draw_plots(history: History) -> None:
@@ -245,8 +251,7 @@ def read_histories(parent: Path) -> list[History]:
     """Return the histories of the runs in a folder; what cannot be read is skipped."""
     histories = []
     for name in sorted(os.listdir(parent)):
-        changed = [(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"])]
-        times = tuple(file.stat().st_mtime_ns for file in changed if file.is_file())
+        times = tuple(modified(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"]))
         history = read_history(parent / name, times) if (parent / name / "hypa.pkl").is_file() else None
         histories += [history] if history else []
     return histories

@@ -100,7 +100,7 @@ def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mappin
         auxiliaries.set_random_states(training["random"], network.mean.device)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{LAST} holds no training of this run ({reason})") from error
+        raise InputError(f"{LAST}: holds no training of this run ({reason})") from error
 
 
 def smallest(labels: np.ndarray) -> np.ndarray:

@@ -66,6 +66,7 @@ class Run:
             self.minings = checkpoint.restore_history(history, stored.content)
             self.stopwatch.seconds = history.spent
             self.start -= history.seconds
+            self.is_resumable = self.is_finished
         self.history.spent = self.stopwatch.seconds
         self.start_timing()
 
@@ -78,6 +79,11 @@ class Run:
     def epoch(self) -> int:
         """The number of complete epochs."""
         return self.history.epoch
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.history.n_epochs
 
     def __enter__(self) -> "Run":
         try:
@@ -140,7 +146,8 @@ class Run:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()
             ):  # what ended the run is to be told
-                self._update_times(history.epoch)
+                if self.stored is None:  # it was trained, or restored
+                    self._update_times(history.epoch)
                 history.write_state()
             self.lock.release()
         if isinstance(error, InputError):  # an image that has gone or broken since

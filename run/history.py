@@ -1,5 +1,6 @@
 """What a run has logged, as plain values: the run in training writes it, and any run folder is read into it."""
 
+import csv
 import json
 import os
 import pickle
@@ -257,14 +258,24 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
 def read_log(path: Path) -> list[Row]:
     """Return the rows of a CSV file of a run with the numbers that were written. Raises InputError."""
     try:
-        table = pd.read_csv(path, float_precision="round_trip")
-        epochs = "Before Epoch" if "Before Epoch" in table else "Epochs"
-        whole = table.notna().all() & (table.dtypes == "int64")
-        table = table.astype({name: int if whole[name] else float for name in table}).astype({epochs: int})
-        table = table.astype(object).where(table.notna(), None)
-    except (OSError, ValueError, KeyError) as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
+        epochs = "Before Epoch" if path.name == LOGS["mining"] else "Epochs"
+        if not rows or not all(isinstance(row[epochs], int) and None not in row for row in rows):
+            raise ValueError("no whole rows")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
-    return table.to_dict("records")
+    return rows
+
+
+def number_of(text: str | None) -> int | float | None:
+    """Return the number in a cell, None of an empty one. Raises ValueError."""
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 def read_state(path: Path) -> dict[str, object]:

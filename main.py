@@ -307,10 +307,10 @@ def renew_labels(
     row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
     row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
-    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
+    matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
     print(
         f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
-        f"{described['Largest']} images; NMI of the labels with {matches}"
+        f"{described['Largest']} images; AMI of the labels with {matches}"
     )
     with run.stopwatch.measure("drawing"):
         report.mined(before_epoch, images, mined, squared_distances)

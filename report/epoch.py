@@ -121,19 +121,27 @@ def plotted_scores(row: Row, test_set: str) -> Row:
     return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **scores_of(row, test_set)}
 
 
+def what_was_mined(row: Row) -> str:
+    """Return which known factor a mining agrees with most; nothing for a row that an older version logged."""
+    agreements = {name.removeprefix("AMI "): value for name, value in row.items() if name.startswith("AMI ")}
+    of_class = agreements.pop("class", 0.0)
+    if not agreements:
+        return ""
+    factor = max(agreements, key=agreements.get)
+    is_clear = agreements[factor] > max(of_class, 0.5)
+    clear = f"the {factor}" if is_clear else f"nothing clear, most the {factor}"
+    return f"; mined: {clear} (AMI of the labels with it {agreements[factor]:z.2f}, with the class {of_class:z.2f})"
+
+
 def lesson(rows: Mapping[str, Sequence[Row]], initial: Row, folder: Path) -> str:
     """Return the three lines that the demo ends with: what was learned, what to look at, what to try next.
 
-    rows: of each log; factors are known. initial: scores before training.
+    rows: of each log. initial: scores before training.
     """
     before, after = (row["Recall @ 1"] for row in (initial, rows["val"][-1]))
-    mined = {name.removeprefix("NMI "): value for name, value in rows["mining"][-1].items() if name.startswith("NMI ")}
-    of_class = mined.pop("class")
-    factor = max(mined, key=mined.get)
-    clear = f"mined: the {factor}" if mined[factor] > max(of_class, 0.5) else f"mined: nothing clear, most the {factor}"
+    learned = f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}"
     return (
-        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; {clear} "
-        f"(NMI of the labels with it {mined[factor]:.2f}, with the class {of_class:.2f})\n"
+        f"{learned}{what_was_mined(rows['mining'][-1])}\n"
         f"look at: {folder / 'page.html'} in a browser; what the images of a mined cluster share is what was mined\n"
         "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
         "--adv_weights 0; then "

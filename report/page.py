@@ -156,8 +156,8 @@ def probe_charts(view: RunView) -> list[Chart]:
 def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]:
     """Return what the slider shows of each mining, oldest first, and a chart of what the mined labels agree with."""
     rows = view.rows["mining"]
-    agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("NMI ", "ARI "))]
-    labels = {name: name.replace("NMI ", "NMI with ") for name in agreements}
+    agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
+    labels = {name: name.replace("AMI ", "AMI with ") for name in agreements}
     lines = {labels[name]: (look_of(i), points_of(rows, name, "Before Epoch")) for i, name in enumerate(agreements)}
     slides, first, last = [], min(view.mined_before, default=0), max(view.mined_before, default=0)
     for row in rows:
@@ -165,7 +165,7 @@ def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]
         picture = f"mined/before_epoch_{epoch:04}.jpg"
         if picture not in view.files and epoch == last:
             picture = "mined_clusters.png"
-        facts = [(label, number_text(row.get(name), ".3f")) for name, label in labels.items()]
+        facts = [(label, number_text(row.get(name), "z.3f")) for name, label in labels.items()]
         for name in ("Clusters", "Smallest", "Median", "Largest"):
             facts.append((name if name == "Clusters" else f"{name} cluster", number_text(row.get(name), "g")))
         words = f"Clusters mined before epoch {epoch}: a row for each, with the images nearest to its centre"
@@ -177,7 +177,7 @@ def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]
 def strongest_factor(view: RunView) -> str:
     """Return the known factor that the labels mined last agree with most, empty where there is none."""
     last = view.rows["mining"][-1] if view.rows["mining"] else {}
-    factors = {name[4:]: value for name, value in last.items() if name.startswith("NMI ") and name != "NMI class"}
+    factors = {name[4:]: value for name, value in last.items() if name.startswith("AMI ") and name != "AMI class"}
     return max(factors, key=factors.get, default="")
 
 

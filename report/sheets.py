@@ -87,7 +87,8 @@ def clusters_to_show(
     """Return caption and images of clusters, largest first: all, or of many the largest, middle and smallest ones.
 
     Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
-    number of classes, and where there are factors the one that most images have in common beyond what is so in all.
+    number of classes, and where there are factors the one that most images have in common beyond what as many random
+    images have: a factor of many levels would win in small clusters otherwise. None where no factor is beyond that.
     clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
     (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10 clusters.
     """
@@ -102,9 +103,12 @@ def clusters_to_show(
         members = members[np.argsort(squared_distances[members], kind="stable")]
         first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
         caption = f"cluster {cluster}\n{len(members)} images\n{len(first_of_class)} classes"
-        shares = {name: largest_share(levels[members]) - largest_share(levels) for name, levels in factors.items()}
-        if shares:
-            name = max(shares, key=shares.get)
+        excess = {
+            name: largest_share(levels[members]) - share_by_chance(levels, len(members))
+            for name, levels in factors.items()
+        }
+        name = max(excess, key=excess.get, default="")
+        if excess.get(name, 0) > 0:
             caption += f"\n{100 * largest_share(factors[name][members]):.0f} % alike in\n{name}"
         shown.append((caption, members[first_of_class[:n_images]]))
     return shown
@@ -113,6 +117,12 @@ def clusters_to_show(
 def largest_share(levels: np.ndarray) -> float:
     """Return the share of the most frequent of some levels (N,) int."""
     return np.bincount(levels).max() / len(levels)
+
+
+def share_by_chance(levels: np.ndarray, n_images: int, n_draws: int = 20) -> float:
+    """Return the largest_share that n_images random images have, the mean of some draws that are always the same."""
+    rng = np.random.default_rng(0)
+    return float(np.mean([largest_share(rng.choice(levels, n_images)) for _ in range(n_draws)]))
 
 
 def read_tile(images: ImageSet, index: int, kind: str) -> Tile:

@@ -1,6 +1,7 @@
 """A run as it is drawn while it trains: pictures, page and index, and what the demo ends with."""
 
 import contextlib
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from data.images import VALIDATION, ImageSet
 from report import plots, sheets
 from report.index import write_index
-from report.page import RunView, write_page
+from report.page import RunView, warned, write_page
 from run.folder import Run, sheet_path
 from run.logs import Row, column, file_suffix, scores_of
 from run.trial import DRAWING_SHARE
@@ -58,8 +59,9 @@ class Report:
             for task in ("Class", "Shared") if run.minings else ("Class",):
                 path = run.folder / f"sample_recoveries{'' if task == 'Class' else '_Shared'}{file_suffix(name)}.png"
                 what = f"{self._title(name)}, epoch {epoch}: nearest by the {task} embedding"
-                sheets.draw_recoveries(path, tests[name], embeddings[name][task], what)
-                pictures.append(path)
+                with warned(path):
+                    sheets.draw_recoveries(path, tests[name], embeddings[name][task], what)
+                    pictures.append(path)
         run.show(pictures, epoch)
         if self.is_new_mining or epoch == run.n_epochs - 1 or run.share_of("drawing") < DRAWING_SHARE:
             self._draw_plots()
@@ -68,9 +70,11 @@ class Report:
         """Draw the contact sheet of a mining, see sheets.draw_clusters."""
         if self.run.writes:
             latest, path = self.run.folder / "mined_clusters.png", sheet_path(self.run.folder, before_epoch)
-            path.parent.mkdir(exist_ok=True)
-            sheets.draw_clusters([path, latest], self.run.folder.name, before_epoch, images, mined, squared_distances)
-            self.run.show([latest], before_epoch)
+            with warned(latest):
+                path.parent.mkdir(exist_ok=True)
+                name = self.run.folder.name
+                sheets.draw_clusters([path, latest], name, before_epoch, images, mined, squared_distances)
+                self.run.show([latest], before_epoch)
         self.is_new_mining = True
 
     def _title(self, test_set: str) -> str:
@@ -85,9 +89,12 @@ class Report:
             path = run.folder / f"InfoPlot_Class{file_suffix(name)}.svg"
             scores = [plotted_scores(row, name) for row in run.rows["val"]]
             marks = {"best": best, "mined_before": mined_before, "rate_steps": self.rate_steps}
-            plots.draw_progress(path, run.rows["train"], scores, self._title(name), **marks)
+            with warned(path):
+                plots.draw_progress(path, run.rows["train"], scores, self._title(name), **marks)
         if run.rows["probe"] and run.writes:
-            plots.draw_probe(run.folder / "InfoPlot_Probe.svg", run.rows["probe"], run.folder.name)
+            path = run.folder / "InfoPlot_Probe.svg"
+            with warned(path):
+                plots.draw_probe(path, run.rows["probe"], run.folder.name)
         self.is_behind = self.is_new_mining = False
 
     def write_page(self, state: str = "running", reason: str = "") -> None:
@@ -145,5 +152,5 @@ def lesson(rows: Mapping[str, Sequence[Row]], initial: Row, folder: Path) -> str
         f"look at: {folder / 'page.html'} in a browser; what the images of a mined cluster share is what was mined\n"
         "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
         "--adv_weights 0; then "
-        f"python evaluate.py --compare {folder.parent}"
+        f"python evaluate.py --compare {shlex.quote(str(folder.parent))}"
     )

@@ -23,6 +23,7 @@ from report.compare import NO_SETTING
 from report.plots import COLOURS
 from run.logs import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of
 from run.options import shown
+from support.errors import first_line
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
@@ -267,11 +268,13 @@ def warn(path: Path, reason: str) -> None:
 
 @contextlib.contextmanager
 def warned(path: Path) -> Iterator[None]:
-    """Make a warning of what keeps a file from being written: training is worth more than its page."""
+    """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
     try:
         yield
+    except OSError as error:
+        warn(path, f"cannot be written ({error.strerror or first_line(error)})")
     except Exception as error:
-        warn(path, f"cannot be written ({getattr(error, 'strerror', None) or error or type(error).__name__})")
+        warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
 
 
 def write_page(view: RunView) -> None:

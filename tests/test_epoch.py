@@ -1,12 +1,15 @@
 """When a run is drawn, and the lines that the demo ends with."""
 
+import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import At, killed_run, run, small_flags
 
+from data.images import ImageSet
 from report import epoch
 from run.folder import Run
 
@@ -15,14 +18,17 @@ from run.folder import Run
     ("of_background", "found"), [(0.8, "mined: the background"), (0.3, "mined: nothing clear, most the background")]
 )
 def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(of_background, found):
-    mined = {"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.01, "NMI background": of_background}
+    mined = {"Before Epoch": 4, "AMI class": 0.36, "AMI size": -0.01, "AMI background": of_background}
     rows = {"mining": [mined], "val": [{"Recall @ 1": 0.8}]}
-    lines = epoch.lesson(rows, {"Recall @ 1": 0.25}, Path("runs/demo")).splitlines()
+    lines = epoch.lesson(rows, {"Recall @ 1": 0.25}, Path("my runs/demo")).splitlines()
     assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
     assert "is 0.80, before training 0.25" in lines[0]
-    assert f"{found} (NMI of the labels with it {of_background:.2f}, with the class 0.36)" in lines[0]
-    assert "runs/demo/page.html" in lines[1]
+    assert f"{found} (AMI of the labels with it {of_background:.2f}, with the class 0.36)" in lines[0]
+    assert "my runs/demo/page.html" in lines[1]
     assert "demo --task_p 1 0 --adv_weights 0" in lines[2]
+    assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
+    rows["mining"] = [{"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}]  # resumed from the version before
+    assert "mined" not in epoch.lesson(rows, {"Recall @ 1": 0.25}, Path("demo")).splitlines()[0]
 
 
 def reported(folder, share, epochs=2):
@@ -50,6 +56,25 @@ def test_plots_are_drawn_while_that_takes_little_time_after_a_mining_and_in_the_
     report.is_new_mining = is_new_mining
     report.evaluated({}, {})
     assert plot.exists() == is_drawn
+
+
+def test_what_cannot_be_drawn_is_a_warning_said_once(tmp_path, capsys):
+    report, plot = reported(tmp_path / "run", share=0.0)
+    report.run.minings, report.run.rows["probe"] = [np.zeros(4)], [{"Epochs": 0, "Time": 1.0, "Class by chance": "?"}]
+    images = ImageSet([""] * 4, np.array([0, 0, 1, 1]), ["a", "b"], pixels=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    for name in ("InfoPlot_Class.svg", "mined_clusters.png", "sample_recoveries.png"):
+        (tmp_path / "run" / name).mkdir()
+    report.run.best_indices = lambda: {"test": 1}
+    for before_epoch in (0, 1):
+        report.mined(before_epoch, images, np.array([0, 1, 0, 1]), np.zeros(4))
+        report.evaluated({"test": images}, {"test": dict.fromkeys(("Class", "Shared"), np.eye(4))})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].removeprefix(f"{tmp_path}/run/") for line in lines] == [
+        "mined_clusters.png", "sample_recoveries.png", "InfoPlot_Class.svg", "InfoPlot_Probe.svg"
+    ]  # fmt: skip
+    assert lines[0].endswith("mined_clusters.png: cannot be written (Is a directory); training goes on without it")
+    assert "cannot be drawn (ValueError: could not convert string to float" in lines[3]
+    assert (tmp_path / "run" / "sample_recoveries_Shared.png").is_file()
 
 
 def test_what_was_put_off_is_drawn_when_the_run_is_stopped(tmp_path):

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import ImageSet
+from report import fonts
 from report.plots import shortened
 from support.files import replaced_file
 
@@ -119,31 +119,36 @@ def largest_share(levels: np.ndarray) -> float:
     return np.bincount(levels).max() / len(levels)
 
 
-def share_by_chance(levels: np.ndarray, n_images: int, n_draws: int = 20) -> float:
-    """Return the largest_share that n_images random images have, the mean of some draws that are always the same."""
-    rng = np.random.default_rng(0)
-    return float(np.mean([largest_share(rng.choice(levels, n_images)) for _ in range(n_draws)]))
+def share_by_chance(levels: np.ndarray, n_images: int) -> float:
+    """Return the largest_share of n_images random images, averaged over draws that are the same each time."""
+    draws = np.random.default_rng(0).choice(levels, (5 + 500 // n_images, n_images))
+    return float(np.mean([largest_share(draw) for draw in draws]))
 
 
 def read_tile(images: ImageSet, index: int, kind: str) -> Tile:
     """Return the tile of an image, its class as the caption: one line that fits below it, in characters that exist."""
     name = " ".join(images.class_names[images.labels[index]].encode(errors="replace").decode().split())
-    return Tile(images.read(index).permute(1, 2, 0).numpy(), shortened(name, 16), kind)
+    caption = shortened(name, 16)
+    while text_width(caption, 13) > TILE + 10:  # of a script as wide as it is high
+        caption = shortened(name, len(caption) - 1)
+    return Tile(images.read(index).permute(1, 2, 0).numpy(), caption, kind)
 
 
 def draw_sheet(lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image.Image:
     """Draw rows of tiles, each row behind its heading of one line or several. lines: text above all rows."""
     step, row_height = TILE + 18, TILE + 36
-    heading_width = max(sheet_font(13).getlength(line) for heading in headings for line in heading.split("\n"))
+    heading_width = max(text_width(line, 13) for heading in headings for line in heading.split("\n"))
     left, top = EDGE + (heading_width + EDGE if heading_width else 0), EDGE + LINE * len(lines)
-    width = max(left + step * max(map(len, rows)), max(map(sheet_font(17).getlength, lines)) + 2 * EDGE)
+    width = max(left + step * max(map(len, rows)), max(text_width(line, 17) for line in lines) + 2 * EDGE)
     sheet = Image.new("RGB", (int(width), top + row_height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
-        pen.text((EDGE, EDGE / 2 + LINE * i), line, "black", sheet_font(17))
+        draw_text(pen, EDGE, EDGE / 2 + LINE * (i + 0.4), line, "black", 17)
     for i, (heading, row) in enumerate(zip(headings, rows, strict=True)):
         y = top + row_height * i
-        pen.multiline_text((EDGE, y + TILE // 2), heading, "black", sheet_font(13), anchor="lm", spacing=6)
+        heading_lines = heading.split("\n")
+        for j, line in enumerate(heading_lines):
+            draw_text(pen, EDGE, y + TILE / 2 + 19 * (j - (len(heading_lines) - 1) / 2), line, "black", 13)
         for j, tile in enumerate(row):
             draw_tile(sheet, pen, int(left + step * j), y, tile)
     return sheet
@@ -171,12 +176,26 @@ def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile
                 pen.rectangle((x + near, y + gap, x + near + 4, y + gap + 9), "white")
     if mark:
         pen.rectangle((x, y, x + 24, y + 24), colour)
-        pen.text((x + 12, y + 12), mark, "white", sheet_font(19), anchor="mm")
+        draw_text(pen, x + 12 - text_width(mark, 19) / 2, y + 12, mark, "white", 19)
     text_colour = "black" if tile.kind == "plain" else colour
-    pen.text((x + TILE // 2, y + TILE + 15), tile.caption, text_colour, sheet_font(13), anchor="mm")
+    draw_text(pen, x + (TILE - text_width(tile.caption, 13)) / 2, y + TILE + 15, tile.caption, text_colour, 13)
 
 
 @functools.cache
-def sheet_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font of contact sheets, which Matplotlib brings."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+def sheet_font(size: int, file: str) -> ImageFont.FreeTypeFont:
+    """Return the font of a file."""
+    return ImageFont.truetype(file, size)
+
+
+def text_width(text: str, size: int) -> float:
+    """Return how many pixels wide draw_text draws a text."""
+    return sum(sheet_font(size, file).getlength(part) for file, part in fonts.runs_of(text))
+
+
+def draw_text(pen: ImageDraw.ImageDraw, x: float, middle: float, text: str, colour: str, size: int) -> None:
+    """Draw a line of text from x on around a height, all of it on one base line whatever fonts it takes."""
+    ascent, descent = sheet_font(size, fonts.own_font()).getmetrics()
+    for file, part in fonts.runs_of(text):
+        font = sheet_font(size, file)
+        pen.text((x, middle + (ascent - descent) / 2), part, colour, font, anchor="ls")
+        x += font.getlength(part)

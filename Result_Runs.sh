@@ -87,7 +87,8 @@ case $name in
         ;;
     flags)
         setup_flags "${1:-}"
-        echo "${flags[@]}" "${@:2}"
+        printf '%q ' "${flags[@]}" "${@:2}"
+        echo
         ;;
     *) run "$name" "$@" ;;
 esac

@@ -223,7 +223,7 @@ def describe_clusters(
     factors: Mapping[str, np.ndarray],
     previous: np.ndarray | None = None,
 ) -> dict[str, int | float | None]:
-    """Describe mined labels: numbers of clusters with images and without, sizes of the former, and what they agree with.
+    """Describe mined labels: numbers of clusters with images and without, sizes of the former, what they agree with.
 
     Agreement is 1 for the same partition and 0 on average for random labels: the adjusted Rand index with the labels
     mined before, adjusted mutual information (AMI) with class and known factors. NMI would not do: it grows

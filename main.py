@@ -28,7 +28,7 @@ from report import page, sheets
 from run import options
 from run.checkpoint import StoredRun
 from run.folder import Run
-from run.history import History, row_text
+from run.history import History, Row, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance
 from support import errors, output, packages, processes
@@ -309,7 +309,7 @@ def renew_labels(
     row = {"Before Epoch": epoch, "Time": seconds_since(start)}
     row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
-    matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("AMI "))
+    matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
     log.info(
         f"mined for epoch {epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
         f"{described['Largest']} images; AMI of the labels with {matches}"
@@ -491,18 +491,24 @@ def epoch_line(run: Run, epoch: int, seconds: float) -> str:
     return "  ".join(parts) + f", {clock(run.history.seconds_left)} left"
 
 
+def what_was_mined(row: Row) -> str:
+    """Return which known factor a mining agrees with most; nothing for a row that an older version logged."""
+    agreements = {name.removeprefix("AMI "): value for name, value in row.items() if name.startswith("AMI ")}
+    with_class = agreements.pop("class", 0.0)
+    if not agreements:
+        return ""
+    factor = max(agreements, key=agreements.get)
+    is_clear = agreements[factor] > max(with_class, 0.5)
+    clear = f"the {factor}" if is_clear else f"nothing clear, most the {factor}"
+    return f"; mined: {clear} (AMI of the labels with it {agreements[factor]:z.2f}, with the class {with_class:z.2f})"
+
+
 def lesson(history: History) -> str:
     """Return the three lines that the demo ends with: what was learned, what to look at, what to try next."""
     before, after = (row["Recall @ 1"] for row in (history.initial_scores, history.rows["val"][-1]))
-    last = history.rows["mining"][-1]
-    mined = {name.removeprefix("AMI "): value for name, value in last.items() if name.startswith("AMI ")}
-    with_class = mined.pop("class")
-    factor = max(mined, key=mined.get)
-    is_clear = mined[factor] > max(with_class, 0.5)
-    clear = f"mined: the {factor}" if is_clear else f"mined: nothing clear, most the {factor}"
+    learned = f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}"
     return (
-        f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}; {clear} "
-        f"(AMI of the labels with it {mined[factor]:.2f}, with the class {with_class:.2f})\n"
+        f"{learned}{what_was_mined(history.rows['mining'][-1])}\n"
         f"look at: {history.folder / 'page.html'} in a browser; what the images of a mined cluster share is what was "
         "mined\n"
         "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "

@@ -15,7 +15,7 @@ from report import plots
 from run.history import History, column, scores_of, test_sets_of
 from run.options import PAIRS, shown
 from run.provenance import VERSIONS
-from support.errors import InputError
+from support.errors import InputError, first_few
 from support.files import replaced_file
 
 NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
@@ -121,7 +121,9 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
         except InputError as error:
             print(f"skipped {error}")
     if not runs:
-        raise InputError(f"--compare: no run to read among {', '.join(map(str, roots))}")
+        holders = sorted({str(path.parents[1]) for root in roots for path in Path(root).glob("*/*/hypa.pkl")})
+        hint = f"; runs lie in {first_few(holders)}: give those" if holders else ""
+        raise InputError(f"--compare: no run to read among {', '.join(map(str, roots))}{hint}")
     return runs
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,6 +21,7 @@ from data.images import VALIDATION
 from data.published import known_of
 from report import plots
 from report.compare import setting_flags
+from report.plots import warn, warned
 from run.checkpoint import LAST
 from run.history import (
     LOGS,
@@ -40,7 +41,6 @@ from run.provenance import command_to_resume
 from support import processes
 from support.errors import InputError
 from support.files import write_file
-from support.output import log
 
 SILENCE, FIRST_SILENCE = 600, 3600
 """Seconds after which a running run counts as silent, unless its epochs take long; before the first one is done."""
@@ -85,21 +85,6 @@ def draw_plots(history: History) -> None:
     if history.rows["probe"]:
         with warned(path):
             plots.draw_probe(path, history)
-
-
-@functools.cache
-def warn(path: Path, reason: str) -> None:
-    """Log a warning, once per process."""
-    log.warning(f"{path}: {reason}; training goes on without it")
-
-
-@contextlib.contextmanager
-def warned(path: Path) -> Iterator[None]:
-    """Turn what keeps a picture or page from being written into a warning: training is worth more than its page."""
-    try:
-        yield
-    except Exception as error:
-        warn(path, f"cannot be drawn ({getattr(error, 'strerror', None) or error or type(error).__name__})")
 
 
 def draw_page(history: History) -> None:
@@ -171,11 +156,11 @@ def picture(path: Path, words: str) -> dict[str, object] | None:
 
 def mining_slides(history: History) -> list[dict[str, object]]:
     """Return what the page's slider shows of each mining, oldest first."""
-    slides = []
-    for row in history.rows["mining"]:
+    rows, slides = history.rows["mining"], []
+    agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
+    for row in rows:
         epoch = row["Before Epoch"]
-        facts = {name.replace("AMI ", "AMI with "): number_text(row[name], ".3f")
-                 for name in row if name.startswith(("AMI ", "ARI "))}  # fmt: skip
+        facts = {name.replace("AMI ", "AMI with "): number_text(row.get(name), "z.3f") for name in agreements}
         for name in ("Clusters", "Smallest", "Median", "Largest"):
             facts[name if name == "Clusters" else f"{name} cluster"] = number_text(row.get(name), "g")
         words = f"Clusters mined before epoch {epoch}: a row for each, with the images nearest to its centre"

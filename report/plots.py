@@ -1,8 +1,10 @@
 """Plots of one run, and of runs against each other. The same figure gives the same bytes."""
 
 import contextlib
+import functools
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +14,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from data.images import VALIDATION
+from report import fonts
 from run.history import History, Row, column, scores_of
+from support.errors import first_line
 from support.files import replaced_file
+from support.output import log
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 """Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
@@ -36,13 +42,41 @@ BEST_MARK = {"marker": "*", "markersize": 17, "color": "#e69f00", "markeredgecol
 
 @contextlib.contextmanager
 def saved_figure(path: Path, **options) -> Iterator[Figure]:
-    """Yield a new figure to draw on; write it in the format of the path's ending, .svg, .png or .pdf, and undated."""
-    with matplotlib.rc_context(STYLE):
+    """Yield a new figure to draw on; write it in the format of the path's ending, .svg, .png or .pdf, and undated.
+
+    It looks the same whatever the user's matplotlibrc says.
+    """
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
+        # A name that no font of this machine can draw is boxes in it; in an SVG the browser has another try
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         figure = Figure(**options)
         yield figure
+        for text in figure.findobj(Text):
+            families = fonts.families_for(text.get_text())
+            if families:
+                text.set_fontfamily(families)
         metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix, {})
         with replaced_file(path) as file:
             figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
+
+
+@functools.cache
+def warn(path: Path, reason: str) -> None:
+    """Log a warning, once per process."""
+    log.warning(f"{path}: {reason}; training goes on without it")
+
+
+@contextlib.contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
+    try:
+        yield
+    except OSError as error:
+        warn(path, f"cannot be written ({error.strerror or first_line(error)})")
+    except Exception as error:
+        warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
 
 
 def draw_progress(path: Path, history: History, test_set: str) -> None:
@@ -217,18 +251,20 @@ def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
 def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     """Draw Recall@1 over the epochs: of each setting the mean, in a band of one standard deviation.
 
-    curves: setting to recall (epochs, runs).
+    curves: setting to recall (epochs, runs). The legend is beside the curves, however many there are.
     """
-    with saved_figure(path, figsize=(9, 5.5), layout="constrained") as figure:
+    with saved_figure(path, figsize=(9, max(5.5, 0.22 * len(curves)))) as figure:
+        matplotlib.rcParams["savefig.bbox"] = "tight"  # grow by the legend
         axis = figure.subplots()
         for i, (setting, recalls) in enumerate(curves.items()):
-            label = f"{plain(setting, 70)} ({recalls.shape[1]} run{'s' if recalls.shape[1] > 1 else ''})"
-            look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": LINES[i // 8 % 4], "markersize": 4}
+            label = f"{plain(setting, 110)} ({recalls.shape[1]} run{'s' if recalls.shape[1] > 1 else ''})"
+            look = {"color": COLOURS[i % 8], "linestyle": LINES[i // 8 % 4], "marker": MARKERS[(i + i // 32) % 8]}
+            look["markersize"] = 4
             draw_means(axis, recalls.index, recalls.to_numpy(), look, label)
         format_axis(axis, 8)
         axis.set(xlabel="epoch", ylabel="Recall @ 1 on the test classes")
         axis.set_title("mean over runs, band: one standard deviation", loc="left", fontsize=10)
-        axis.legend(fontsize=9)
+        axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
 
 
 def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
@@ -237,7 +273,10 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
     table: the lists of Recall@1 of the runs at each value of the flag (rows), for each line (columns), NaN where there
     is none. Values are drawn at equal distances. A line whose name starts with "paper" has published numbers.
     """
-    with saved_figure(path, figsize=(8.4, 4.6 + 0.25 * len(table.columns)), layout="constrained") as figure:
+    values = [plain(str(value), 40) for value in table.index]
+    is_crowded = sum(len(value) + 2 for value in values) > 85  # characters that fit side by side
+    height = 4.6 + 0.25 * len(table.columns) + (0.08 * max(map(len, values)) if is_crowded else 0)
+    with saved_figure(path, figsize=(max(8.4, 0.22 * len(values)), height), layout="constrained") as figure:
         axis = figure.subplots()
         for i, name in enumerate(table):
             places = np.flatnonzero(table[name].notna())
@@ -246,10 +285,10 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
             look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
             recalls = list(table[name].dropna())
             draw_means(axis, places, recalls, look, plain(name, 90))
-            for place, values in zip(places, recalls):
-                if len(values) > 1:
-                    axis.scatter([place] * len(values), values, s=12, color=look["color"], alpha=0.6, zorder=3)
-        axis.set_xticks(range(len(table)), table.index)
+            for place, of_runs in zip(places, recalls):
+                if len(of_runs) > 1:
+                    axis.scatter([place] * len(of_runs), of_runs, s=12, color=look["color"], alpha=0.6, zorder=3)
+        axis.set_xticks(range(len(table)), values, rotation=90 if is_crowded else 0)
         axis.set(xlabel=f"--{flag}", ylabel="Recall @ 1 on the test classes")
         axis.set_title("mean over runs, band: one standard deviation, dots: runs", loc="left", fontsize=10)
         axis.grid(axis="y", alpha=0.25)

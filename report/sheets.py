@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import ImageSet
-from report.plots import run_title, shortened
+from report import fonts
+from report.plots import run_title, shortened, warned
 from run.history import History, mining_sheet, neighbour_sheet
 from support.files import replaced_file
 
@@ -51,8 +51,9 @@ def draw_neighbours(
         for task in ("Class", "Shared") if history.rows["mining"] else ("Class",):
             path = neighbour_sheet(history.folder, name, task)
             title = f"{run_title(history, name)}, epoch {epoch}: nearest by the {task} embedding"
-            draw_recoveries(path, tests[name], embeddings[name][task], title)
-            paths.append(path)
+            with warned(path):
+                draw_recoveries(path, tests[name], embeddings[name][task], title)
+                paths.append(path)
     return paths
 
 
@@ -60,9 +61,11 @@ def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_d
     """Draw the last mining, see draw_clusters, to mined_clusters.png and to a sheet that stays; return the former."""
     epoch, latest = history.mined_epochs[-1], history.folder / "mined_clusters.png"
     path = mining_sheet(history.folder, epoch)
-    path.parent.mkdir(exist_ok=True)
-    draw_clusters([path, latest], history.folder.name, epoch, images, mined, squared_distances)
-    return [latest]
+    with warned(latest):
+        path.parent.mkdir(exist_ok=True)
+        draw_clusters([path, latest], history.folder.name, epoch, images, mined, squared_distances)
+        return [latest]
+    return []
 
 
 def draw_recoveries(
@@ -120,7 +123,8 @@ def clusters_to_show(
     """Return caption and images of clusters, largest first: all, or of many the largest, middle and smallest ones.
 
     Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
-    number of classes, and where there are factors the one that most images have in common beyond what is so in all.
+    number of classes, and where there are factors the one that most images have in common beyond what as many random
+    images have: a factor of many levels would win in small clusters otherwise. None where no factor is beyond that.
     clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
     (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10 clusters.
     """
@@ -135,9 +139,12 @@ def clusters_to_show(
         members = members[np.argsort(squared_distances[members], kind="stable")]
         first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
         caption = f"cluster {cluster}\n{len(members)} images\n{len(first_of_class)} classes"
-        shares = {name: largest_share(levels[members]) - largest_share(levels) for name, levels in factors.items()}
-        if shares:
-            name = max(shares, key=shares.get)
+        excess = {
+            name: largest_share(levels[members]) - share_by_chance(levels, len(members))
+            for name, levels in factors.items()
+        }
+        name = max(excess, key=excess.get, default="")
+        if excess.get(name, 0) > 0:
             caption += f"\n{100 * largest_share(factors[name][members]):.0f} % alike in\n{name}"
         shown.append((caption, members[first_of_class[:n_images]]))
     return shown
@@ -148,25 +155,36 @@ def largest_share(levels: np.ndarray) -> float:
     return np.bincount(levels).max() / len(levels)
 
 
+def share_by_chance(levels: np.ndarray, n_images: int) -> float:
+    """Return the largest_share of n_images random images, averaged over draws that are the same each time."""
+    draws = np.random.default_rng(0).choice(levels, (5 + 500 // n_images, n_images))
+    return float(np.mean([largest_share(draw) for draw in draws]))
+
+
 def read_tile(images: ImageSet, index: int, kind: str) -> Tile:
     """Return the tile of an image, its class as the caption: one line that fits below it, in characters that exist."""
     name = " ".join(images.class_names[images.labels[index]].encode(errors="replace").decode().split())
-    return Tile(images.read(index).permute(1, 2, 0).numpy(), shortened(name, 16), kind)
+    caption = shortened(name, 16)
+    while text_width(caption, 13) > TILE + 10:  # of a script as wide as it is high
+        caption = shortened(name, len(caption) - 1)
+    return Tile(images.read(index).permute(1, 2, 0).numpy(), caption, kind)
 
 
 def draw_sheet(lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image.Image:
     """Draw rows of tiles, each row behind its heading of one line or several. lines: text above all rows."""
     step, row_height = TILE + 18, TILE + 36
-    heading_width = max(sheet_font(13).getlength(line) for heading in headings for line in heading.split("\n"))
+    heading_width = max(text_width(line, 13) for heading in headings for line in heading.split("\n"))
     left, top = EDGE + (heading_width + EDGE if heading_width else 0), EDGE + LINE * len(lines)
-    width = max(left + step * max(map(len, rows)), max(map(sheet_font(17).getlength, lines)) + 2 * EDGE)
+    width = max(left + step * max(map(len, rows)), max(text_width(line, 17) for line in lines) + 2 * EDGE)
     sheet = Image.new("RGB", (int(width), top + row_height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, line in enumerate(lines):
-        pen.text((EDGE, EDGE / 2 + LINE * i), line, "black", sheet_font(17))
+        draw_text(pen, EDGE, EDGE / 2 + LINE * (i + 0.4), line, "black", 17)
     for i, (heading, row) in enumerate(zip(headings, rows, strict=True)):
         y = top + row_height * i
-        pen.multiline_text((EDGE, y + TILE // 2), heading, "black", sheet_font(13), anchor="lm", spacing=6)
+        heading_lines = heading.split("\n")
+        for j, line in enumerate(heading_lines):
+            draw_text(pen, EDGE, y + TILE / 2 + 19 * (j - (len(heading_lines) - 1) / 2), line, "black", 13)
         for j, tile in enumerate(row):
             draw_tile(sheet, pen, int(left + step * j), y, tile)
     return sheet
@@ -194,12 +212,26 @@ def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile
                 pen.rectangle((x + near, y + gap, x + near + 4, y + gap + 9), "white")
     if mark:
         pen.rectangle((x, y, x + 24, y + 24), colour)
-        pen.text((x + 12, y + 12), mark, "white", sheet_font(19), anchor="mm")
+        draw_text(pen, x + 12 - text_width(mark, 19) / 2, y + 12, mark, "white", 19)
     text_colour = "black" if tile.kind == "plain" else colour
-    pen.text((x + TILE // 2, y + TILE + 15), tile.caption, text_colour, sheet_font(13), anchor="mm")
+    draw_text(pen, x + (TILE - text_width(tile.caption, 13)) / 2, y + TILE + 15, tile.caption, text_colour, 13)
 
 
 @functools.cache
-def sheet_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return the font of contact sheets, which Matplotlib brings."""
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
+def sheet_font(size: int, file: str) -> ImageFont.FreeTypeFont:
+    """Return the font of a file."""
+    return ImageFont.truetype(file, size)
+
+
+def text_width(text: str, size: int) -> float:
+    """Return how many pixels wide draw_text draws a text."""
+    return sum(sheet_font(size, file).getlength(part) for file, part in fonts.runs_of(text))
+
+
+def draw_text(pen: ImageDraw.ImageDraw, x: float, middle: float, text: str, colour: str, size: int) -> None:
+    """Draw a line of text from x on around a height, all of it on one base line whatever fonts it takes."""
+    ascent, descent = sheet_font(size, fonts.own_font()).getmetrics()
+    for file, part in fonts.runs_of(text):
+        font = sheet_font(size, file)
+        pen.text((x, middle + (ascent - descent) / 2), part, colour, font, anchor="ls")
+        x += font.getlength(part)

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -41,6 +42,14 @@ class FlagHelpFormatter(argparse.HelpFormatter):
 def shown(value: object) -> str:
     """Return a flag's value as it is typed."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def typed(flag: str, value: object) -> str:
+    """Return a flag with its value as it can be pasted into a command line; "no --flag" where it is not to be given."""
+    if value is None or value is False:
+        return f"no --{flag}"
+    values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+    return shlex.join([f"--{flag}", *map(str, values)])
 
 
 def number(kind: type, holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
@@ -280,6 +289,6 @@ def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Na
     other = [flag for flag in given if flag not in (*RESUMABLE, "save_path") and was[flag] != given[flag]]
     other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
     if other:
-        differing = " ".join(f"--{flag} {shown(was[flag])}" for flag in other)
+        differing = " ".join(typed(flag, was[flag]) for flag in other)
         parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")
     return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})

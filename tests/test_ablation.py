@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -292,7 +293,7 @@ def setup(name, *flags):
         ["bash", str(ROOT / "Result_Runs.sh"), "flags", name, *flags],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    return main.get_args_parser().parse_args(printed.stdout.split())
+    return main.get_args_parser().parse_args(shlex.split(printed.stdout))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +310,7 @@ def test_the_published_setups(dataset, expected):
     args = setup(dataset)
     assert (args.shared_num_classes, args.adv_weights, args.task_p, args.tau, args.n_epochs) == expected
     assert (args.dataset, args.seed, args.random_cluster_pick_p, args.cluster_update_freq) == (dataset, 0, 0.2, 3)
-    assert setup(dataset, "--seed", "5", "--source_path", "a").source_path == "a"
+    assert setup(dataset, "--seed", "5", "--source_path", "my data").source_path == "my data"  # as it can be pasted
 
 
 def test_result_runs_starts_what_it_is_asked_for(folder):

@@ -325,6 +325,13 @@ def test_what_cannot_be_compared_is_named(tmp_path):
         compare.compare_runs([tmp_path / "runs" / "broken"])
 
 
+def test_a_folder_above_those_of_the_data_sets_is_told_where_runs_lie(tmp_path):
+    for dataset in ("cars196", "shapes"):
+        write_run(tmp_path / dataset / "a run", [0.5], dataset=dataset)
+    with pytest.raises(InputError, match=f"; runs lie in {tmp_path}/cars196, {tmp_path}/shapes: give those"):
+        compare.compare_runs([tmp_path])
+
+
 @pytest.mark.parametrize("names", ["ab", "ba"])
 def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, names):
     write_run(tmp_path / "a", [0.3])

@@ -189,14 +189,24 @@ def test_score_set_of_perfect_embeddings():
     assert without == scores | {"NMI": None, "F1": None}
 
 
+@pytest.mark.parametrize(("n_images", "n_classes", "n_clusters"), [(2588, 400, 15), (805, 10, 15), (400, 400, 8)])
+def test_random_labels_agree_with_nothing_however_many_there_are(n_images, n_classes, n_clusters):
+    """NMI of the first is 0.26; the last is a factor with a level of its own for each image."""
+    rng = np.random.default_rng(0)
+    labels, clusters = np.arange(n_images) % n_classes, rng.integers(n_clusters, size=n_images)
+    row = evaluate.describe_clusters(clusters, n_clusters, labels, {"photo": labels, "mined": clusters})
+    assert row["AMI class"] == row["AMI photo"] == pytest.approx(0, abs=0.02)
+    assert row["AMI mined"] == pytest.approx(1)
+
+
 def test_clusters_are_described_by_size_and_what_they_match():
     clusters = np.array([0, 0, 0, 4, 4, 2])
     classes, factors = np.array([0, 1, 2, 0, 1, 2]), {"light": np.array([1, 1, 1, 0, 0, 2])}
     row = evaluate.describe_clusters(clusters, 5, classes, factors)
     sizes = {"Clusters": 3, "Empty": 2, "Smallest": 1, "Median": 2.0, "Largest": 3, "ARI with previous": None}
     assert {name: row[name] for name in sizes} == sizes
-    assert row["NMI light"] == pytest.approx(1.0)
-    assert row["NMI class"] < 0.6
+    assert row["AMI light"] == pytest.approx(1.0)
+    assert row["AMI class"] < 0.1
     # pairs of 15 together in the labels mined before: 2; now: 4; in both: 1, by chance 2 * 4 / 15, at most (2 + 4) / 2
     row = evaluate.describe_clusters(clusters, 5, classes, factors, previous=np.array([0, 0, 1, 2, 3, 2]))
     assert row["ARI with previous"] == pytest.approx((1 - 8 / 15) / (3 - 8 / 15))

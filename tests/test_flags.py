@@ -65,6 +65,13 @@ def test_defaults_that_depend_on_other_flags():
     assert parse("--losses", "proxynca", "marginloss").cs_per_bs == [1, 4]
 
 
+def test_flags_that_a_message_asks_for_can_be_pasted():
+    named = {"weights": "my nets/a.pth", "task_p": [1.0, 0.8], "tensorboard": True, "fast_eval": False}
+    assert [options.typed(flag, value) for flag, value in named.items()] == [
+        "--weights 'my nets/a.pth'", "--task_p 1.0 0.8", "--tensorboard", "no --fast_eval"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -53,7 +53,7 @@ def rows_of(n_epochs, prefixes=("",)):
         kinds = ["light", f"{prefixes[0] or 'Test '}light"]
         rows["probe"].append(done | {f"{kind} {what}": 0.4 for kind in kinds for what in ("from Class", "by chance")})
         if i % 2 == 0:
-            agreements = {"ARI with previous": 0.7 if i else None, "NMI class": 0.2, "NMI light": 0.123 + i}
+            agreements = {"ARI with previous": 0.7 if i else None, "AMI class": -0.0002, "AMI light": 0.123 + i}
             rows["mining"].append({"Before Epoch": i, "Time": 1.0, "Clusters": 8, "Empty": 0} | agreements)
     return rows
 
@@ -122,8 +122,8 @@ def test_the_slider_has_a_step_for_each_mining(tmp_path):
     slides = json.loads(parsed.texts["script"][1])
     assert [slide["epoch"] for slide in slides] == [0, 2, 4, 6]
     assert [slide["url"] for slide in slides] == ["mined/before_epoch_0000.jpg", "", "", "mined_clusters.png"]
-    assert [value for _, value in slides[0]["facts"]] == ["–", "0.200", "0.123", "8", "–", "–", "–"]
-    assert slides[1]["facts"][2] == ["NMI with light", "2.123"]
+    assert [value for _, value in slides[0]["facts"]] == ["–", "0.000", "0.123", "8", "–", "–", "–"]
+    assert slides[1]["facts"][2] == ["AMI with light", "2.123"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

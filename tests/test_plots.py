@@ -4,14 +4,16 @@ import os
 import re
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
-from report import plots
+from report import fonts, plots
 from support import packages
 
 ROWS = [
@@ -132,6 +134,76 @@ def test_comparison_has_a_line_for_each_setting(tmp_path):
         plots.draw_comparison(path, {"a": pd.DataFrame({"run": ["no number"]})})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["plot.svg"]
+
+
+@pytest.mark.parametrize("n_settings", [3, 40])
+def test_the_legend_of_a_comparison_is_beside_the_curves_and_whole(tmp_path, n_settings):
+    names = [f"setting {i} with a long name of flags and values, to {i}" for i in range(n_settings)]
+    plots.draw_comparison(tmp_path / "plot.svg", {name: pd.DataFrame(np.full((3, 2), 0.5)) for name in names})
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    width, height = (float(size) for size in root.get("viewBox").split()[2:])
+    places = {}
+    for node in root.iter():
+        if node.tag.endswith("}text"):
+            places[node.text] = float(node.get("x")), float(node.get("y"))
+    (legend,) = elements(tmp_path / "plot.svg", r"legend_\d+")
+    curves = next(node for node in elements(tmp_path / "plot.svg", "patch_2")[0].iter() if node.get("d")).get("d")
+    right_of_curves = max(map(float, re.findall(r"[\d.]+", curves)[::2]))
+    assert texts(legend) == [f"{name} (2 runs)" for name in names]
+    assert all(right_of_curves < places[text][0] < width - 200 and places[text][1] < height for text in texts(legend))
+
+
+def test_forty_curves_look_different(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plots.draw_comparison(tmp_path / "plot.svg", {str(i): pd.DataFrame(np.full((3, 2), 0.5)) for i in range(40)})
+    lines = drawn[0].axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}) == 40
+
+
+@pytest.mark.parametrize("values", [[str(5 * i) for i in range(1, 41)], ["no_norm", "mean"], ["/a/$net", "/b/$net"]])
+def test_values_below_an_ablation_do_not_overlap(tmp_path, monkeypatch, values):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    plots.draw_ablation(
+        tmp_path / "plot.svg", "flag", pd.DataFrame({"best epoch": [[0.5]] * len(values)}, index=values)
+    )
+    drawn[0].draw_without_rendering()
+    labels = drawn[0].axes[0].get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    assert [label.get_text().replace("\\$", "$") for label in labels] == values
+    assert all(one.x1 < other.x0 for one, other in zip(boxes, boxes[1:]))
+
+
+def test_plots_look_the_same_whatever_the_users_matplotlibrc(tmp_path):
+    theirs = {"text.usetex": True, "font.family": "serif", "axes.facecolor": "black", "figure.dpi": 30}
+    theirs |= {"savefig.bbox": "tight", "lines.linewidth": 9, "backend": "qtagg", "xtick.labelsize": 30}
+    for name, settings in (("ours.svg", {}), ("theirs.svg", theirs)):
+        with matplotlib.rc_context(settings):
+            plots.draw_progress(tmp_path / name, train_rows(5), ROWS, "a run", best=1)
+            assert matplotlib.rcParams["text.usetex"] == bool(settings)  # left as it was
+    assert (tmp_path / "ours.svg").read_bytes() == (tmp_path / "theirs.svg").read_bytes()
+
+
+def test_names_are_drawn_in_a_font_that_has_their_characters(tmp_path):
+    """STIXGeneral, which Matplotlib brings, stands for a font of the system."""
+    own = fonts.characters_of(fonts.own_font())
+    more = fonts.characters_of(font_manager.findfont("STIXGeneral"))
+    character = chr(min(code for code in {*more} - {*own} if chr(code).isprintable()))
+    family, file = fonts.font_of(character)
+    assert family != fonts.OWN
+    assert ord(character) in fonts.characters_of(file)
+    plots.draw_comparison(tmp_path / "plot.svg", {f"a {character}": pd.DataFrame([0.5]), "b": pd.DataFrame([0.5])})
+    styles = {node.text: node.get("style") for node in ElementTree.parse(tmp_path / "plot.svg").iter() if node.text}
+    assert f"'DejaVu Sans', '{family}'" in styles[f"a {character} (1 run)"]
+    assert family not in styles["b (1 run)"]
+    assert [part for _, part in fonts.runs_of(f"a {character}")] == ["a ", character]
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_character_that_no_font_has_is_drawn_without_a_word(tmp_path, suffix):
+    plots.draw_comparison(tmp_path / f"plot{suffix}", {"\U000fabcd 漢字 🦜": pd.DataFrame([0.5])})
+    assert fonts.font_of("\U000fabcd")[0] == fonts.OWN
 
 
 def test_ablation_shows_every_value_mean_and_run(tmp_path):

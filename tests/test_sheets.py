@@ -57,8 +57,7 @@ def test_mined_clusters_have_a_row_each_and_say_what_they_are(tmp_path):
     images = grey_images([0, 1, 1, 2, 0, 0, 3], ["a", "b", "c", "d"], factors={"light": np.arange(N) % 2})
     mined, distances = np.array([7, 7, 7, 7, 2, 2, 5]), np.array([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.0])
     sheets.draw_clusters([tmp_path / "sheet.png"], "run", 4, images, mined, distances)
-    width = max(sheets.sheet_font(13).getlength(line) for line in ("cluster 7", "100 % alike in"))
-    left = int(2 * sheets.EDGE + width)
+    left = int(2 * sheets.EDGE + max(sheets.text_width(line, 13) for line in ("cluster 7", "4 images", "3 classes")))
     assert tiles(tmp_path / "sheet.png", left) == [
         [("plain", 1), ("plain", 0), ("plain", 3)], [("plain", 5)], [("plain", 6)]
     ]  # fmt: skip
@@ -76,9 +75,18 @@ def test_clusters_are_shown_by_the_nearest_image_of_each_class():
     assert sheets.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]
     factors = {"light": np.array([1, 1, 1, 0, 0, 1, 1]), "size": np.array([0, 1, 0, 1, 0, 0, 1])}
     captions = [caption for caption, _ in sheets.clusters_to_show(clusters, distances, classes, factors)]
-    assert [caption.split("\n", 3)[3] for caption in captions] == [
-        "75 % alike in\nlight", "100 % alike in\nsize", "100 % alike in\nsize"
+    assert captions[2] == "cluster 5\n1 images\n1 classes"  # a single image is alike in everything
+    assert [caption.split("\n", 3)[3] for caption in captions[:2]] == [
+        "75 % alike in\nlight", "100 % alike in\nsize"
     ]  # fmt: skip
+
+
+def test_a_factor_of_many_levels_is_not_what_small_clusters_have_in_common():
+    clusters, light = np.repeat(np.arange(10), 4), np.tile([0, 0, 0, 1], 10)
+    factors = {"photo": np.arange(40), "light": np.where(clusters < 5, light, 1 - light)}
+    shown = sheets.clusters_to_show(clusters, np.zeros(40), np.arange(40), factors)
+    assert not any("photo" in caption for caption, _ in shown)
+    assert sum("75 % alike in\nlight" in caption for caption, _ in shown) == 10
 
 
 def test_of_many_clusters_the_largest_middle_and_smallest_are_shown():

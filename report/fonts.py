@@ -1,0 +1,73 @@
+"""Fonts for names in scripts that Matplotlib's own font, DejaVu Sans, does not have: Chinese, Japanese, emoji."""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
+
+OWN = "DejaVu Sans"
+USELESS = ("Last Resort", "Color Emoji")
+"""In names of fonts: placeholders for every character there is, and pictures that cannot be drawn as outlines."""
+
+
+def own_font() -> str:
+    """Return the file of DejaVu Sans that comes with Matplotlib."""
+    return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+
+
+def characters_of(file: str) -> np.ndarray:
+    """Return the code points that a font has; none where its file has gone since Matplotlib listed it."""
+    try:
+        return np.fromiter(FT2Font(file).get_charmap(), dtype=np.int64)
+    except (OSError, RuntimeError):
+        return np.empty(0, dtype=np.int64)
+
+
+@functools.cache
+def system_fonts() -> dict[str, tuple[str, np.ndarray]]:
+    """Return a font of each family that Matplotlib knows of, {family: (file, code points)}, plain and sans serif first.
+
+    All of them are opened, in about a second, and only if a name needs it.
+    """
+    entries = [font for font in font_manager.fontManager.ttflist if not any(word in font.name for word in USELESS)]
+    entries.sort(key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name, font.fname))
+    files: dict[str, str] = {}
+    for font in entries:
+        files.setdefault(font.name, font.fname)
+    return {family: (file, characters_of(file)) for family, file in files.items()}
+
+
+@functools.cache
+def own_characters() -> frozenset[int]:
+    """Return the code points of DejaVu Sans."""
+    return frozenset(characters_of(own_font()).tolist())
+
+
+@functools.cache
+def font_of(character: str) -> tuple[str, str]:
+    """Return family and file of the font that draws a character: DejaVu Sans where it has it, or where no font has."""
+    if character.isprintable() and ord(character) not in own_characters():
+        for family, (file, characters) in system_fonts().items():
+            if ord(character) in characters:
+                return family, file
+    return OWN, own_font()
+
+
+def families_for(text: str) -> list[str]:
+    """Return the families that Matplotlib is to try for a text, one after the other; none but its own if that does.
+
+    The last one is for the browser that shows an SVG: it may have fonts that this machine has not.
+    """
+    others = dict.fromkeys(font_of(character)[0] for character in text if font_of(character)[0] != OWN)
+    return [OWN, *others, "sans-serif"] if others else []
+
+
+def runs_of(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the parts of a text that one font draws, as (file of the font, part)."""
+    for file, characters in itertools.groupby(text, lambda character: font_of(character)[1]):
+        yield file, "".join(characters)

@@ -67,7 +67,7 @@ def draw(history: History) -> None:
         draw_plots(history)
     draw_page(history)
     if (history.folder / LAST).exists():
-        draw_index(history.folder.absolute().parent)
+        draw_index(history.folder.absolute())
 
 
 def modified(path: Path) -> int:
@@ -206,12 +206,12 @@ def patience(history: History) -> float:
     return max(SILENCE, 3 * history.seconds / history.epoch) if history.epoch else FIRST_SILENCE
 
 
-def draw_index(parent: Path) -> None:
-    """Write index.html in a folder of runs; what cannot be drawn is a warning.
+def draw_index(folder: Path) -> None:
+    """Write index.html beside a run folder; what cannot be drawn is a warning.
 
     An index.html that is not ours is left alone. Of two runs that write it at once the last one wins.
     """
-    path = parent / "index.html"
+    parent, path = folder.parent, folder.parent / "index.html"
     with warned(path):
         if path.exists() and MARKER not in path.read_bytes()[: 2**16]:
             warn(path, "is none of ours and is left alone")
@@ -229,7 +229,9 @@ def draw_index(parent: Path) -> None:
             test_set=test_set,
             paper=scores_of(known_of(dataset).scores, test_set),
         )
-        write_file(path, content)
+        temporary = folder / ".index.html.tmp"  # in a folder where no other run writes
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
 
 
 def read_histories(parent: Path) -> list[History]:

@@ -159,7 +159,10 @@ def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]
     rows = view.rows["mining"]
     agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
     labels = {name: name.replace("AMI ", "AMI with ") for name in agreements}
-    lines = {labels[name]: (look_of(i), points_of(rows, name, "Before Epoch")) for i, name in enumerate(agreements)}
+    lines = {}
+    for i, name in enumerate(agreements):
+        points = points_of(rows, name, "Before Epoch")
+        lines[labels[name]] = (look_of(i), [(epoch, round(value, 4) + 0.0) for epoch, value in points])  # no -0
     slides, first, last = [], min(view.mined_before, default=0), max(view.mined_before, default=0)
     for row in rows:
         epoch = row["Before Epoch"]

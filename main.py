@@ -300,7 +300,7 @@ def renew_labels(
     previous: the labels so far, None for the first time. Clusters are numbered anew each time; betas and proxies stay
     with the number, as published.
     """
-    start, images = time.time(), loader.dataset.images
+    start, images = time.monotonic(), loader.dataset.images
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
@@ -383,16 +383,16 @@ def evaluate_epoch(
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
-        start = time.time()
+        start = time.monotonic()
         embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
         run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
-            start = time.time()
+            start = time.monotonic()
             scores = evaluate.score_sets("Shared", embeddings, tests, **scoring)
             run.log("shared", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if len(loaders.probe.dataset):
-            start = time.time()
+            start = time.monotonic()
             accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
             run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
     run.keep_best(network)
@@ -511,7 +511,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         report.write_page()
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
-            start = time.time()
+            start = time.monotonic()
             steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
             batches = run.stopwatch.loading(loaders.batches)
@@ -525,7 +525,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 evaluate_epoch(args, run, report, network, loaders, mined, epoch)
                 said = f"{scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
-            print(f"epoch {epoch}  {said}  {time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
+            print(f"epoch {epoch}  {said}  {time.monotonic() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
             if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
                 mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()

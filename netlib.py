@@ -1,7 +1,7 @@
 """The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -233,7 +233,11 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
     the file is executed. Raises InputError with one line for whatever is wrong with it.
     """
     path = weights.checkpoint_path(run_folder, checkpoint)
-    stored = weights.read_checkpoint(path)
+    return rebuild(weights.read_checkpoint(path), path)
+
+
+def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
+    """Return the network of a checkpoint that was read from a path, see load."""
     flags, state = stored["flags"], stored["state_dict"]
     try:
         arch = flags["arch"]

@@ -467,8 +467,12 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
+    if args.compile:
+        netlib.try_compile(device)
     started = provenance(argv, device, [args.arch, *args.losses])
     print(f"{as_text(started)}\ncommand: {started['command']}")
+    if warning := processes.warning_of_other_tasks():
+        print(warning)
     run = Run(
         Path(args.resume or options.run_folder(args)),
         options.kept(args),

@@ -252,6 +252,18 @@ def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
     return network.to(memory_format=torch.channels_last).eval()
 
 
+def try_compile(device: torch.device) -> None:
+    """Compile a small function and its gradient. Raises InputError where torch.compile cannot be used on a device."""
+    try:
+        torch.compile(lambda x: (x * x).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
+    except Exception as error:  # without a compiler, Python's headers or a GPU new enough it raises almost anything
+        reason = next((line for line in str(error).splitlines() if "error: " in line), first_line(error))
+        raise InputError(
+            f"--compile: torch.compile cannot be used here ({reason}); install what is missing, or start a new run "
+            "without it"
+        ) from error
+
+
 def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bool) -> nn.Module:
     """Return the network as training steps run it: compiled, and with gradients that are the mean over all processes.
 

@@ -472,6 +472,16 @@ def test_fp16_trains_with_a_gradient_scaler(tiny_run):
     assert scaler["scale"] > main.SMALLEST_SCALE
 
 
+def test_compile_that_cannot_compile_is_refused_before_the_folder_is_made(class_folders, tmp_path, capsys, monkeypatch):
+    def without_headers(*_):
+        raise RuntimeError("C++ compile error\n\nOutput:\na.cpp:1:10: fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_headers))
+    error = refused(capsys, small_flags(class_folders, tmp_path / "results", "--compile"))
+    assert "--compile: torch.compile cannot be used here (a.cpp:1:10: fatal error: Python.h: No such file" in error
+    assert not (tmp_path / "results").exists()
+
+
 def test_compile_changes_no_key_of_the_checkpoint(tiny_run, monkeypatch):
     more = ["--bn", "frozen", "--n_epochs", 1]
     plain = tiny_run(*more)

@@ -29,7 +29,7 @@ from data.published import known_of
 from report.epoch import Report, lesson
 from run import options
 from run.folder import Run
-from run.logs import scores_line
+from run.logs import losses_line, scores_line
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance
 from run.trial import Settled, StepTimer, report_lines
@@ -525,10 +525,10 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
                 averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
             averages["Learning Rate"] = scheduler.get_last_lr()[0]
             run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
-            said = scores_line(run.rows["train"][-1])
+            said = losses_line(run.rows["train"][-1])
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 evaluate_epoch(args, run, report, network, loaders, mined, epoch)
-                said = f"{scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
+                said += f"  {scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
             print(f"epoch {epoch}  {said}  {time.monotonic() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
             if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
                 mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)

@@ -179,9 +179,6 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
     run.require_images(described)
-    if args.cache == "ram":
-        tests = cached({"train": train, **tests}, processes.local_world_size())
-        train = tests.pop("train")
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
@@ -189,6 +186,9 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--bs {args.bs} {too_large}")
     if args.task_p[1] > 0 and args.shared_num_classes > len(train):
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
+    if args.cache == "ram":  # takes minutes
+        tests = cached({"train": train, **tests}, processes.local_world_size())
+        train = tests.pop("train")
     for name, images in {"train": train, **tests}.items():
         print(f"{name}: {images.describe()}")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:

@@ -144,6 +144,8 @@ def spoil_first_image(root):
         (["--dataset", "few"], lambda root: write_class_folders(root / "few", (3, 3, 3)), "at least 4 are needed"),
         (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
         (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
+        (["--dataset", "tiny", "--cache", "ram", "--bs", "12"], spoil_first_image, "--bs 12 is larger than the 10"),
+        (["--dataset", "tiny", "--cache", "ram", "--val_classes", "0.5"], spoil_first_image, "--val_classes 0.5: "),
         (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
         (["--dataset", "tiny", "--task_p", "1", "0"], spoil_first_image, "class_01/2.jpg"),
         (

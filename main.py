@@ -31,7 +31,7 @@ from run import options
 from run.folder import Run
 from run.logs import losses_line, scores_line
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
-from run.provenance import as_text, provenance
+from run.provenance import as_text, provenance, warning_of_threads
 from run.trial import Settled, StepTimer, report_lines
 from support import errors, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
@@ -80,7 +80,8 @@ def get_args_parser() -> OneLineParser:
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
     add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
         "core; 0 loads in the main process; does not change results")
-    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
+    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
+        "same number of threads")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
         "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less memory")
     add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
@@ -512,6 +513,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
             run.save(parts, epoch=0)
         else:
             mined = run.restore(parts, images.names)
+            if warning := warning_of_threads(run.provenance):
+                print(warning)
         report.write_page()
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):

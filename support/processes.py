@@ -45,6 +45,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
+def n_machines() -> int:
+    """Return how many machines they run on."""
+    return world_size() // local_world_size()
+
+
 def is_first() -> bool:
     """Tell whether this process is the one that prints and writes files."""
     return rank() == 0

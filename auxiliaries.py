@@ -132,8 +132,8 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
 
 
 def seconds_since(start: float) -> float:
-    """Return the seconds since a time of time.time(), as logs hold them."""
-    return round(time.time() - start, 2)
+    """Return the seconds since a time of time.monotonic(), as logs hold them."""
+    return round(time.monotonic() - start, 2)
 
 
 class LossMeter:

@@ -8,6 +8,7 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -354,7 +355,8 @@ def score_run(args: argparse.Namespace) -> None:
     """Score each test set with its best checkpoint beside what the run logged; store embeddings where asked for."""
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
-    stored = weights.read_checkpoint(checkpoints[0])
+    read = functools.cache(weights.read_checkpoint)
+    stored = read(checkpoints[0])
     flags = stored["flags"]
     dataset = args.dataset or flags["dataset"]
     train_images, tests = datasets.load_dataset(dataset, args.source_path or flags["source_path"])
@@ -378,11 +380,11 @@ def score_run(args: argparse.Namespace) -> None:
     for name, images in tests.items():
         best = run / f"checkpoint{logs.file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
-        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
+        embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
         print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
-        rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
+        rows = read(checkpoint)["progress"]["rows"]
         # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
@@ -404,7 +406,7 @@ def print_scores(scores: Mapping[str, float | None], row: logs.Row, test_set: st
 
 def embed(
     checkpoint: Path,
-    flags: Mapping[str, object],
+    stored: Mapping[str, Mapping],
     images: ImageSet,
     embedding: str,
     n_workers: int | None,
@@ -412,9 +414,10 @@ def embed(
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError and
-    DivergedError.
+    stored: what the checkpoint holds. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises
+    InputError and DivergedError.
     """
+    flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
         print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
@@ -425,7 +428,7 @@ def embed(
     )
     auxiliaries.set_seeds(flags["seed"])
     auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
-    network = netlib.load(checkpoint).to(device)
+    network = netlib.rebuild(stored, checkpoint).to(device)
     return extract_features(network, loader, [embedding], flags["amp"])[embedding]
 
 
@@ -443,7 +446,7 @@ def embed_folder(args: argparse.Namespace) -> None:
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    flags = weights.read_checkpoint(checkpoint)["flags"]  # what is wrong with it shows before images are decoded
+    stored = weights.read_checkpoint(checkpoint)  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     n_broken = len(paths) - len(sound)
@@ -451,7 +454,7 @@ def embed_folder(args: argparse.Namespace) -> None:
         print(reason)
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
-        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
+        embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")

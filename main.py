@@ -29,9 +29,9 @@ from data.published import known_of
 from report.epoch import Report, lesson
 from run import options
 from run.folder import Run
-from run.logs import scores_line
+from run.logs import losses_line, scores_line
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
-from run.provenance import as_text, provenance
+from run.provenance import as_text, provenance, warning_of_threads
 from run.trial import Settled, StepTimer, report_lines
 from support import errors, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
@@ -80,7 +80,8 @@ def get_args_parser() -> OneLineParser:
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
     add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
         "core; 0 loads in the main process; does not change results")
-    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
+    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
+        "same number of threads")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
         "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less memory")
     add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
@@ -179,9 +180,6 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
     run.require_images(described)
-    if args.cache == "ram":
-        tests = cached({"train": train, **tests}, processes.local_world_size())
-        train = tests.pop("train")
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
@@ -189,6 +187,9 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--bs {args.bs} {too_large}")
     if args.task_p[1] > 0 and args.shared_num_classes > len(train):
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
+    if args.cache == "ram":  # takes minutes
+        tests = cached({"train": train, **tests}, processes.local_world_size())
+        train = tests.pop("train")
     for name, images in {"train": train, **tests}.items():
         print(f"{name}: {images.describe()}")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
@@ -300,7 +301,7 @@ def renew_labels(
     previous: the labels so far, None for the first time. Clusters are numbered anew each time; betas and proxies stay
     with the number, as published.
     """
-    start, images = time.time(), loader.dataset.images
+    start, images = time.monotonic(), loader.dataset.images
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
@@ -383,16 +384,16 @@ def evaluate_epoch(
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
-        start = time.time()
+        start = time.monotonic()
         embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
         run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
-            start = time.time()
+            start = time.monotonic()
             scores = evaluate.score_sets("Shared", embeddings, tests, **scoring)
             run.log("shared", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if len(loaders.probe.dataset):
-            start = time.time()
+            start = time.monotonic()
             accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
             run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
     run.keep_best(network)
@@ -467,8 +468,12 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
+    if args.compile:
+        netlib.try_compile(device)
     started = provenance(argv, device, [args.arch, *args.losses])
     print(f"{as_text(started)}\ncommand: {started['command']}")
+    if warning := processes.warning_of_other_tasks():
+        print(warning)
     run = Run(
         Path(args.resume or options.run_folder(args)),
         options.kept(args),
@@ -508,10 +513,12 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
             run.save(parts, epoch=0)
         else:
             mined = run.restore(parts, images.names)
+            if warning := warning_of_threads(run.provenance):
+                print(warning)
         report.write_page()
         print(f"run folder: {run.folder}")
         for epoch in range(run.epoch, args.n_epochs):
-            start = time.time()
+            start = time.monotonic()
             steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
             batches = run.stopwatch.loading(loaders.batches)
@@ -521,11 +528,11 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
                 averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
             averages["Learning Rate"] = scheduler.get_last_lr()[0]
             run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
-            said = scores_line(run.rows["train"][-1])
+            said = losses_line(run.rows["train"][-1])
             if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                 evaluate_epoch(args, run, report, network, loaders, mined, epoch)
-                said = f"{scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
-            print(f"epoch {epoch}  {said}  {time.time() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
+                said += f"  {scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
+            print(f"epoch {epoch}  {said}  {time.monotonic() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
             if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
                 mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
             scheduler.step()

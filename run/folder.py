@@ -57,7 +57,7 @@ class Run:
         self.folder, self.flags, self.n_epochs, self.is_new = folder, dict(flags), n_epochs, not is_resumed
         self.may_take_over, self.paper, self.writes = may_take_over, paper, processes.is_first()
         self.provenance, self.transcript = [dict(provenance)], transcript
-        self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.time(), 0
+        self.stopwatch, self.start, self.epoch = auxiliaries.Stopwatch(), time.monotonic(), 0
         self.rows: dict[str, list[Row]] = {name: [] for name in LOGS}
         self.minings: list[np.ndarray] = []
         self.initial_scores: Row = {}
@@ -268,7 +268,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """How long the run has taken, over all its starts."""
-        return time.time() - self.start
+        return time.monotonic() - self.start
 
     def share_of(self, activity: str) -> float:
         """Return the share of the run's time that went to an activity, see Stopwatch."""
@@ -281,7 +281,7 @@ class Run:
         """
         since, first_epoch = self.training_since or (0.0, epochs + share)
         trained = epochs + share - first_epoch
-        return (time.time() - since) / trained * (self.n_epochs - epochs - share) if trained > 0 else None
+        return (time.monotonic() - since) / trained * (self.n_epochs - epochs - share) if trained > 0 else None
 
     def keep_best(self, network: torch.nn.Module) -> None:
         """Store the network for each test set whose best epoch the last evaluation is of.
@@ -325,7 +325,7 @@ class Run:
         """From the first checkpoint on the run can be resumed, and its epochs are timed."""
         self.can_go_on = True
         if self.training_since is None:
-            self.training_since = time.time(), self.epoch
+            self.training_since = time.monotonic(), self.epoch
             self.stack.enter_context(timed_run(lambda: self.seconds_left(self.epoch)))
 
     def restore(self, parts: Mapping[str, object], paths: Sequence[str]) -> np.ndarray | None:

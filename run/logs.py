@@ -50,8 +50,17 @@ def scores_of(row: Row, test_set: str) -> dict[str, float | None]:
 
 def scores_line(row: Row) -> str:
     """Return the scores of a row as one line of text; those that were left out are not in it."""
-    scores = {name: value for name, value in row.items() if name not in ("Epochs", "Time") and value is not None}
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in values_of(row).items())
+
+
+def losses_line(row: Row) -> str:
+    """Return the losses and the learning rate of a row as one line of text, each to four significant digits."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in values_of(row).items())
+
+
+def values_of(row: Row) -> dict[str, float]:
+    """Return what a row holds beside its epoch and time, without what was left out."""
+    return {name: value for name, value in row.items() if name not in ("Epochs", "Time") and value is not None}
 
 
 def best_index(rows: Sequence[Row], test_set: str, select: str) -> int:

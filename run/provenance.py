@@ -30,13 +30,15 @@ def provenance(argv: Sequence[str], device: torch.device, names: Sequence[str]) 
             entry[package] = version(package)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     cpu = f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return entry | {"device": gpu or cpu, "processes": str(processes.world_size())}
+    n_processes, n_machines = processes.world_size(), processes.n_machines()
+    counts = {"threads": torch.get_num_threads(), "processes": n_processes, "machines": n_machines}
+    return entry | {"device": gpu or cpu} | {name: str(n) for name, n in counts.items()}
 
 
 def command(argv: Sequence[str]) -> str:
     """Return the command line of this process, or of the processes of torchrun, as it can be pasted."""
-    n_local, n_machines = processes.local_world_size(), processes.world_size() // processes.local_world_size()
-    program = f"torchrun --nnodes={n_machines} --nproc_per_node={n_local}" if processes.world_size() > 1 else "python"
+    torchrun = f"torchrun --nnodes={processes.n_machines()} --nproc_per_node={processes.local_world_size()}"
+    program = torchrun if processes.world_size() > 1 else "python"
     return f"{program} {shlex.join(['main.py', *argv])}"
 
 
@@ -73,7 +75,19 @@ def version(*packages: str) -> str:
 
 
 def as_text(entry: dict[str, str]) -> str:
-    """Return the versions, the device and the number of processes of an entry as one line."""
+    """Return the versions, the device and the numbers of threads and processes of an entry as one line."""
     versions = [f"{name} {entry[name]}" for name in VERSIONS[1:] if name in entry]
-    n = entry["processes"]
-    return f"{entry['program']}; {', '.join(versions)}; {entry['device']}" + (f", {n} processes" if n != "1" else "")
+    several = f", processes {entry['processes']}, machines {entry['machines']}" if entry["processes"] != "1" else ""
+    return f"{entry['program']}; {', '.join(versions)}; {entry['device']}, threads {entry['threads']}{several}"
+
+
+def warning_of_threads(starts: Sequence[dict[str, str]]) -> str | None:
+    """Return a warning where the last of a run's starts has another number of CPU threads than the one before."""
+    *earlier, now = starts
+    before = earlier[-1].get("threads") if earlier else None
+    if before in (None, now["threads"]) or not now["device"].startswith("CPU"):
+        return None
+    return (
+        f"warning: resumed on {now['threads']} CPU thread(s), after {before} before: the last digits will differ from "
+        f"those of an uninterrupted run; set OMP_NUM_THREADS={before} to keep them"
+    )

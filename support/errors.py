@@ -22,6 +22,7 @@ from support import processes
 
 OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
 LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"
+TOO_LARGE_KERNEL = r"out of resource: "  # Triton's, mostly of the GPU's own shared memory
 """What PyTorch, NumPy and the system say, as regular expressions."""
 
 
@@ -91,6 +92,9 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, (InputError, StoppedError)):
         # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
+    is_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton"))
+    if line_with(error, TOO_LARGE_KERNEL) or (is_compiler and not line_with(error, OUT_OF_MEMORY)):
+        return f"--compile: torch.compile cannot be used here ({first_line(error)}): start a new run without it"
     cause = line_with(error, OUT_OF_MEMORY)
     if cause:
         return f"out of memory ({cause}): free some; a new run takes less with a smaller --bs or --img_size"
@@ -107,8 +111,6 @@ def stop_reason(error: BaseException) -> str | None:
         return f"lost another process of the run ({cause})"
     if str(error).startswith(("DataLoader worker", "CUDA error", "cuDNN error")):
         return first_line(error)
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile: torch.compile cannot be used here ({first_line(error)})"
     return None
 
 

@@ -1,12 +1,16 @@
 """When a run is drawn, and the lines that the demo ends with."""
 
+import itertools
+import re
 import shlex
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from conftest import At, killed_run, run, small_flags
 
 from data.images import ImageSet
@@ -100,8 +104,23 @@ def test_what_a_killed_run_had_drawn_of_later_epochs_is_drawn_anew_when_the_resu
     assert (folder / "InfoPlot_Class.svg").stat().st_mtime_ns > before["InfoPlot_Class.svg"]
 
 
+def test_a_clock_that_is_set_back_makes_no_duration_negative(tiny_run, monkeypatch, capsys):
+    clock, hours = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600 * next(hours))  # an hour at every look
+    folder = tiny_run("--n_epochs", 2, "--eval_every", 1)
+    run(["--resume", folder, "--n_epochs", 3])
+    times = {path.name: pd.read_csv(path)["Time"] for path in folder.glob("*.csv")}
+    assert all((seconds >= 0).all() for seconds in times.values())
+    stored = torch.load(folder / "last.pth.tar", weights_only=True)["training"]
+    assert stored["seconds"] >= times["log_train_Class.csv"].sum()
+    assert min(stored["spent"].values()) >= 0
+    lines = re.findall(r"^epoch \d .*  (\S+) s, (\S+) left$", capsys.readouterr().out, re.M)
+    assert len(lines) == 3
+    assert not [line for line in lines if "-" in "".join(line)]
+
+
 def test_the_time_left_is_that_of_the_epochs_that_this_process_has_trained(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 160.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 160.0)
     resumed = SimpleNamespace(training_since=(100.0, 5), n_epochs=10)
     assert Run.seconds_left(resumed, 7) == pytest.approx(90)
     assert Run.seconds_left(resumed, 7, 0.5) == pytest.approx(60)

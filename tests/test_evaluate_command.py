@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import layouts
@@ -87,6 +88,20 @@ def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
     (tmp_path / "e.npz").unlink()
     assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, evaluate)
     assert os.listdir(tmp_path) == ["e_val.npz"]
+
+
+@pytest.mark.parametrize("more", [[], ["--embed"]])
+def test_a_checkpoint_is_read_once(stored, tmp_path, monkeypatch, more):
+    checked, testzip = [], zipfile.ZipFile.testzip
+
+    def check(archive):
+        checked.append(archive.filename)
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", check)
+    images = [stored.parent.parent / "source" / "tiny" / "images", "--save_embeddings", tmp_path / "e.npz"]
+    run([stored, *more, *(images if more else [])], evaluate)
+    assert checked == [str(stored / "checkpoint.pth.tar")]
 
 
 def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored, tmp_path, capsys):

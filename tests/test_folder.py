@@ -104,6 +104,20 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     assert log.endswith(f"run folder: {path}\n")
 
 
+def test_a_run_that_goes_on_with_another_number_of_threads_says_so(tiny_run, capsys):
+    folder, n_threads = tiny_run("--n_epochs", 1, "--task_p", 1, 0), torch.get_num_threads()
+    warned = []
+    for n_epochs, n in ((2, n_threads), (3, n_threads + 1), (4, n_threads + 1)):
+        capsys.readouterr()
+        torch.set_num_threads(n)
+        try:
+            run(["--resume", folder, "--n_epochs", n_epochs])
+        finally:
+            torch.set_num_threads(n_threads)
+        warned.append(capsys.readouterr().out.count(f"; set OMP_NUM_THREADS={n_threads} to keep them\n"))
+    assert warned == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -71,16 +71,18 @@ def test_the_command_can_be_pasted_and_all_values_are_plain_text(copied):
     assert entry["command"] == "python main.py --savename 'a run'\"'\"'s; name'"
     assert {type(value) for value in entry.values()} == {str}
     assert entry["torch"] == torch.__version__
-    assert entry["processes"] == "1"
+    assert (entry["processes"], entry["machines"]) == ("1", "1")
+    assert line.endswith(f", threads {entry['threads']}")
     assert f"torch {torch.__version__}" in line
     assert "processes" not in line
     workers = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     entry, line = entry_of(copied, "--bs", "8", **workers)
     assert entry["command"] == "torchrun --nnodes=2 --nproc_per_node=2 main.py --bs 8"
-    assert line.endswith(", 4 processes")
+    assert line.endswith(", processes 4, machines 2")
 
 
 def test_versions_of_optional_packages_are_told_where_they_are_used():
     entry = provenance.provenance([], torch.device("cpu"), ["timm/vit", "pml/TripletMarginLoss"])
-    assert set(provenance.VERSIONS) == {*entry} - {"started", "command", "device", "processes"}
+    others = {"started", "command", "device", "threads", "processes", "machines"}
+    assert set(provenance.VERSIONS) == {*entry} - others
     assert provenance.version("no-such-package") == "unknown"

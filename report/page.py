@@ -19,10 +19,9 @@ from PIL import Image
 
 from data.images import VALIDATION
 from report.charts import Chart, chart, finite, look_of, points_of, thinned
-from report.compare import NO_SETTING
 from report.plots import COLOURS
 from run.logs import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of
-from run.options import shown
+from run.options import makes_setting, shown
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
@@ -237,7 +236,7 @@ def summary(view: RunView, written: float) -> dict[str, object]:
         "nmi": clusterings[-1][1] if clusterings else None,
         "seed": shown(view.flags.get("seed", "")),
         "curve": thinned(recalls, 60),
-        "flags": {flag: shown(value) for flag, value in view.flags.items() if flag not in NO_SETTING},
+        "flags": {flag: shown(value) for flag, value in view.flags.items() if makes_setting(flag)},
     }
 
 

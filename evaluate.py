@@ -35,6 +35,13 @@ from support.output import Progress
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
 
+MODES = {
+    "score": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "dataset", "source_path"),
+    "embed": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "embed"),
+    "compare": ("compare", "over", "against", "csv", "plot"),
+}
+"""What the command does, and the flags of each."""
+
 
 @torch.inference_mode()
 def extract_features(
@@ -480,21 +487,21 @@ def get_args_parser() -> errors.OneLineParser:
     add = parser.add_argument
     add("run", type=PATH, nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number "
         "of run folders, or folders that hold them")
-    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
 
     add = parser.add_argument_group("to score one run").add_argument
     add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
     add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
-    add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
+    add("--embedding", choices=["Class", "Shared"], help="which embedding to score (default: Class)")
     add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
     add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
         "layout, and store embeddings and paths with --save_embeddings")
+    add("--gpu", type=whole(0), metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
 
     add = parser.add_argument_group("to compare runs").add_argument
-    add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
-        "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--compare", action="store_true", default=None, help="print a table of stored runs, named by what differs: "
+        "scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="also print Recall @ 1 over this flag, beside the paper's curve where there is "
         "one, and draw it with --plot; of a pair the Shared task's value counts")
     add("--against", type=PATH, metavar="RUN", help="also give the differences of each setting to that of this run, "
@@ -509,19 +516,18 @@ def get_args_parser() -> errors.OneLineParser:
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
-    to_compare = ("over", "against", "csv", "plot")
-    to_score = ("checkpoint", "dataset", "source_path", "save_embeddings", "embed", "kernels")
-    for flag in to_score if args.compare else to_compare:
-        if getattr(args, flag) is not None:
-            parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
+    mode = "compare" if args.compare else "score" if args.embed is None else "embed"
+    for flag, value in vars(args).items():
+        if value is not None and flag not in ("run", *MODES[mode]):
+            parser.error(f"--{flag}: {'goes only with --compare' if mode == 'score' else f'does not go with --{mode}'}")
     if processes.world_size() > 1:
         parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
         parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
-    if args.embed is not None and (args.save_embeddings is None or args.dataset or args.source_path):
-        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset or --source_path")
+    if mode == "embed" and args.save_embeddings is None:
+        parser.error("--embed: give --save_embeddings FILE.npz")
     for flag, endings in {"csv": [], "plot": [".svg", ".png", ".pdf"], "save_embeddings": [".npz"]}.items():
         if getattr(args, flag) is None:
             continue
@@ -542,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
+    args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
     with errors.signals_stop("before it was done"):
         if args.compare:
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)

@@ -149,15 +149,17 @@ def get_args_parser() -> OneLineParser:
     add("--random_cluster_pick_p", type=PROBABILITY, default=0.2, metavar="P", help="probability that a Shared image "
         "is replaced by one of a random cluster under the same label; guards against a bad first mining")
 
-    add = parser.add_argument_group("machine and files").add_argument
+    group = parser.add_argument_group("machine and files")
+    add = group.add_argument
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")
-    add("--resume", type=PATH, metavar="RUN", help="go on with the run in this folder as if it had not been "
-        "interrupted, with its flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may change")
-    add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
-        "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
-    add("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
+    start = group.add_mutually_exclusive_group().add_argument
+    start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted, "
+        f"with its flags; only {options.GIVEN_ANEW} may change")
+    start("--go_on", action="store_true", help="resume the run named --savename if it exists, otherwise start it; one "
+        "with other flags is refused, one that was killed before it had stored anything starts anew")
+    start("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
         "memory and disk the run needs and how long it will take, and leaves no run folder")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")

@@ -13,14 +13,10 @@ from scipy import stats
 from data.published import known_of
 from report import plots
 from run.logs import StoredRun, best_index, column, read_run, scores_of, test_sets_of
-from run.options import PAIRS, shown
+from run.options import PAIRS, makes_setting, shown
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
 from support.files import replaced_file
-
-NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
-NO_SETTING += ("eval_shared", "tensorboard")
-"""Flags in which runs of one setting may differ."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +200,7 @@ def grouped(
 
 def described(run: StoredRun, left_out: Sequence[str] = ()) -> dict[str, str]:
     """Return the flags that make a run's setting, as they are typed."""
-    return {name: shown(value) for name, value in run.flags.items() if name not in (*NO_SETTING, *left_out)}
+    return {name: shown(value) for name, value in run.flags.items() if makes_setting(name) and name not in left_out}
 
 
 def seed_of(run: StoredRun) -> str:

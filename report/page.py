@@ -19,10 +19,10 @@ from PIL import Image
 
 from data.images import VALIDATION
 from report.charts import Chart, chart, finite, look_of, points_of, thinned
-from report.compare import NO_SETTING
 from report.plots import COLOURS
 from run.logs import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of
-from run.options import shown
+from run.options import makes_setting, shown
+from run.provenance import command
 from support.errors import first_line
 from support.files import write_file
 
@@ -210,12 +210,11 @@ def neighbours(view: RunView) -> dict[str, list[dict[str, object]]]:
 def commands(view: RunView) -> dict[str, str]:
     """Return what can be done with the run, {in words: command line}."""
     folder, parent = (shlex.quote(str(path)) for path in (view.folder.absolute(), view.folder.absolute().parent))
-    n_processes = view.provenance[-1].get("processes", "1") if view.provenance else "1"
-    program = "python" if n_processes == "1" else f"torchrun --standalone --nproc_per_node={shlex.quote(n_processes)}"
+    start = view.provenance[-1] if view.provenance else {}
     goes_on = {"running": "Go on, should it be interrupted", "stopped": "Go on where it stopped"}
-    more = "" if view.state in goes_on else f" --n_epochs {2 * int(view.flags['n_epochs'])}"
+    more = [] if view.state in goes_on else ["--n_epochs", str(2 * int(view.flags["n_epochs"]))]
     return {
-        goes_on.get(view.state, "Train longer"): f"{program} main.py --resume {folder}{more}",
+        goes_on.get(view.state, "Train longer"): command(["--resume", str(view.folder.absolute()), *more], start),
         "Score it": f"python evaluate.py {folder}",
         "Embed other images": f"python evaluate.py {folder} --embed FOLDER --save_embeddings new.npz",
         "Compare all runs beside it": f"python evaluate.py --compare {parent}",
@@ -241,7 +240,7 @@ def summary(view: RunView, written: float) -> dict[str, object]:
         "nmi": clusterings[-1][1] if clusterings else None,
         "seed": shown(view.flags.get("seed", "")),
         "curve": thinned(recalls, 60),
-        "flags": {flag: shown(value) for flag, value in view.flags.items() if flag not in NO_SETTING},
+        "flags": {flag: shown(value) for flag, value in view.flags.items() if makes_setting(flag)},
     }
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import pickle
-import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 import auxiliaries
 from data.images import VALIDATION, describe_change, digest
 from run.logs import LOGS, Row, best_index, column, file_suffix, read_provenance, score_table, test_sets_of
+from run.provenance import command
 from support import processes, weights
 from support.errors import DivergedError, InputError, Interrupted, StoppedError, stop_reason
 from support.files import locked, make_folder, remove_empty, replaced_file, try_file_system, write_file
@@ -177,11 +177,7 @@ class Run:
         """Say what is left of a stopped run and how to go on with it."""
         if not (self.folder / LAST).exists():
             return "nothing had been stored yet"
-        n_local = processes.local_world_size()
-        program = "python" if n_local == 1 else f"torchrun --standalone --nproc_per_node={n_local}"
-        if processes.world_size() > n_local:  # on several machines
-            program = "torchrun as before,"
-        resume = f"{program} main.py --resume {shlex.quote(str(self.folder))}"
+        resume = command(["--resume", str(self.folder)], self.provenance[-1])
         return f"the last complete epoch is safe; go on with: {resume}"
 
     def require_images(self, contents: Mapping[str, Mapping]) -> None:

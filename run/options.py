@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +21,17 @@ TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
 """Flags with a value for the Class and one for the Shared task."""
 
-RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
-"""Flags that may be given anew when a run is resumed, as they change no result."""
+MACHINE = ("gpu", "kernels", "cache", "source_path")
+"""Flags that change no result and may be given anew when a run is resumed."""
+
+START = ("resume", "go_on", "trial")
+"""Flags that say which run is meant and are not kept with it."""
+
+OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_shared")
+"""Flags that change no result, only what is written and where; a resumed run keeps its own."""
+
+GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
+"""What may be given anew when a run is resumed, in words."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -98,14 +107,23 @@ FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to,
 def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> argparse.Namespace:
     """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
-    They are those of a new run, of the one that --resume names, but for what may be given anew, or with --go_on of the
-    one of that name where there is one.
+    They are those of a new run, or of the stored run that --resume or --go_on finds, but for what may be given anew.
     """
-    args = parser.parse_args(argv)
+    args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
+    folder, stored = None, {}
     if args.resume is not None:
-        return resumed(args, parser)
+        path = Path(args.resume)
+        folder = path.parent if path.name == LAST else path
+        stored = read_stored(folder, parser)
+        parser.set_defaults(**stored)
+        args = parser.parse_args(argv)
     args = check(args, parser)
-    return of_named_run(args, parser) if args.go_on else args
+    if args.go_on:
+        folder, stored = named_run(args, parser)
+    if folder is None:
+        return args
+    refuse_changes(args, defaults | stored, folder, parser)
+    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
@@ -134,8 +152,6 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
         value = getattr(args, flag)
         if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
             parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
-    if args.trial and args.go_on:
-        parser.error("--trial: a trial is of a new run; leave --go_on out")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -172,9 +188,10 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
             packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
-    without_sampler = [name for name in args.losses if not losses.takes_sampler(name)]
-    if without_sampler and "sampling" in parser.given and processes.is_first():
-        print(f"--sampling: does not apply to --losses {shown(without_sampler)}")
+    samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
+    without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
+    if without and processes.is_first():
+        print(f"--sampling: does not apply to --losses {shown(without)}")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -229,6 +246,11 @@ def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, objec
     return vars(parser.parse_args([])) | implied(args)
 
 
+def makes_setting(flag: str) -> bool:
+    """Tell whether runs that differ in a flag are of different settings."""
+    return flag not in (*MACHINE, *OUTPUT, "seed")
+
+
 def rate_steps(args: argparse.Namespace) -> Sequence[int]:
     """Return the epochs that begin with another learning rate than the one before."""
     return {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
@@ -257,7 +279,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def kept(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on", "trial")}
+    return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
 def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
@@ -271,42 +293,21 @@ def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
         parser.error(f"--resume {folder}: {error}{hint}")
 
 
-def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return the flags of the run that --resume names, with those that are given anew."""
-    for flag in sorted(parser.given):
-        if flag not in RESUMABLE:
-            parser.error(
-                f"--{flag}: a resumed run keeps its flags; only --kernels, --gpu, --source_path, --cache and a larger "
-                "--n_epochs may be given anew"
-            )
-    path = Path(args.resume)
-    folder = path.parent if path.name == LAST else path
-    stored = read_stored(folder, parser)
-    if "n_epochs" in parser.given and args.n_epochs < stored["n_epochs"]:
-        parser.error(f"--n_epochs {args.n_epochs}: the run has {stored['n_epochs']}; give at least as many")
-    anew = {flag: getattr(args, flag) for flag in parser.given} | {"resume": str(folder)}
-    args = argparse.Namespace(**{flag: stored.get(flag, value) for flag, value in vars(args).items()} | anew)
-    check_optional(args, parser)  # this may be another machine
-    check_batches(args, parser)  # the number of processes may have changed
-    return args
-
-
-def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return the flags that resume the run of this name, for --go_on, or these flags where there is none.
-
-    `parser.error` where the run has other flags.
-    """
+def named_run(args: argparse.Namespace, parser: OneLineParser) -> tuple[Path | None, dict[str, object]]:
+    """Return the folder and the flags of the run of this name, for --go_on; None and no flags where there is none."""
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
-    folders = sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name))
-    stored = {folder: read_stored(folder, parser) for folder in folders}
-    folder = next((folder for folder in folders if stored[folder]["savename"] == args.savename), None)
-    if folder is None:
-        return args
-    given = kept(args)
-    was = {flag: parser.get_default(flag) for flag in given} | stored[folder]  # the program may have a flag more now
-    other = [flag for flag in given if flag not in (*RESUMABLE, "save_path") and was[flag] != given[flag]]
-    other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
+    for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
+        stored = read_stored(folder, parser)
+        if stored.get("savename") == args.savename:
+            return folder, stored | {"save_path": args.save_path}  # where it was found, however that was spelt then
+    return None, {}
+
+
+def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folder: Path, parser: OneLineParser) -> None:
+    """Refuse flags that differ from those of the stored run in a folder, but for what may be given anew."""
+    free = {*MACHINE, *START} | ({"n_epochs"} if args.n_epochs >= stored["n_epochs"] else set())
+    other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
-        differing = " ".join(typed(flag, was[flag]) for flag in other)
-        parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")
-    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})
+        changes = "; ".join(f"{typed(flag, stored[flag])}, not {typed(flag, getattr(args, flag))}" for flag in other)
+        hint = "give these, or another --savename or --save_path" if args.go_on else f"only {GIVEN_ANEW} may change"
+        parser.error(f"--{'go_on' if args.go_on else 'resume'}: {folder} is a run with {changes}; {hint}")

@@ -49,18 +49,6 @@ class Interrupted(BaseException):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
 
-    given: frozenset[str] = frozenset()
-    """The names of the flags on the command line parsed last."""
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse, and keep in `given` which flags were there; see argparse."""
-        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        absent = object()
-        parsed = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, absent))))
-        given = {name: value for name, value in parsed.items() if value is not absent}
-        self.given = frozenset(given)
-        return argparse.Namespace(**defaults | given)
-
     def error(self, message: str) -> None:
         """Exit with the message; of several processes the first one prints it."""
         if message.startswith("unrecognized arguments: "):

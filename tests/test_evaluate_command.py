@@ -197,6 +197,11 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
         (["a", "--over", "seed"], "--over: goes only with --compare"),
         (["a", "--against", "b"], "--against: goes only with --compare"),
         (["a", "--compare", "--checkpoint", "x"], "--checkpoint: does not go with --compare"),
+        (["a", "--compare", "--embedding", "Class"], "--embedding: does not go with --compare"),  # given at its default
+        (["a", "--compare", "--gpu", "0"], "--gpu: does not go with --compare"),
+        (["a", "--compare", "--embed", "x"], "--embed: does not go with --compare"),
+        (["a", "--embed", "x", "--csv", "t.csv"], "--csv: does not go with --embed"),
+        (["a", "--embed", "x", "--save_embeddings", "x.npz", "--dataset", "b"], "--dataset: does not go with --embed"),
         (["a", "--compare", "--against", "b", "--over", "seed"], "--against: does not go with --over"),
         (["a", "--compare", "--plot", "x.jpeg"], "ends in .svg or .png or .pdf"),
         (["a", "--save_embeddings", "x.txt"], "ends in .npz"),

@@ -138,7 +138,7 @@ def seconds_since(start: float) -> float:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the most bytes that this process has had, and of a GPU that PyTorch has; Windows does not say the former."""
+    """Return the most bytes that this process and its GPU have had; Windows does not say the former."""
     memory = {}
     with contextlib.suppress(ImportError):
         import resource

@@ -8,6 +8,7 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 """
 
 import argparse
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,13 @@ from support.output import Progress
 
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
+
+MODES = {
+    "score": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "dataset", "source_path"),
+    "embed": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "embed"),
+    "compare": ("compare", "over", "against", "csv", "plot"),
+}
+"""What the command does, and the flags of each."""
 
 
 @torch.inference_mode()
@@ -354,7 +362,8 @@ def score_run(args: argparse.Namespace) -> None:
     """Score each test set with its best checkpoint beside what the run logged; store embeddings where asked for."""
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
-    stored = weights.read_checkpoint(checkpoints[0])
+    read = functools.cache(weights.read_checkpoint)
+    stored = read(checkpoints[0])
     flags = stored["flags"]
     dataset = args.dataset or flags["dataset"]
     train_images, tests = datasets.load_dataset(dataset, args.source_path or flags["source_path"])
@@ -378,11 +387,11 @@ def score_run(args: argparse.Namespace) -> None:
     for name, images in tests.items():
         best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
-        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
+        embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
         print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
-        rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
+        rows = read(checkpoint)["progress"]["rows"]
         # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
@@ -404,7 +413,7 @@ def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) ->
 
 def embed(
     checkpoint: Path,
-    flags: Mapping[str, object],
+    stored: Mapping[str, Mapping],
     images: ImageSet,
     embedding: str,
     n_workers: int | None,
@@ -412,9 +421,10 @@ def embed(
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    flags: of the run. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises InputError and
-    DivergedError.
+    stored: what the checkpoint holds. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises
+    InputError and DivergedError.
     """
+    flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
         print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
@@ -425,7 +435,7 @@ def embed(
     )
     auxiliaries.set_seeds(flags["seed"])
     auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
-    network = netlib.load(checkpoint).to(device)
+    network = netlib.rebuild(stored, checkpoint).to(device)
     return extract_features(network, loader, [embedding], flags["amp"])[embedding]
 
 
@@ -443,7 +453,7 @@ def embed_folder(args: argparse.Namespace) -> None:
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    flags = weights.read_checkpoint(checkpoint)["flags"]  # what is wrong with it shows before images are decoded
+    stored = weights.read_checkpoint(checkpoint)  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     n_broken = len(paths) - len(sound)
@@ -451,7 +461,7 @@ def embed_folder(args: argparse.Namespace) -> None:
         print(reason)
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
-        embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
+        embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
@@ -477,21 +487,21 @@ def get_args_parser() -> errors.OneLineParser:
     add = parser.add_argument
     add("run", type=PATH, nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number "
         "of run folders, or folders that hold them")
-    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the CPU (default: 0)")
 
     add = parser.add_argument_group("to score one run").add_argument
     add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
     add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
-    add("--embedding", choices=["Class", "Shared"], default="Class", help="which embedding to score (default: Class)")
+    add("--embedding", choices=["Class", "Shared"], help="which embedding to score (default: Class)")
     add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
     add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
         "layout, and store embeddings and paths with --save_embeddings")
+    add("--gpu", type=whole(0), metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
 
     add = parser.add_argument_group("to compare runs").add_argument
-    add("--compare", action="store_true", help="print a table of stored runs, named by what differs: scores at the "
-        "best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--compare", action="store_true", default=None, help="print a table of stored runs, named by what differs: "
+        "scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="also print Recall @ 1 over this flag, beside the paper's curve where there is "
         "one, and draw it with --plot; of a pair the Shared task's value counts")
     add("--against", type=PATH, metavar="RUN", help="also give the differences of each setting to that of this run, "
@@ -506,19 +516,18 @@ def get_args_parser() -> errors.OneLineParser:
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
-    to_compare = ("over", "against", "csv", "plot")
-    to_score = ("checkpoint", "dataset", "source_path", "save_embeddings", "embed", "kernels")
-    for flag in to_score if args.compare else to_compare:
-        if getattr(args, flag) is not None:
-            parser.error(f"--{flag}: {'does not go with' if args.compare else 'goes only with'} --compare")
+    mode = "compare" if args.compare else "score" if args.embed is None else "embed"
+    for flag, value in vars(args).items():
+        if value is not None and flag not in ("run", *MODES[mode]):
+            parser.error(f"--{flag}: {'goes only with --compare' if mode == 'score' else f'does not go with --{mode}'}")
     if processes.world_size() > 1:
         parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
         parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
-    if args.embed is not None and (args.save_embeddings is None or args.dataset or args.source_path):
-        parser.error("--embed: give --save_embeddings FILE.npz, and no --dataset or --source_path")
+    if mode == "embed" and args.save_embeddings is None:
+        parser.error("--embed: give --save_embeddings FILE.npz")
     for flag, endings in {"csv": [], "plot": [".svg", ".png", ".pdf"], "save_embeddings": [".npz"]}.items():
         if getattr(args, flag) is None:
             continue
@@ -539,6 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
+    args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
     with errors.signals_stop():
         if args.compare:
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)

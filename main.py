@@ -30,7 +30,7 @@ from run.checkpoint import StoredRun
 from run.folder import Run
 from run.history import History, Row, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
-from run.provenance import as_text, provenance
+from run.provenance import as_text, provenance, warning_of_threads
 from support import errors, output, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser
 from support.files import write_file
@@ -78,7 +78,8 @@ def get_args_parser() -> OneLineParser:
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
     add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
         "core; 0 loads in the main process; does not change results")
-    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly")
+    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
+        "same number of threads")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
         "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less memory")
     add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
@@ -146,14 +147,16 @@ def get_args_parser() -> OneLineParser:
     add("--random_cluster_pick_p", type=PROBABILITY, default=0.2, metavar="P", help="probability that a Shared image "
         "is replaced by one of a random cluster under the same label; guards against a bad first mining")
 
-    add = parser.add_argument_group("machine and files").add_argument
+    group = parser.add_argument_group("machine and files")
+    add = group.add_argument
     add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
     add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
         "time; an existing name gets a counter, nothing is overwritten")
-    add("--resume", type=PATH, metavar="RUN", help="go on with the run in this folder as if it had not been "
-        "interrupted, with its flags; only --kernels, --gpu, --source_path, --cache and a larger --n_epochs may change")
-    add("--go_on", action="store_true", help="with --savename: go on with the run of that name as with --resume, if "
-        "there is one; one with other flags is refused, one that was killed before it had stored anything starts anew")
+    start = group.add_mutually_exclusive_group().add_argument
+    start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted, "
+        f"with its flags; only {options.GIVEN_ANEW} may change")
+    start("--go_on", action="store_true", help="resume the run named --savename if it exists, otherwise start it; one "
+        "with other flags is refused, one without a complete epoch starts anew")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
@@ -175,9 +178,6 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
     run.require_images(described)
-    if args.cache == "ram":
-        tests = cached({"train": train, **tests}, processes.local_world_size())
-        train = tests.pop("train")
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
@@ -185,6 +185,9 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--bs {args.bs} {too_large}")
     if args.task_p[1] > 0 and args.shared_num_classes > len(train):
         raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
+    if args.cache == "ram":  # takes minutes
+        tests = cached({"train": train, **tests}, processes.local_world_size())
+        train = tests.pop("train")
     for name, images in {"train": train, **tests}.items():
         log.info(f"{name}: {images.describe()}")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
@@ -419,8 +422,12 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     auxiliaries.set_precision(device, args.tf32, args.amp)
+    if args.compile:
+        netlib.try_compile(device)
     started = provenance(argv, device, [args.arch, *args.losses])
     log.info(f"{as_text(started)}\ncommand: {started['command']}")
+    if warning := processes.warning_of_other_tasks():
+        log.warning(warning)
     run = Run(
         options.run_folder(args) if stored is None else stored.folder,
         options.kept(args),
@@ -449,6 +456,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                     datasets.decode_all(loaders.train)  # a broken image is bad input; mining would find it
             else:
                 mined = run.restore(network, parts, images.names)
+                if warning := warning_of_threads(run.history.provenance):
+                    log.warning(warning)
             log.info(f"run folder: {run.folder}")
             page.draw(run.history)
             run.start_timing()

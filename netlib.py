@@ -1,7 +1,7 @@
 """The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -234,7 +234,11 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
     the file is executed. Raises InputError with one line for whatever is wrong with it.
     """
     path = weights.checkpoint_path(run_folder, checkpoint)
-    stored = weights.read_checkpoint(path)
+    return rebuild(weights.read_checkpoint(path), path)
+
+
+def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
+    """Return the network of a checkpoint that was read from a path, see load."""
     flags, state = stored["flags"], stored["state_dict"]
     try:
         arch = flags["arch"]
@@ -247,6 +251,18 @@ def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> Embe
         raise InputError(f"{path}: its flags or heads are not those of a run ({first_line(error)})") from error
     load_state(network, state, str(path), arch)
     return network.to(memory_format=torch.channels_last).eval()
+
+
+def try_compile(device: torch.device) -> None:
+    """Compile a small function and its gradient. Raises InputError where torch.compile cannot be used on a device."""
+    try:
+        torch.compile(lambda x: (x * x).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
+    except Exception as error:  # without a compiler, Python's headers or a GPU new enough it raises almost anything
+        reason = next((line for line in str(error).splitlines() if "error: " in line), first_line(error))
+        raise InputError(
+            f"--compile: torch.compile cannot be used here ({reason}); install what is missing, or start a new run "
+            "without it"
+        ) from error
 
 
 def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bool) -> nn.Module:

@@ -13,14 +13,10 @@ from scipy import stats
 from data.published import known_of
 from report import plots
 from run.history import History, column, scores_of, test_sets_of
-from run.options import PAIRS, shown
+from run.options import PAIRS, makes_setting, shown
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
 from support.files import replaced_file
-
-NO_SETTING = ("seed", "savename", "save_path", "source_path", "gpu", "kernels", "cache", "make_graph", "resume")
-NO_SETTING += ("eval_shared", "tensorboard")
-"""Flags in which runs of one setting may differ."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,7 @@ def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
 
     A flag that a run does not have, as its program did not, counts at its default.
     """
-    names = dict.fromkeys(flag for run in runs for flag in run.flags if flag not in NO_SETTING)
+    names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
     defaults = {}
     for run in [run for run in runs if run.written]:
         defaults |= {flag: value for flag, value in run.flags.items() if flag not in run.defaults} | run.defaults

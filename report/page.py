@@ -37,7 +37,7 @@ from run.history import (
     scores_of,
 )
 from run.options import shown
-from run.provenance import command_to_resume
+from run.provenance import command
 from support import processes
 from support.errors import InputError
 from support.files import write_file
@@ -191,10 +191,12 @@ def neighbours(history: History) -> dict[str, list[dict[str, object]]]:
 def commands(history: History) -> dict[str, str]:
     """Return what can be done with the run, {in words: command line}."""
     folder, parent = (shlex.quote(str(path)) for path in (history.folder.absolute(), history.folder.absolute().parent))
-    resume = command_to_resume(history.folder.absolute(), history.provenance[-1] if history.provenance else {})
+    start = history.provenance[-1] if history.provenance else {}
+    more = ["--n_epochs", str(2 * history.n_epochs)] if history.state == "finished" else []
+    resume = command(["--resume", str(history.folder.absolute()), *more], start)
     what = {"running": "Resume it, should it be interrupted", "stopped": "Resume it"}.get(history.state, "Train longer")
     return {
-        what: resume if history.state != "finished" else f"{resume} --n_epochs {2 * history.n_epochs}",
+        what: resume,
         "Score it": f"python evaluate.py {folder}",
         "Embed other images": f"python evaluate.py {folder} --embed FOLDER --save_embeddings new.npz",
         "Compare all runs beside it": f"python evaluate.py --compare {parent}",

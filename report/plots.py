@@ -219,7 +219,7 @@ def draw_probe(path: Path, history: History) -> None:
                     column = f"{test_set}{kind} {source}"
                     if column in table:  # no mined labels of test images, no Shared embedding of a plain baseline
                         axis.plot(table.index, table[column], **look | (thin if test_set else marked))
-            what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind))
+            what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind, 24))
             low_from = "Shared" if kind == "Class" else "Class"
             axis.set_title(f"{what} (wanted low from {low_from})", loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")

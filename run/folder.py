@@ -16,7 +16,7 @@ from data.images import describe_change, digest
 from run import checkpoint
 from run.checkpoint import LAST, StoredRun
 from run.history import History, Row, file_suffix
-from run.provenance import command_to_resume
+from run.provenance import command
 from support import processes
 from support.errors import DivergedError, InputError, StoppedError, stop_reason
 from support.files import LOCK, acquire_lock, make_folder, remove_empty, replaced_file, try_file_system
@@ -141,7 +141,8 @@ class Run:
             if isinstance(error, DivergedError):
                 error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
             else:
-                error.add_note(f"last complete epoch saved; resume with: {command_to_resume(self.folder)}")
+                resume = command(["--resume", str(self.folder)], history.provenance[-1])
+                error.add_note(f"last complete epoch saved; resume with: {resume}")
         if self.writes:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -14,15 +14,25 @@ import torch
 import losses
 from data.published import known_of
 from run.checkpoint import LAST, StoredRun, read_to_resume
-from support import packages, processes, weights
+from run.history import read_flags
+from support import packages, processes
 from support.errors import InputError, OneLineParser, first_few
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
 """Flags with a value for the Class and one for the Shared task."""
 
-RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
-"""Flags that may be given anew when a run is resumed, as they change no result."""
+MACHINE = ("gpu", "kernels", "cache", "source_path")
+"""Flags that change no result and may be given anew when a run is resumed."""
+
+START = ("resume", "go_on")
+"""Flags that say which run is meant and are not kept with it."""
+
+OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_shared")
+"""Flags that change no result, only what is written and where; a resumed run keeps its own."""
+
+GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
+"""What may be given anew when a run is resumed, in words."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -98,16 +108,20 @@ FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to,
 def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> tuple[argparse.Namespace, StoredRun | None]:
     """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
-    They are those of a new run, of the one that --resume names, but for what may be given anew, or with --go_on of the
-    one of that name where there is one.
+    They are those of a new run, or of the stored run that --resume or --go_on finds, but for what may be given anew.
     """
-    args = parser.parse_args(argv)
-    if args.resume is None:
-        args = check(args, parser)
-        args = of_named_run(args, parser) if args.go_on else args
-    else:
-        args = resumed(args, parser)
-    return args, read_to_resume(Path(args.resume), processes.is_first()) if args.resume else None
+    args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
+    stored = None
+    if args.resume is not None:
+        stored = read_stored(Path(args.resume))
+        parser.set_defaults(**stored.content["flags"])
+        args = parser.parse_args(argv)
+    args = check(args, parser)
+    if args.go_on:
+        stored = find_run_to_resume(args)
+    if stored:
+        refuse_changes(args, defaults | stored.content["flags"], stored.folder, parser)
+    return args, stored
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
@@ -172,9 +186,10 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
             packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
-    without_sampler = [name for name in args.losses if not losses.takes_sampler(name)]
-    if without_sampler and "sampling" in parser.given and processes.is_first():
-        print(f"--sampling: does not apply to --losses {shown(without_sampler)}")
+    samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
+    without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
+    if without and processes.is_first():
+        print(f"--sampling: does not apply to --losses {shown(without)}")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -230,6 +245,11 @@ def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict
     return {flag: defaults[flag] for flag, value in kept(args).items() if shown(value) != shown(defaults[flag])}
 
 
+def makes_setting(flag: str) -> bool:
+    """Tell whether runs that differ in a flag are of different settings."""
+    return flag not in (*MACHINE, *OUTPUT, "seed")
+
+
 def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
     arch = args.arch.replace("/", "_")  # of timm/NAME
@@ -239,56 +259,37 @@ def run_folder(args: argparse.Namespace) -> Path:
 
 def kept(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
-    return {flag: value for flag, value in vars(args).items() if flag not in ("resume", "go_on")}
+    return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
-def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
-    """Return the flags of the run in a folder; `parser.error` where it cannot be resumed."""
+def read_stored(path: Path) -> StoredRun:
+    """Lock and read a run to resume, named by its folder or its last.pth.tar. Raises InputError."""
+    folder = path.parent if path.name == LAST else path
     try:
-        return weights.read_checkpoint(folder / LAST)["flags"]
+        return read_to_resume(folder, with_lock=processes.is_first())
     except InputError as error:
-        hint = "" if (folder / LAST).exists() else "; it was stopped before it had anything to resume, or is no run"
+        hint = "" if (folder / LAST).exists() else "; it has no complete epoch, or is no run"
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
         hint = f"; runs lie in it: {first_few(inside)}" if inside else hint
-        parser.error(f"--resume {folder}: {error}{hint}")
+        raise InputError(f"{error}{hint}") from error
 
 
-def resumed(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return the flags of the run that --resume names, with those that are given anew."""
-    for flag in sorted(parser.given):
-        if flag not in RESUMABLE:
-            parser.error(
-                f"--{flag}: a resumed run keeps its flags; only --kernels, --gpu, --source_path, --cache and a larger "
-                "--n_epochs may be given anew"
-            )
-    path = Path(args.resume)
-    folder = path.parent if path.name == LAST else path
-    stored = read_stored(folder, parser)
-    if "n_epochs" in parser.given and args.n_epochs < stored["n_epochs"]:
-        parser.error(f"--n_epochs {args.n_epochs}: the run has {stored['n_epochs']}; give at least as many")
-    anew = {flag: getattr(args, flag) for flag in parser.given} | {"resume": str(folder)}
-    args = argparse.Namespace(**{flag: stored.get(flag, value) for flag, value in vars(args).items()} | anew)
-    check_optional(args, parser)  # this may be another machine
-    check_batches(args, parser)  # the number of processes may have changed
-    return args
-
-
-def of_named_run(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return the flags that resume the run of this name, for --go_on, or these flags where there is none.
-
-    `parser.error` where the run has other flags.
-    """
+def find_run_to_resume(args: argparse.Namespace) -> StoredRun | None:
+    """Lock and read the run of this name, for --go_on; None where there is none. Raises InputError."""
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
-    folders = sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name))
-    stored = {folder: read_stored(folder, parser) for folder in folders}
-    folder = next((folder for folder in folders if stored[folder]["savename"] == args.savename), None)
-    if folder is None:
-        return args
-    given = kept(args)
-    was = {flag: parser.get_default(flag) for flag in given} | stored[folder]  # the program may have a flag more now
-    other = [flag for flag in given if flag not in (*RESUMABLE, "save_path") and was[flag] != given[flag]]
-    other += ["n_epochs"] if args.n_epochs < was["n_epochs"] else []
+    for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
+        flags, _ = read_flags(folder)
+        if flags.get("savename") == args.savename:
+            return read_stored(folder)
+    return None
+
+
+def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folder: Path, parser: OneLineParser) -> None:
+    """Refuse flags that differ from those of the stored run in a folder, but for what may be given anew."""
+    free = {*MACHINE, *START} | ({"n_epochs"} if args.n_epochs >= stored["n_epochs"] else set())
+    free |= {"save_path"} if args.go_on else set()  # where it was found, however that was spelt then
+    other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
-        differing = " ".join(typed(flag, was[flag]) for flag in other)
-        parser.error(f"--go_on: {folder} is a run with {differing}; give these, or another --savename or --save_path")
-    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})
+        changes = "; ".join(f"{typed(flag, stored[flag])}, not {typed(flag, getattr(args, flag))}" for flag in other)
+        hint = "give these, or another --savename or --save_path" if args.go_on else f"only {GIVEN_ANEW} may change"
+        parser.error(f"--{'go_on' if args.go_on else 'resume'}: {folder} is a run with {changes}; {hint}")

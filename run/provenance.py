@@ -1,9 +1,11 @@
 """Where a run comes from: the program's version, the packages, the machine, the command."""
 
+import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +14,6 @@ import torch
 
 from support import processes
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("program", "python", "torch", "torchvision", "faiss", "timm", "pytorch-metric-learning")
 """Entries that name a version; results may differ between two of them."""
 
@@ -22,63 +23,61 @@ def provenance(argv: Sequence[str], device: torch.device, names: Sequence[str]) 
 
     argv: the command line behind the program's name. names: of the backbone and the losses, which may need packages.
     """
-    entry = {"started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": command(argv), "program": program_version()}
-    entry |= {"python": platform.python_version(), "torch": str(torch.__version__)}
+    counts = {"processes": str(processes.world_size()), "machines": str(processes.n_machines())}
+    entry = {"started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": command(argv, counts)}
+    entry |= {"program": program_version(), "python": platform.python_version(), "torch": str(torch.__version__)}
     entry |= {"torchvision": version("torchvision"), "faiss": version("faiss-gpu", "faiss-cpu")}
     for package, prefix in (("timm", "timm/"), ("pytorch-metric-learning", "pml/")):
         if any(name.startswith(prefix) for name in names):
             entry[package] = version(package)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     cpu = f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return entry | {"device": gpu or cpu, "processes": str(processes.world_size())}
+    entry["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return entry | {"threads": str(torch.get_num_threads())} | counts
 
 
-def command(argv: Sequence[str]) -> str:
-    """Return the command line of this process, or of the processes of torchrun, as it can be pasted."""
-    n_local, n_machines = processes.local_world_size(), processes.world_size() // processes.local_world_size()
-    program = f"torchrun --nnodes={n_machines} --nproc_per_node={n_local}" if processes.world_size() > 1 else "python"
-    return f"{program} {shlex.join(['main.py', *argv])}"
+def command(argv: Sequence[str], start: Mapping[str, str]) -> str:
+    """Return a command line of main.py as it can be pasted, on as many processes and machines as a start of a run.
+
+    On several machines it is for each of them, and HOST is one of them.
+    """
+    n_processes, n_machines = (int(start.get(name, "1")) for name in ("processes", "machines"))
+    several = f"--nnodes={n_machines} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
+    launcher = f"torchrun {several if n_machines > 1 else '--standalone'} --nproc_per_node={n_processes // n_machines}"
+    return f"{launcher if n_processes > 1 else 'python'} {shlex.join(['main.py', *argv])}"
 
 
 def program_version() -> str:
-    """Return the program's commit, and whether files were changed since, where it lies in a git checkout of its own."""
-
-    def git(*arguments: str) -> str:
-        """Return what git says of the program's folder."""
-        done = subprocess.run(
-            ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=20,
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if git("rev-parse", "--show-toplevel") != str(ROOT):
-            return "unknown: not in a git checkout"
-        commit, changed = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return "unknown: git cannot be run"
-    return f"commit {commit}{', with changed files' if changed else ''}"
+    """Return the commit of the program's own git checkout and whether files were changed since, else "unknown"."""
+    words = "git --no-optional-locks --git-dir=.git --work-tree=. status --porcelain=v2 --branch --untracked-files=no"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's
+    options = {"cwd": Path(__file__).parent.parent, "env": environment, "stderr": subprocess.DEVNULL, "timeout": 20}
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        commit, *lines = subprocess.check_output(words.split(), **options).decode(errors="replace").splitlines()
+        changed = any(not line.startswith("#") for line in lines)
+        return f"commit {commit.removeprefix('# branch.oid ')[:12]}{', with changed files' if changed else ''}"
+    return "unknown"
 
 
 def version(*packages: str) -> str:
     """Return the version of the first of some packages that is installed."""
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return "unknown"
 
 
-def as_text(entry: dict[str, str]) -> str:
-    """Return the versions, the device and the number of processes of an entry as one line."""
-    versions = [f"{name} {entry[name]}" for name in VERSIONS[1:] if name in entry]
-    n = entry["processes"]
-    return f"{entry['program']}; {', '.join(versions)}; {entry['device']}" + (f", {n} processes" if n != "1" else "")
+def as_text(entry: Mapping[str, str]) -> str:
+    """Return all of an entry but time and command as one line."""
+    return "; ".join(f"{name} {text}" for name, text in entry.items() if name not in ("started", "command"))
 
 
-def command_to_resume(folder: Path, start: dict[str, str] | None = None) -> str:
-    """TEMP"""
-    return f"python main.py --resume {shlex.quote(str(folder))}"
+def warning_of_threads(starts: Sequence[dict[str, str]]) -> str | None:
+    """Return a warning where the last of a run's starts has another number of CPU threads than the one before."""
+    *earlier, now = starts
+    before = earlier[-1].get("threads") if earlier else None
+    if before in (None, now["threads"]) or not now["device"].startswith("CPU"):
+        return None
+    return (
+        f"resumed on {now['threads']} CPU thread(s), after {before} before: the last digits will differ from "
+        f"those of an uninterrupted run; set OMP_NUM_THREADS={before} to keep them"
+    )

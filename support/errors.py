@@ -27,6 +27,7 @@ log = logging.getLogger("mic")
 
 OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
 LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"
+TOO_LARGE_KERNEL = r"out of resource: "  # Triton's, mostly of the GPU's own shared memory
 """What PyTorch, NumPy and the system say, as regular expressions."""
 
 
@@ -44,18 +45,6 @@ class DivergedError(StoppedError):
 
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
-
-    given: frozenset[str] = frozenset()
-    """The names of the flags on the command line parsed last."""
-
-    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse, and keep in `given` which flags were there; see argparse."""
-        defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
-        absent = object()
-        parsed = vars(super().parse_args(args, argparse.Namespace(**dict.fromkeys(defaults, absent))))
-        given = {name: value for name, value in parsed.items() if value is not absent}
-        self.given = frozenset(given)
-        return argparse.Namespace(**defaults | given)
 
     def error(self, message: str) -> None:
         """Exit with the message; of several processes the first one prints it."""
@@ -90,6 +79,9 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, (InputError, StoppedError)):
         # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
+    is_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton"))
+    if line_with(error, TOO_LARGE_KERNEL) or (is_compiler and not line_with(error, OUT_OF_MEMORY)):
+        return f"--compile: torch.compile cannot be used here ({first_line(error)}): start a new run without it"
     cause = line_with(error, OUT_OF_MEMORY)
     if cause:
         return f"out of memory ({cause}): free some; a new run takes less with a smaller --bs or --img_size"
@@ -97,19 +89,17 @@ def stop_reason(error: BaseException) -> str | None:
     if cause:
         reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
         return f"{reason}: give --kernels 0, or in Docker --shm-size=1g"
-    if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)) or str(error).startswith(
-        "DataLoader worker"
-    ):
+    lost_connection = isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError))
+    if lost_connection or str(error).startswith("DataLoader worker"):
         return f"a loader worker has ended unexpectedly ({first_line(error)})"
     if isinstance(error, OSError):
         return f"cannot read or write {error.filename or 'a file'} ({error.strerror or first_line(error)})"
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
         return f"lost another process of the run ({cause})"
-    if isinstance(error, torch.AcceleratorError) or re.search(r"CUDA|cuDNN|NCCL", first_line(error)):
+    is_of_device = isinstance(error, torch.AcceleratorError) or re.search("CUDA|cuDNN|NCCL", first_line(error))
+    if is_of_device and isinstance(error, RuntimeError):
         return first_line(error)
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return f"--compile: torch.compile cannot be used here ({first_line(error)})"
     return None
 
 

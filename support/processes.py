@@ -19,6 +19,9 @@ from torch import Tensor, distributed
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, which may be clustering or decoding."""
 
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+"""Environment variables in which srun, mpirun and others say how many tasks they started."""
+
 Value = TypeVar("Value")
 
 
@@ -42,9 +45,26 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world_size() > 1 else 0
 
 
+def n_machines() -> int:
+    """Return how many machines they run on."""
+    return world_size() // local_world_size()
+
+
 def is_first() -> bool:
     """Tell whether this process is the one that prints and writes files."""
     return rank() == 0
+
+
+def warning_of_other_tasks() -> str | None:
+    """Return a warning where another launcher than torchrun started several tasks, each of which trains a whole run."""
+    n_tasks = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name, "1") != "1"}
+    if "TORCHELASTIC_RUN_ID" in os.environ or not n_tasks:
+        return None
+    name, n = next(iter(n_tasks.items()))
+    return (
+        f"{name}={n}, but torchrun started none of these tasks: each trains a run of its own, all on the same "
+        "GPU --gpu; one run in several processes is started with torchrun, see docs/distributed.md"
+    )
 
 
 def end_with(owner: int, signum: int) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,13 +15,18 @@ from support.packages import imported
 CHECKPOINT_FORMAT = 4
 """Number of the layout of checkpoints; those of another one are refused."""
 
-NEEDED = {
-    "state_dict": set(),
-    "flags": {"dataset", "source_path", "val_classes", "select", "arch", "img_size", "bn", "bs", "kernels", "seed",
-              "amp", "tf32", "k_vals", "n_epochs", "savename", "started_from", "tensorboard", "task_p", "adv_weights"},
-    "progress": {"rows", "initial_scores", "mined_labels", "contents"},
-}  # fmt: skip
-"""What the program reads of each part of a checkpoint."""
+OTHER_VERSION = "no checkpoint of this version of the program"
+
+
+class Part(dict):
+    """A part of a checkpoint. A key that is missing means that another version of the program wrote it."""
+
+    def __init__(self, path: Path, values: Mapping[str, object]):
+        super().__init__(values)
+        self.path = path
+
+    def __missing__(self, key: str) -> None:
+        raise InputError(f"{self.path}: {OTHER_VERSION}")
 
 
 def read_file(path: str | Path, source: str) -> object:
@@ -113,12 +119,12 @@ def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") ->
     """
     path = checkpoint_path(path, checkpoint)
     stored = read_file(path, str(path))
-    is_ours = isinstance(stored, dict) and is_state_dict(stored.get("state_dict"))
-    is_ours = is_ours and isinstance(stored.get("format"), int) and stored["format"] == CHECKPOINT_FORMAT
-    for part, keys in NEEDED.items():
-        is_ours = is_ours and isinstance(stored.get(part), dict) and keys <= stored[part].keys()
-    mined = stored["progress"]["mined_labels"] if is_ours else None
-    is_history = mined is None or (isinstance(mined, Tensor) and mined.ndim == 2)
-    if not is_ours or not is_history or not is_provenance(stored.get("provenance")):
-        raise InputError(f"{path}: no checkpoint of this version of the program")
-    return stored
+    stored = Part(path, stored if isinstance(stored, dict) else {})
+    is_ours = isinstance(stored["format"], int) and stored["format"] == CHECKPOINT_FORMAT
+    is_ours = is_ours and is_state_dict(stored["state_dict"]) and is_provenance(stored["provenance"])
+    parts = {"flags", "progress", *({"training"} & stored.keys())}
+    is_ours = is_ours and all(isinstance(stored[name], dict) for name in parts)
+    mined = stored["progress"].get("mined_labels") if is_ours else None
+    if not is_ours or not (mined is None or (isinstance(mined, Tensor) and mined.ndim == 2)):
+        raise InputError(f"{path}: {OTHER_VERSION}")
+    return stored | {name: Part(path, stored[name]) for name in parts}

@@ -310,7 +310,7 @@ def assert_same_run(one, other):
                 content.get("training", {}).pop(part, None)
             for row in [row for rows in content["progress"]["rows"].values() for row in rows]:
                 row.pop("Time")
-            for flag in ("savename", "save_path", *"resume", "n_epochs", "kernels", "gpu", "source_path", "cache"):
+            for flag in (*options.MACHINE, *options.OUTPUT, "n_epochs"):
                 content["flags"].pop(flag, None)
         assert_equal(*stored, name)
 

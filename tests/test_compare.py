@@ -343,7 +343,7 @@ def test_runs_with_and_without_classes_held_out_are_apart(tmp_path, capsys, name
     table = pd.read_csv(tmp_path / "t.csv")
     best = table[table["at"] == "best"].set_index(["run", "test set"])["Recall @ 1"]
     assert best.loc[[("b", "Val")]].tolist() == [0.6]
-    assert ("a", "Val") not in best.index
+    assert ("a", "Val") not in best.index.tolist()
     assert best.loc[[("b", "test")]].tolist() == [0.4]
 
 

@@ -214,5 +214,22 @@ def test_the_repository_map_is_complete():
     block = next(block for name, block in BLOCKS if name == "README.md" and "main.py  " in block)
     named = set(re.findall(r"^(\S+)", block, re.M))
     top = {path.name + "/" * path.is_dir() for path in ROOT.iterdir() if is_kept(path)}
-    apart = {"README.md", "LICENSE", "requirements.txt", "constraints.txt", "pyproject.toml", ".gitignore", ".ci/"}
+    apart = {"README.md", "LICENSE", "requirements.txt", "constraints.txt", "pyproject.toml", ".ci/"}
+    apart |= {".gitignore", ".gitattributes"}
     assert named == top - apart
+
+
+def test_requirements_name_no_marker_that_pip_cannot_compare():
+    texts = TEXTS | {name: (ROOT / name).read_text() for name in ("requirements.txt", "constraints.txt")}
+    kernels = re.compile("platform_(release|version)")  # pip 24.1 to 25.3 end in a traceback where it is no version
+    assert not [name for name, text in texts.items() if kernels.search(text)]
+
+
+def test_a_clone_on_windows_has_the_line_ends_that_shells_need(tmp_path):
+    (tmp_path / "here").mkdir()
+    for name in (".gitattributes", "Result_Runs.sh"):
+        shutil.copy(ROOT / name, tmp_path / "here")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "core.autocrlf=true"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "first"], ["clone", ".", tmp_path / "clone"]):
+        subprocess.run([*git, *command], cwd=tmp_path / "here", check=True, capture_output=True)
+    assert (tmp_path / "clone" / "Result_Runs.sh").read_bytes() == (ROOT / "Result_Runs.sh").read_bytes()

@@ -226,6 +226,17 @@ def test_what_pytorch_says_of_little_shared_memory():
         assert "\n" not in reason
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_kernel_too_large_for_a_gpu_is_not_about_the_loader_workers(wrapped):
+    text = "out of resource: shared memory, Required: 147456, Hardware limit: 101376. Reducing block sizes may help."
+    error = RuntimeError(f"No valid triton configs. OutOfMemoryError: {text}")
+    if not wrapped:  # no RuntimeError, and known by its module only
+        error = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})(text)
+    reason = stop_reason(error)
+    assert reason.startswith("--compile: torch.compile cannot be used here (")
+    assert "shared memory, Required: 147456" in reason
+
+
 def raised(function, *args):
     """Return the error that a call raises."""
     with pytest.raises((MemoryError, RuntimeError)) as error:

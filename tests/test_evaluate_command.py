@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import layouts
@@ -87,6 +88,20 @@ def test_embeddings_are_stored_for_other_tools(stored, tmp_path, capsys):
     (tmp_path / "e.npz").unlink()
     assert "e_val.npz exists already; nothing is overwritten" in refused(capsys, argv, evaluate)
     assert os.listdir(tmp_path) == ["e_val.npz"]
+
+
+@pytest.mark.parametrize("more", [[], ["--embed"]])
+def test_a_checkpoint_is_read_once(stored, tmp_path, monkeypatch, more):
+    checked, testzip = [], zipfile.ZipFile.testzip
+
+    def check(archive):
+        checked.append(archive.filename)
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", check)
+    images = [stored.parent.parent / "source" / "tiny" / "images", "--save_embeddings", tmp_path / "e.npz"]
+    run([stored, *more, *(images if more else [])], evaluate)
+    assert checked == [str(stored / "checkpoint.pth.tar")]
 
 
 def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored, tmp_path, capsys):
@@ -182,6 +197,11 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
         (["a", "--over", "seed"], "--over: goes only with --compare"),
         (["a", "--against", "b"], "--against: goes only with --compare"),
         (["a", "--compare", "--checkpoint", "x"], "--checkpoint: does not go with --compare"),
+        (["a", "--compare", "--embedding", "Class"], "--embedding: does not go with --compare"),  # given at its default
+        (["a", "--compare", "--gpu", "0"], "--gpu: does not go with --compare"),
+        (["a", "--compare", "--embed", "x"], "--embed: does not go with --compare"),
+        (["a", "--embed", "x", "--csv", "t.csv"], "--csv: does not go with --embed"),
+        (["a", "--embed", "x", "--save_embeddings", "x.npz", "--dataset", "b"], "--dataset: does not go with --embed"),
         (["a", "--compare", "--against", "b", "--over", "seed"], "--against: does not go with --over"),
         (["a", "--compare", "--plot", "x.jpeg"], "ends in .svg or .png or .pdf"),
         (["a", "--save_embeddings", "x.txt"], "ends in .npz"),

@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 
 import layouts
 import pytest
-from conftest import ALONE, ROOT, parse, refused, small_flags, write_class_folders
+from conftest import ALONE, ROOT, parse, refused, run, small_flags, write_class_folders
 
 import datasets
 import evaluate
@@ -17,6 +17,7 @@ import main
 from data.published import PUBLISHED
 from report import ablation
 from run import options
+from support import processes
 
 DEFAULTS = {
     "dataset": "cub200", "arch": "resnet50", "not_pretrained": False, "k_vals": [1, 2, 4, 8], "n_epochs": 130,
@@ -151,6 +152,8 @@ def spoil_first_image(root):
         (["--dataset", "few"], lambda root: write_class_folders(root / "few", (3, 3, 3)), "at least 4 are needed"),
         (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
         (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
+        (["--dataset", "tiny", "--cache", "ram", "--bs", "12"], spoil_first_image, "--bs 12 is larger than the 10"),
+        (["--dataset", "tiny", "--cache", "ram", "--val_classes", "0.5"], spoil_first_image, "--val_classes 0.5: "),
         (["--dataset", "tiny", "--kernels", "1"], spoil_first_image, "class_01/2.jpg"),
         (["--dataset", "tiny", "--task_p", "1", "0"], spoil_first_image, "class_01/2.jpg"),
         (
@@ -189,6 +192,28 @@ def test_no_data_as_a_user_sees_it(tmp_path):
     assert "no images of --dataset cub200 in --source_path Datasets; looked for images/<class>/<image>" in done.stderr
     assert "; found no folder Datasets; to do " in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("started_by", "is_warned"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),  # one process in a job for several
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", "TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_several_tasks_that_torchrun_did_not_start_are_one_line(started_by, is_warned, tmp_path, monkeypatch, capsys):
+    for name in processes.TASK_COUNTS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in started_by.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):  # there is no data
+        run(["--source_path", tmp_path])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "each trains a run of its own" in line]
+    assert len(lines) == is_warned
 
 
 def test_help_fits_100_columns(monkeypatch):

@@ -108,6 +108,20 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     assert log.endswith(f"run folder: {path}\n")
 
 
+def test_a_run_that_goes_on_with_another_number_of_threads_says_so(tiny_run, capsys):
+    folder, n_threads = tiny_run("--n_epochs", 1, "--task_p", 1, 0), torch.get_num_threads()
+    warned = []
+    for n_epochs, n in ((2, n_threads), (3, n_threads + 1), (4, n_threads + 1)):
+        capsys.readouterr()
+        torch.set_num_threads(n)
+        try:
+            run(["--resume", folder, "--n_epochs", n_epochs])
+        finally:
+            torch.set_num_threads(n_threads)
+        warned.append(capsys.readouterr().out.count(f"; set OMP_NUM_THREADS={n_threads} to keep them\n"))
+    assert warned == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -134,7 +148,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
     path = run(small_flags(source, tmp_path, *BASE, "--n_epochs", 2))
     before = (path / "last.pth.tar").stat().st_mtime_ns
     capsys.readouterr()
-    run(["--resume", path])
+    run(["--resume", path, "--lr", "1e-3", "--k_vals", 8, 4, 2, "--savename", "run"])  # its own, as they were given
     assert f"{path} is finished: 2 epochs are done; a larger --n_epochs goes on" in capsys.readouterr().out
     assert (path / "last.pth.tar").stat().st_mtime_ns == before
     shutil.copytree(source, tmp_path / "moved")
@@ -146,9 +160,18 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lr", "1e-3"], "--lr: a resumed run keeps its flags"),
-        (["--not_pretrained"], "--not_pretrained: a resumed run keeps its flags"),
-        (["--n_epochs", "2"], "--n_epochs 2: the run has 3; give at least as many"),
+        (
+            ["--lr", "1e-4"],
+            "with --lr 0.001, not --lr 0.0001; only --gpu, --kernels, --cache, --source_path and a larger",
+        ),
+        (
+            ["--seed", "1", "--bn", "frozen"],
+            "run is a run with --bn train, not --bn frozen; --seed 2, not --seed 1; only --gpu",
+        ),
+        (["--eval_shared"], "run is a run with no --eval_shared, not --eval_shared; only --gpu"),
+        (["--save_path", "elsewhere"], ", not elsewhere; only --gpu"),
+        (["--n_epochs", "2"], "run is a run with --n_epochs 3, not --n_epochs 2; only --gpu"),
+        (["--go_on"], "argument --go_on: not allowed with argument --resume"),
         (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
     ],
 )
@@ -283,8 +306,8 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     os.link(expected / "checkpoint.pth.tar", top / "run" / "checkpoint.pth.tar")  # what is left of a run stays as it is
     killed_run(named, At("os.rename", "log_train_Class.csv", 2))
     for flags, message in [
-        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001; give these, or another --savename or --save_path"),
-        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3"),
+        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001, not --lr 0.0001; give these, or another --savename"),
+        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3, not --n_epochs 2; give these"),
     ]:
         assert message in refused(capsys, [*named, *flags])
     assert run([*named, "--kernels", 1]) == top / "run_1"
@@ -352,7 +375,9 @@ def test_a_name_goes_on_with_a_run_from_before_a_flag_was_there(whole, tmp_path,
     del stored["flags"]["shared_gradient"]
     stored_run(tmp_path / "tiny" / "run", stored)
     named = small_flags(whole[0], tmp_path, *BASE, "--go_on", "--n_epochs", 4)
-    assert "is a run with --shared_gradient backbone" in refused(capsys, [*named, "--shared_gradient", "head"])
+    for argv in (named, ["--resume", tmp_path / "tiny" / "run"]):
+        message = "is a run with --shared_gradient backbone, not --shared_gradient head; "
+        assert message in refused(capsys, [*argv, "--shared_gradient", "head"])
     run(named)
     assert "resumed: 3 of 4 epochs are done\n" in capsys.readouterr().out
 

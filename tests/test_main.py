@@ -263,12 +263,17 @@ def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embe
 
 def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatch, capsys):
     monkeypatch.setattr(output, "INTERVAL", 0)
-    folder = tiny_run("--n_epochs", 2)
+    folder = tiny_run("--n_epochs", 2, "--lr", "1e-5")
     printed = capsys.readouterr().out
     for what in ("embedding", "mining", "searching", "epoch 0", "epoch 1"):
         assert re.search(rf"^{what}: \d+% of \d+ images, [\d,]+ images/s.*, left: 0:00:\d\d", printed, re.M), what
     assert re.search(r"^mining: 100% of .*, left: 0:00:00, of the run \d:\d\d:\d\d$", printed, re.M)
     assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, of the run 0:00:\d\d$", printed, re.M)
+    losses, end = r"Train Loss [-\d.]+  Class Loss .*  Learning Rate 1e-05", r"[\d.]+ s, 0:00:\d\d left"
+    scores = r"NMI [\d.]+ .*  Recall @ 1 [\d.]+ .*  \(best Recall @ 1: [\d.]+ in epoch 1\)"
+    unscored, scored = re.findall("^epoch .* left$", printed, re.M)
+    assert re.fullmatch(f"epoch 0  {losses}  {end}", unscored)
+    assert re.fullmatch(f"epoch 1  {losses}  {scores}  {end}", scored)
     assert (folder / "log.txt").read_text() == printed
 
 
@@ -486,6 +491,16 @@ def test_fp16_trains_with_a_gradient_scaler(tiny_run):
     assert np.isfinite(read_logs(folder)["log_train_Class.csv"]["Train Loss"]).all()
     scaler = torch.load(folder / "last.pth.tar", weights_only=True)["training"]["scaler"]
     assert scaler["scale"] > main.SMALLEST_SCALE
+
+
+def test_compile_that_cannot_compile_is_refused_before_the_folder_is_made(class_folders, tmp_path, capsys, monkeypatch):
+    def without_headers(*_):
+        raise RuntimeError("C++ compile error\n\nOutput:\na.cpp:1:10: fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=without_headers))
+    error = refused(capsys, small_flags(class_folders, tmp_path / "results", "--compile"))
+    assert "--compile: torch.compile cannot be used here (a.cpp:1:10: fatal error: Python.h: No such file" in error
+    assert not (tmp_path / "results").exists()
 
 
 def test_compile_changes_no_key_of_the_checkpoint(tiny_run, monkeypatch):

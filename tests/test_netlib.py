@@ -164,9 +164,8 @@ def small():
     """A GoogLeNet with heads, and what a checkpoint of it holds."""
     torch.manual_seed(2)
     network = netlib.build_network("googlenet", SIZES, pretrained=False, freeze_batchnorm=False).eval()
-    stored = {part: dict.fromkeys(keys) for part, keys in weights.NEEDED.items()}
-    stored["flags"] |= {"arch": "googlenet", "img_size": 32, "bn": "train"}
-    stored |= {"format": weights.CHECKPOINT_FORMAT, "provenance": []}
+    stored = {"format": weights.CHECKPOINT_FORMAT, "provenance": [], "progress": {}}
+    stored["flags"] = {"arch": "googlenet", "img_size": 32, "bn": "train"}
     return network, stored | {"state_dict": network.state_dict()}
 
 

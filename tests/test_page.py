@@ -101,6 +101,13 @@ def require_links(path):
     assert not re.search(r"url\(|@import|fetch\(", path.read_text(encoding="utf-8"))
 
 
+def test_a_page_resumes_the_run_on_as_many_machines(tmp_path):
+    history = history_of(tmp_path / "a run", provenance=[{"processes": "16", "machines": "2"}])
+    (resume,) = [line for what, line in page.commands(history).items() if what.startswith("Resume")]
+    assert resume.startswith("torchrun --nnodes=2 ")
+    assert resume.endswith(f" --nproc_per_node=8 main.py --resume '{tmp_path}/a run'")
+
+
 @pytest.mark.parametrize("prefixes", [("",), ("Set 1 ", "Set 2 ", "Val ")])
 def test_a_page_shows_the_run_and_all_its_links_lead_somewhere(tmp_path, prefixes):
     history = history_of(tmp_path / "run", prefixes=prefixes)

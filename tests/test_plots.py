@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import matplotlib
@@ -9,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
@@ -301,3 +304,11 @@ def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
 def test_what_graphs_need_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert packages.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"
+
+
+def test_a_backend_that_is_not_installed_stops_nothing(tmp_path):
+    """Notebooks set MPLBACKEND for all that they start, in whatever environment that is."""
+    environment = os.environ | {"MPLBACKEND": "none_such", "PYTHONPATH": str(ROOT)}
+    program = "from report.plots import *; draw_comparison(Path('plot.png'), {'a': pd.DataFrame([0.5])})"
+    subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
+    assert (tmp_path / "plot.png").is_file()

@@ -115,13 +115,13 @@ def test_safetensors_without_the_package(tmp_path, monkeypatch):
     assert "pip install safetensors" in refusal(weights.read_state_dict, tmp_path / "weights.safetensors")
 
 
-CHECKPOINT = {part: dict.fromkeys(sorted(keys)) for part, keys in weights.NEEDED.items()}
-CHECKPOINT |= {
+CHECKPOINT = {
     "format": weights.CHECKPOINT_FORMAT,
     "state_dict": {"weight": torch.zeros(2)},
+    "flags": {"bs": 8},
+    "progress": {"rows": {}, "mined_labels": torch.zeros(1, 2, dtype=torch.uint8)},
     "provenance": [{"a": "b"}],
 }
-CHECKPOINT["progress"] |= {"mined_labels": torch.zeros(1, 2, dtype=torch.uint8)}
 
 
 def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
@@ -145,9 +145,8 @@ def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
         {"format": [weights.CHECKPOINT_FORMAT]},
         {"format": torch.ones(2)},
         {"flags": [1]},
-        {"flags": {"bs": 8}},
         {"progress": None},
-        {"progress": {"rows": {}}},
+        {"training": 5},
         {"state_dict": None},
         {"state_dict": {"weight": 1}},
         {"state_dict": {1: torch.zeros(1)}},
@@ -156,6 +155,15 @@ def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
 def test_other_files_are_no_checkpoints(tmp_path, change):
     torch.save(CHECKPOINT | change, tmp_path / "checkpoint.pth.tar")
     line = refusal(weights.read_checkpoint, tmp_path)
+    assert line == f"{tmp_path}/checkpoint.pth.tar: no checkpoint of this version of the program"
+
+
+@pytest.mark.parametrize("part", ["flags", "progress", "training"])
+def test_a_key_that_is_missing_tells_a_checkpoint_of_another_version(tmp_path, part):
+    torch.save(CHECKPOINT | {"training": {}}, tmp_path / "checkpoint.pth.tar")
+    read = weights.read_checkpoint(tmp_path)[part]
+    assert (read.get("absent", 5), type(read | {"absent": 5})) == (5, dict)  # what a checkpoint can hold again
+    line = refusal(lambda: read["absent"])
     assert line == f"{tmp_path}/checkpoint.pth.tar: no checkpoint of this version of the program"
 
 

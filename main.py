@@ -4,6 +4,7 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 """
 
 import argparse
+import contextlib
 import functools
 import shlex
 import sys
@@ -529,8 +530,9 @@ def lesson(history: History) -> str:
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
     argv = sys.argv[1:] if argv is None else argv
-    with output.logged(), errors.one_line_errors("main.py"), errors.signals_stop():
-        args, stored = options.resolve(argv, get_args_parser())
+    locks = contextlib.ExitStack()
+    with output.logged(), errors.one_line_errors("main.py"), errors.signals_stop(), locks:
+        args, stored = options.resolve(argv, get_args_parser(), locks)
         with processes.connected():
             return train(args, argv, stored)
 

@@ -73,7 +73,9 @@ class Trial:
         self.args, self.seconds = args, {}
         flags = f"--dataset cub200 --arch {args.arch} --not_pretrained --n_epochs {args.epochs} --savename run"
         parser = program.get_args_parser()
-        self.flags, _ = options.resolve([*flags.split(), "--save_path", str(folder / "runs")], parser)
+        self.flags, _ = options.resolve(
+            [*flags.split(), "--save_path", str(folder / "runs")], parser, contextlib.ExitStack()
+        )
         self.train, self.test = (generate_images(folder, args.images // 2) for _ in range(2))
         self.names = ["test"] if args.sets == 1 else [f"Set {i + 1}" for i in range(args.sets)]
         self.embeddings = {"Class": generate_embeddings(self.test.labels, 1)}

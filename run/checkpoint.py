@@ -1,29 +1,28 @@
 """Checkpoints of a run: what is saved, and how a run is restored from it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import BaseFileLock
 
 import auxiliaries
 from run.history import History
-from support import weights
+from support import processes, weights
 from support.errors import InputError
-from support.files import acquire_lock, replaced_file
+from support.files import locked, replaced_file
 
 LAST = "last.pth.tar"
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run to resume: its folder, the content of its last.pth.tar, and the lock that keeps others from training it."""
+    """A run to resume: its folder and the content of its last.pth.tar."""
 
     folder: Path
     content: dict[str, dict]
-    lock: BaseFileLock | None
 
 
 def save(
@@ -59,22 +58,23 @@ def save(
             raise
 
 
-def read_to_resume(folder: Path, with_lock: bool) -> StoredRun:
-    """Lock a run folder and read its last.pth.tar.
+def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
+    """Lock a run folder, in the first process, and read its last.pth.tar.
 
     Args:
         folder: the run folder.
-        with_lock: False for processes of torchrun other than the first, which share its lock.
+        locks: holds the lock.
 
     Raises:
         InputError: another process trains the run, or it holds nothing to resume from.
     """
     path = weights.checkpoint_path(folder, LAST)
-    lock = acquire_lock(folder) if with_lock else None
+    if processes.is_first():
+        locks.enter_context(locked(folder))
     content = weights.read_checkpoint(path)
     if "training" not in content:
         raise InputError(f"{path}: holds a network without the state of its training")
-    return StoredRun(folder, content, lock)
+    return StoredRun(folder, content)
 
 
 def restore_history(history: History, content: Mapping[str, dict]) -> list[np.ndarray]:

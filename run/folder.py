@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import BaseFileLock
 from PIL import Image
 
 import auxiliaries
@@ -19,7 +18,7 @@ from run.history import History, Row, file_suffix
 from run.provenance import command
 from support import processes
 from support.errors import DivergedError, InputError, StoppedError, stop_reason
-from support.files import LOCK, acquire_lock, make_folder, remove_empty, replaced_file, try_file_system
+from support.files import LOCK, locked, make_folder, remove_empty, replaced_file, try_file_system
 from support.output import log, log_to
 
 
@@ -55,12 +54,12 @@ class Run:
         self.stored, self.may_restart, self.is_new = stored, may_restart, stored is None
         self.writes, self.minings = processes.is_first(), []
         self.stopwatch, self.start = auxiliaries.Stopwatch(), time.monotonic()
-        self.lock: BaseFileLock | None = None
+        self.stack = contextlib.ExitStack()
         self.board = None
         self.made: list[Path] = []
         self.is_resumable = False
         if stored:
-            self.lock, history = stored.lock, self.history
+            history = self.history
             history.flags = stored.content["flags"] | history.flags
             history.provenance = [*stored.content["provenance"], *history.provenance]
             self.minings = checkpoint.restore_history(history, stored.content)
@@ -104,14 +103,14 @@ class Run:
         """Make and lock the folder of a new run, or take that of a run that was killed before its first checkpoint."""
         folder = self.folder
         if self.may_restart and is_unfinished_start(folder):
-            self.lock = acquire_lock(folder)
+            self.stack.enter_context(locked(folder))
             self.made = [folder]
             for path in [path for path in folder.iterdir() if path.name != LOCK]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         else:
             self.made = make_folder(folder)
             self.history.folder = self.made[-1]
-            self.lock = acquire_lock(self.folder)
+            self.stack.enter_context(locked(self.folder))
         try_file_system(self.folder)
 
     def _open(self) -> None:
@@ -123,26 +122,19 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.epoch)
+            self.stack.callback(self.board.close)
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Say in run.json how the run ended and in a note of the error how to resume it; release the folder."""
+        """Write how the run ended, tell in a note of the error how to resume it, and release the folder."""
         history = self.history
-        if self.board:
-            self.board.close()
-        if not self.is_resumable:
-            if error and self.is_new and not isinstance(error, InputError):
-                error.add_note("no epoch was complete: nothing is saved")
-            with contextlib.suppress(OSError):  # what ended the run is to be told
-                self._remove()
-            return
         history.state = "stopped" if error else "finished"
         if error:
             history.reason = stop_reason(error) or f"a bug: {type(error).__name__}, see log.txt"
-            if isinstance(error, DivergedError):
-                error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
-            else:
-                resume = command(["--resume", str(self.folder)], history.provenance[-1])
-                error.add_note(f"last complete epoch saved; resume with: {resume}")
+        if not self.is_resumable:
+            self._remove()
+            if error and self.is_new and not isinstance(error, InputError):
+                error.add_note("no epoch was complete: nothing is saved")
+            return
         if self.writes:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()
@@ -150,20 +142,25 @@ class Run:
                 if self.stored is None:  # it was trained, or restored
                     self._update_times(history.epoch)
                 history.write_state()
-            self.lock.release()
+        self.stack.close()
+        if isinstance(error, DivergedError):
+            error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
+        elif error:
+            resume = command(["--resume", str(self.folder)], history.provenance[-1])
+            error.add_note(f"last complete epoch saved; resume with: {resume}")
         if isinstance(error, InputError):  # an image that has gone or broken since
             stopped = StoppedError(str(error))
             stopped.__notes__ = error.__notes__
             raise stopped from error
 
     def _remove(self) -> None:
-        """Release the folder and remove what this start made, after its files are closed."""
-        if self.lock:
-            self.lock.release()
-        if self.is_new and self.made:
-            log_to(None)
-            shutil.rmtree(self.made[-1], ignore_errors=True)
-            remove_empty(self.made[:-1])
+        """Remove what this start made, after its files are closed; what ended the run is to be told, not this."""
+        with contextlib.suppress(OSError):
+            self.stack.close()
+            if self.made:
+                log_to(None)
+                shutil.rmtree(self.made[-1], ignore_errors=True)
+                remove_empty(self.made[:-1])
 
     def require_images(self, image_sets: Mapping[str, Mapping]) -> None:
         """Raise InputError where these are not the images of the run that is resumed, see data.images."""

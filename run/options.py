@@ -1,6 +1,7 @@
 """Flags of main.py: what they take, which do not fit together, and which a resumed run keeps."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -105,20 +106,23 @@ PATH = os.path.expanduser
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
-def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> tuple[argparse.Namespace, StoredRun | None]:
+def resolve(
+    argv: Sequence[str] | None, parser: OneLineParser, locks: contextlib.ExitStack
+) -> tuple[argparse.Namespace, StoredRun | None]:
     """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
     They are those of a new run, or of the stored run that --resume or --go_on finds, but for what may be given anew.
+    That run is returned too; locks holds its lock. Raises InputError where it cannot be resumed.
     """
     args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
     stored = None
     if args.resume is not None:
-        stored = read_stored(Path(args.resume))
-        parser.set_defaults(**stored.content["flags"])
+        stored = read_stored(Path(args.resume), locks)
+        parser.set_defaults(**{flag: value for flag, value in stored.content["flags"].items() if flag in defaults})
         args = parser.parse_args(argv)
     args = check(args, parser)
     if args.go_on:
-        stored = find_run_to_resume(args)
+        stored = find_run_to_resume(args, locks)
     if stored:
         refuse_changes(args, defaults | stored.content["flags"], stored.folder, parser)
     return args, stored
@@ -262,11 +266,11 @@ def kept(args: argparse.Namespace) -> dict[str, object]:
     return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
-def read_stored(path: Path) -> StoredRun:
+def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
     """Lock and read a run to resume, named by its folder or its last.pth.tar. Raises InputError."""
     folder = path.parent if path.name == LAST else path
     try:
-        return read_to_resume(folder, with_lock=processes.is_first())
+        return read_to_resume(folder, locks)
     except InputError as error:
         hint = "" if (folder / LAST).exists() else "; it has no complete epoch, or is no run"
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
@@ -274,13 +278,13 @@ def read_stored(path: Path) -> StoredRun:
         raise InputError(f"{error}{hint}") from error
 
 
-def find_run_to_resume(args: argparse.Namespace) -> StoredRun | None:
+def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) -> StoredRun | None:
     """Lock and read the run of this name, for --go_on; None where there is none. Raises InputError."""
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
     for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
         flags, _ = read_flags(folder)
         if flags.get("savename") == args.savename:
-            return read_stored(folder)
+            return read_stored(folder, locks)
     return None
 
 

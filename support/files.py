@@ -59,8 +59,9 @@ def try_file_system(folder: Path) -> None:
         ) from error
 
 
-def acquire_lock(folder: Path) -> filelock.BaseFileLock:
-    """Return the lock of a run folder, held. A process that has died holds none.
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run folder. A process that has died holds none.
 
     Raises:
         InputError: another process holds it, or the file system knows no locks.
@@ -80,7 +81,10 @@ def acquire_lock(folder: Path) -> filelock.BaseFileLock:
         raise InputError(
             f"{folder}: its file system cannot lock files ({reason}); keep runs on another one, see --save_path"
         ) from error
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -61,16 +61,18 @@ def content(whole):
 
 
 def stored_run(path, content):
-    """Make a run folder that holds nothing but last.pth.tar."""
+    """Make a run folder that holds last.pth.tar and its flags."""
     path.mkdir(parents=True)
     torch.save(content, path / "last.pth.tar")
+    History(path, content["flags"]).write_flags()
     return path
 
 
 def linked_run(whole, path):
-    """Make a run folder that holds nothing but the last.pth.tar of the uninterrupted run."""
+    """Make a run folder that holds nothing but the last.pth.tar and the flags of the uninterrupted run."""
     path.mkdir(parents=True)
-    os.link(whole[1] / "last.pth.tar", path / "last.pth.tar")
+    for name in ("last.pth.tar", "hypa.pkl"):
+        os.link(whole[1] / name, path / name)
     return path
 
 
@@ -169,7 +171,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
             "run is a run with --bn train, not --bn frozen; --seed 2, not --seed 1; only --gpu",
         ),
         (["--eval_shared"], "run is a run with no --eval_shared, not --eval_shared; only --gpu"),
-        (["--save_path", "elsewhere"], ", not elsewhere; only --gpu"),
+        (["--save_path", "elsewhere"], ", not --save_path elsewhere; only --gpu"),
         (["--n_epochs", "2"], "run is a run with --n_epochs 3, not --n_epochs 2; only --gpu"),
         (["--go_on"], "argument --go_on: not allowed with argument --resume"),
         (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),
@@ -216,7 +218,15 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
         assert f"--resume {path}: not the images that it was trained with: {message}; give it those" in error
-        assert {path.name for path in path.iterdir()} <= {"last.pth.tar", ".lock", "log.txt", "page.html"}
+        assert {path.name for path in path.iterdir()} <= {
+            "last.pth.tar",
+            "hypa.pkl",
+            "Parameter_Info.txt",
+            ".lock",
+            "log.txt",
+            "page.html",
+            "InfoPlot_Class.svg",
+        }
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
@@ -225,7 +235,7 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
     assert f"; runs lie in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
     (tmp_path / "run").mkdir()
-    assert "stopped before it had anything to resume" in refused(capsys, ["--resume", tmp_path / "run"])
+    assert "it has no complete epoch, or is no run" in refused(capsys, ["--resume", tmp_path / "run"])
     shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
     assert "holds a network without the state of its training" in refused(capsys, ["--resume", tmp_path / "run"])
     other_format = stored_run(tmp_path / "format", content | {"format": 1})
@@ -233,7 +243,15 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     content["flags"]["arch"] = "resnet50"
     other_network = stored_run(tmp_path / "arch", content)
     assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
-    assert {path.name for path in other_network.iterdir()} <= {"last.pth.tar", ".lock", "log.txt", "page.html"}
+    assert {path.name for path in other_network.iterdir()} <= {
+        "last.pth.tar",
+        "hypa.pkl",
+        "Parameter_Info.txt",
+        ".lock",
+        "log.txt",
+        "page.html",
+        "InfoPlot_Class.svg",
+    }
 
 
 def test_pickled_objects_are_not_executed(tmp_path, capsys, content):

@@ -64,13 +64,20 @@ run() { # SET-UP [more flags], in place of this shell, so that a signal reaches 
 
 case $name in
     ablation)
-        # Not python -m, which would import the user's own run.py from the folder where this is started
-        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" "$here/report/ablation.py" "$@"
+        # -P: not the user's own main.py from the folder where this is started
+        PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -P -c '
+import main
+from report import ablation
+from support.errors import set_up_output
+
+set_up_output()
+ablation.main(main.get_args_parser)' "$@"
         ;;
     all)
         failed=()
         child=
-        trap 'kill $child 2>/dev/null || true; wait $child || true; exit 143' TERM
+        trap 'kill -TERM $child 2>/dev/null || true; wait $child || true; exit 143' TERM
+        trap 'kill -HUP $child 2>/dev/null || true; wait $child || true; exit 129' HUP
         trap 'wait $child || true; exit 130' INT
         for each in cub200 cars196 online_products in-shop vehicle_id; do
             (run "$each" "$@") &

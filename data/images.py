@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from support.errors import InputError, first_line
 
@@ -23,6 +23,21 @@ except Exception as error:  # it is missing, older than 0.16, or made for anothe
 
 COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
 """Endings of formats in which another image has a file of another size."""
+
+FLIPS = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
+"""By EXIF orientation: the dimensions along which a (3, H, W) image is flipped, once it stands upright."""
+
+ON_THEIR_SIDE = (5, 6, 7, 8)
+"""EXIF orientations whose images are stored with rows and columns exchanged."""
+
+APP1, START_OF_SCAN = b"\xff\xe1", b"\xff\xda"
+"""Markers in a JPEG of a segment that may hold EXIF or XMP, and of the first of its pixels."""
+
+JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
+"""Markers of the segment that holds the size of a baseline, extended or progressive JPEG."""
+
+JPEG_SEGMENTS = JPEG_FRAMES | {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE)}
+"""Markers of the segments before the pixels but APP1: also tables, restart interval, other APPs and comment."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -95,58 +110,118 @@ def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, Image
 
 
 def read_image(path: str) -> torch.Tensor:
-    """Decode an image file to a (3, H, W) uint8 RGB tensor. Raises InputError that names the file.
+    """Decode an image file to a (3, H, W) uint8 RGB tensor.
 
-    The image is turned as its EXIF orientation says, transparency is put on white, of 16 bits of grey the upper 8 are
-    kept, of an animation the first frame. torchcodec decodes JPEGs as Pillow does, in less time; Pillow decodes the
-    rest, and JPEGs that torchcodec refuses.
+    Turn it as its EXIF orientation says, put transparency on white, keep the upper 8 of 16 bits of grey and the first
+    frame of an animation. torchcodec decodes JPEGs as Pillow does, in less time; Pillow decodes the rest.
+
+    Raises:
+        InputError: naming the file, where it cannot be decoded.
     """
     if decode_image is not None:
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow says better what is wrong with a file
             with open(path, "rb") as file:
-                content = file.read()
-            if content.startswith(b"\xff\xd8\xff"):  # a JPEG, whatever its name
-                return decode_image(content, mode="RGB")
-    return read_with_pillow(path)
+                jpeg = split_jpeg(file.read())
+            if jpeg is not None:
+                content, info = jpeg
+                return turned(decode_image(content, mode="RGB"), exif_orientation(info))
+    with opened_image(path) as (image, orientation):
+        return turned(decode(image), orientation)
 
 
-def read_with_pillow(path: str) -> torch.Tensor:
-    """Decode an image file of any format, see read_image."""
-    with opened_image(path) as opened:
-        image = ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16") or (image.mode == "I" and opened.format in ("PNG", "PPM")):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip 16 bits of grey
-        elif image.mode in ("I", "F"):
-            raise ValueError("32 bits per channel, whose black and white are not known: save it with 8 or 16")
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def split_jpeg(content: bytes) -> tuple[bytes, dict[str, bytes]] | None:
+    """Take EXIF out of a JPEG, because torchcodec would turn the image by its own reading of it, which is not Pillow's.
+
+    Returns:
+        The file without APP1 segments, and {"exif": data} as Pillow keeps it in Image.info, or {}. None for what is no
+        JPEG, or no ordinary one, and where it has more pixels than Pillow reads: Pillow is to decode it, or refuse.
+    """
+    if not content.startswith(b"\xff\xd8"):
+        return None
+    kept, info, start = [content[:2]], {}, 2
+    while (marker := content[start : start + 2]) != START_OF_SCAN:
+        stop = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        if marker == APP1:
+            if content.startswith(b"Exif\0\0", start + 4):
+                if info:  # Pillow joins several
+                    return None
+                info["exif"] = content[start + 4 : stop]
+        elif marker in JPEG_SEGMENTS:
+            kept.append(content[start:stop])
+        else:
+            return None
+        if marker in JPEG_FRAMES:
+            height, width = (int.from_bytes(content[start + i : start + i + 2], "big") for i in (5, 7))
+            if height * width > 2 * Image.MAX_IMAGE_PIXELS:
+                return None
+        start = stop
+    is_whole = sum(map(len, kept)) == start
+    return content if is_whole else b"".join([*kept, content[start:]]), info
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return (height, width) from an image file's header, as read_image turns it. Raises InputError that names it."""
-    with opened_image(path) as image:
-        is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        if is_on_its_side and image.format != "TIFF":  # whose size Pillow turns by itself
-            return image.width, image.height
-        return image.height, image.width
+    """Return (height, width) of the tensor that read_image returns, from the file's header. Raises InputError."""
+    with opened_image(path) as (image, orientation):
+        return (image.width, image.height) if orientation in ON_THEIR_SIDE else (image.height, image.width)
 
 
 @contextlib.contextmanager
-def opened_image(path: str) -> Iterator[Image.Image]:
-    """Open an image file with Pillow. Raises InputError that names the file for whatever goes wrong with it."""
+def opened_image(path: str) -> Iterator[tuple[Image.Image, int]]:
+    """Open an image file with Pillow; yield it, not decoded yet, and the orientation to turn it by.
+
+    Raises:
+        InputError: naming the file, for whatever goes wrong while it is opened or used.
+    """
     try:
         with Image.open(path) as image:
-            if image.format == "PNG" and "Raw profile type exif" not in image.info:
-                image.info.setdefault("exif", b"")  # else Pillow decodes it to look for one behind the pixels
-            for name in ("xmp", "XML:com.adobe.xmp"):  # Pillow takes an orientation from there too, torchcodec does not
-                image.info.pop(name, None)
-            image.getexif()  # is kept: what stands behind the pixels does not count
-            yield image
+            if image.format == "TIFF":  # Pillow turns it while it decodes it, by an orientation in XMP as well
+                image.info.pop("xmp", None)
+            yield image, 1 if image.format == "TIFF" else exif_orientation(image.info)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:
+        limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise InputError(f"cannot decode the image {path}: it has more than {limit}; shrink it") from error
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
         raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
+
+
+def exif_orientation(info: Mapping[str, object]) -> int:
+    """Return the EXIF orientation, 1 to 8, as Pillow reads it; 1 where there is none that it can read.
+
+    Args:
+        info: of an opened image, before it is decoded. An orientation in XMP, or behind the pixels of a PNG, does not
+            count, for which Pillow would look if it were asked for that of the image itself.
+    """
+    exif = {key: info[key] for key in ("exif", "Raw profile type exif") if key in info}
+    if not exif:
+        return 1
+    header = Image.new("1", (1, 1))
+    header.info = exif
+    with contextlib.suppress(Exception):  # damaged EXIF makes Pillow raise almost anything, and is no damaged image
+        orientation = header.getexif().get(ExifTags.Base.Orientation)
+        if orientation in FLIPS:
+            return int(orientation)
+    return 1
+
+
+def turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Return (3, H, W) pixels turned and mirrored as an EXIF orientation says."""
+    if orientation in ON_THEIR_SIDE:
+        pixels = pixels.transpose(1, 2)
+    return pixels.flip(FLIPS[orientation]) if FLIPS[orientation] else pixels
+
+
+def decode(image: Image.Image) -> torch.Tensor:
+    """Decode an opened image of any format with Pillow to (3, H, W) uint8 RGB, not turned."""
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip 16 bits of grey
+    elif image.mode in ("I", "F"):
+        raise ValueError("32 bits per channel, whose black and white are not known: save it with 8 or 16")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:

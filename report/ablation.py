@@ -4,6 +4,7 @@ bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more f
 """
 
 import argparse
+import contextlib
 import glob
 import math
 import os
@@ -11,22 +12,24 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 from data.published import PUBLISHED
 from report.compare import compare_runs
+from run import options
 from run.options import PATH, whole
-from support.errors import Interrupted, OneLineParser, one_line_errors, set_up_output, signals_stop
+from support.errors import InputError, Interrupted, OneLineParser, one_line_errors, signals_stop
+from support.files import locked
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
 SETUPS = {**{name: name for name in PUBLISHED}, "shapes": "demo"}
 """Data sets with a set-up in Result_Runs.sh, and its name."""
 
-STOPPING = (2, 129, 130, 143)
-"""Exit codes of a run that end the series: bad flags, or told to stop."""
+STOPPED = (129, 130, 143)
+"""Exit codes of a run that was told to stop, which end the series."""
 
 SERIES = {
     "clusters": ("shared_num_classes", "5 10 20 30 50 100 150 200 250 300", "the number of mined clusters"),
@@ -95,42 +98,29 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     return args, flags
 
 
-def value_flags(series: str, value: str) -> list[str]:
-    """Return the flags of a value of a series other than mining."""
-    if (series, value) == ("dim", "0"):
-        return ["--task_p", "1", "0", "--adv_weights", "0"]
-    if series == "dim":
-        return ["--embed_sizes", "128", value]
-    return [] if (series, value) == ("adversarial", "on") else [f"--{SERIES[series][0]}", value]
-
-
-def mining_flags(dataset: str, flags: Sequence[str]) -> dict[str, list[str]]:
-    """Return the flags of each value of the series mining, for the set-up of a data set with these flags.
+def value_flags(series: str, value: str, base: argparse.Namespace) -> list[str]:
+    """Return the flags of a value of a series. base: the flags that all its runs have in common.
 
     margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks.
     """
-    words = flags
-    if dataset in SETUPS:
-        printed = subprocess.check_output(["bash", str(ROOT / PROG), "flags", SETUPS[dataset], *flags])
-        words = os.fsdecode(printed).split()
-    parser = OneLineParser(prog=PROG, allow_abbrev=False, add_help=False)
-    parser.add_argument("--n_epochs", type=int, default=130)
-    parser.add_argument("--tau", type=int, nargs="+", default=[80])
-    parser.add_argument("--task_p", type=float, nargs=2, default=[1.0, 0.8])
-    parser.add_argument("--adv_weights", nargs="+", default=["2500"])
-    args, _ = parser.parse_known_args(words)
-    no_adversarial = ["--adv_weights", *["0"] * len(args.adv_weights)]
+    no_adversarial = ["--adv_weights", *["0"] * len(base.adversarial)]
     margin = ["--task_p", "1", "0", *no_adversarial]
-    per_iteration = sum(Fraction(str(p)) for p in args.task_p)  # steps of both tasks
-    n_epochs, *tau = (str(math.ceil(per_iteration * epoch)) for epoch in (args.n_epochs, *args.tau))
-    return {
-        "margin": margin,
-        "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],
-        "mic": [],
-        "no_adversarial": no_adversarial,
-        "no_norm": ["--cluster_mode", "no_norm"],
-        "shared_head": ["--shared_gradient", "head"],
-    }
+    if series == "mining":
+        per_iteration = sum(Fraction(str(p)) for p in base.task_p)  # steps of both tasks
+        n_epochs, *tau = (str(math.ceil(per_iteration * epoch)) for epoch in (base.n_epochs, *base.tau))
+        return {
+            "margin": margin,
+            "margin_steps": [*margin, "--n_epochs", n_epochs, "--tau", *tau],
+            "mic": [],
+            "no_adversarial": no_adversarial,
+            "no_norm": ["--cluster_mode", "no_norm"],
+            "shared_head": ["--shared_gradient", "head"],
+        }[value]
+    if series == "dim":
+        return margin if value == "0" else ["--embed_sizes", str(base.embed_sizes[0]), value]
+    if series == "adversarial":
+        return [] if value == "on" else ["--adv_weights", *[value] * len(base.adversarial)]
+    return [f"--{SERIES[series][0]}", value]
 
 
 def train(words: Sequence[str]) -> int:
@@ -139,8 +129,8 @@ def train(words: Sequence[str]) -> int:
     try:
         code = process.wait()
     except Interrupted as stop:
-        if stop.signum == signal.SIGTERM:  # Ctrl-C reaches the run by itself
-            process.terminate()
+        if stop.signum != signal.SIGINT:  # Ctrl-C reaches the run by itself
+            process.send_signal(stop.signum)
         process.wait()
         raise
     return code if code >= 0 else 128 - code
@@ -150,6 +140,24 @@ def trained_folder(folder: Path) -> Path | None:
     """Return the folder of a run of this name that stored something; it may have a counter behind its name."""
     folders = [folder, *sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*"))]
     return next((path for path in folders if (path / "last.pth.tar").exists()), None)
+
+
+def is_being_trained(folder: Path) -> bool:
+    """Tell whether another process trains the run in a folder."""
+    try:
+        with locked(folder) if (folder / ".lock").exists() else contextlib.nullcontext():
+            return False
+    except InputError:
+        return True
+
+
+def fits(words: Sequence[str], parser: OneLineParser) -> bool:
+    """Tell whether main.py takes a command line, which says why not."""
+    try:
+        with contextlib.redirect_stdout(None):  # notes, which the run prints too
+            return bool(options.resolve(words, parser))
+    except SystemExit:
+        return False
 
 
 def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]], table: str) -> None:
@@ -163,37 +171,41 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
 
 @one_line_errors(PROG)
 @signals_stop("the same command goes on with the series")
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train a series and compare its runs, as a command line asks."""
+def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | None = None) -> None:
+    """Train a series and compare its runs, as a command line asks.
+
+    get_main_parser: main.get_args_parser. Result_Runs.sh hands it in, as report/ stands below main.py.
+    """
     args, flags = parse_args(argv)
     os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
-    command = [os.environ["PYTHON"], str(ROOT / "main.py"), "--dataset", args.dataset]
+    setup = ["--dataset", args.dataset]
+    command = [os.environ["PYTHON"], str(ROOT / "main.py"), *setup]
     if args.dataset in SETUPS:
         command = ["bash", str(ROOT / PROG), SETUPS[args.dataset]]
-    mining = mining_flags(args.dataset, flags) if args.series == "mining" else None
-    first_seed = 0 if args.dataset in PUBLISHED else 1
-    failed, folders = [], {}
-    for value in args.values:
-        of_value = mining[value] if mining else value_flags(args.series, value)
+        setup = subprocess.check_output([*command[:2], "flags", SETUPS[args.dataset]], text=True).split()
+    setup += ["--savename", args.savename, *flags]
+    base = options.resolve(setup, get_main_parser())  # what it refuses fits no value
+    values = {value: value_flags(args.series, value, base) for value in args.values}
+    failed = [value for value in values if not fits([*setup, *values[value]], get_main_parser())]
+    if len(failed) == len(values):
+        sys.exit(2)
+    first_seed, folders = 0 if args.dataset in PUBLISHED else 1, {}
+    for value in [value for value in values if value not in failed]:
         for seed in map(str, range(first_seed, first_seed + args.seeds)):
             print(f"== {args.series} {value}, seed {seed}")
             name = f"{args.savename}_{value}_seed{seed}"
             of_run = ["--seed", seed, "--save_path", args.save_path, "--savename", name, "--go_on"]
-            code = train([*command, *flags, *of_value, *of_run])
-            if code in STOPPING or (code == 2 and not folders):  # bad flags are the same in all runs
-                sys.exit(code)
-            if code:
+            folder = Path(args.save_path, args.dataset, name)
+            if is_being_trained(trained_folder(folder) or folder):
+                print("skipped: another process trains it")
+            elif code := train([*command, *flags, *values[value], *of_run]):
+                if code in STOPPED:
+                    sys.exit(code)
                 failed.append(f"{value}_seed{seed}")
-            folder = trained_folder(Path(args.save_path, args.dataset, name))
-            if folder:
-                folders.setdefault(value, []).append(folder)
+            if trained_folder(folder):
+                folders.setdefault(value, []).append(trained_folder(folder))
     if folders:
         table = os.path.join(args.save_path, args.dataset, args.savename)
         compare_series(args.series, args.values[0], folders, table)
     if failed:
         sys.exit(f"{PROG}: failed: {' '.join(failed)}")
-
-
-if __name__ == "__main__":
-    set_up_output()
-    main()

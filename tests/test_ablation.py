@@ -1,5 +1,6 @@
 """Series of runs: which runs a series starts, what it compares, and what it refuses; Result_Runs.sh."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ from conftest import HANG, ROOT
 
 import main
 from report import ablation
+from support import files
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 # Stands in for python: instead of main.py it runs the program below
@@ -40,10 +42,13 @@ fails = Path(os.environ["FAILS"])
 if fails.exists():
     name, code = fails.read_text().split()
     if code == "waits":
-        told = (signal.SIGTERM, signal.SIGINT)
+        told = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         signal.pthread_sigmask(signal.SIG_BLOCK, told)  # one that comes before sigwait waits for it
         print("waits", flush=True)
-        sys.exit(128 + signal.sigwait(told))
+        signum = signal.sigwait(told)
+        with open(os.environ["LOG"], "a") as log:
+            log.write(f"told {signum:d}\\n")
+        sys.exit(128 + signum)
     if name in flags["savename"]:
         sys.exit(int(code))
 folder = Path(flags["save_path"], flags["dataset"], flags["savename"])
@@ -54,6 +59,8 @@ recall = 0.5 + 0.001 * sum(map(ord, folder.name[-8:]))
 with open(folder / "hypa.pkl", "wb") as file:
     pickle.dump(flags, file)
 """
+
+DIRECTIONS = ("--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 5, 6)
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def series(folder, capfd):
         capfd.readouterr()
         handler, code = signal.getsignal(signal.SIGTERM), 0
         try:
-            ablation.main([*map(str, flags), "--save_path", str(folder / "runs")])
+            ablation.main(main.get_args_parser, [*map(str, flags), "--save_path", str(folder / "runs")])
         except SystemExit as stop:
             code = stop.code
         signal.signal(signal.SIGTERM, handler)
@@ -126,10 +133,9 @@ def test_a_series_trains_each_value_and_seed_and_compares_its_own_runs(series):
     ],
 )
 def test_the_flags_of_a_value(series, folder, name, dataset, values, flags, first):
-    fails = ("ablation", "2")
-    code, _, calls, _ = series(name, dataset, *(["--values", *values] if values else []), fails=fails)
-    assert code == 2
-    (call,) = calls  # bad flags are the same in all runs
+    fails = ("ablation", "143")
+    code, _, (call,), _ = series(name, dataset, *(["--values", *values] if values else []), fails=fails)
+    assert code == 143
     own = f"--seed {first[-1]} --save_path {folder}/runs --savename ablation_{name}_{first} --go_on"
     assert " ".join(call).endswith(f"{flags} {own}")
     assert call[:2] == ["--dataset", dataset]
@@ -160,8 +166,7 @@ def test_mining_gives_the_baseline_as_many_steps_and_pairs_by_seed(series):
 
 
 def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, capfd):
-    directions = ("--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 5, 6)
-    more = (*directions, "--task_p", 0.5, 0.8)
+    more = (*DIRECTIONS, "--task_p", 0.5, 0.8)
     values = ("--values", "margin_steps", "no_adversarial")
     code, error, calls, runs = series("mining", "shapes", *values, "--n_epochs", 10, "--tau", 5, *more)
     assert (code, error) == (0, "")
@@ -172,39 +177,70 @@ def test_mining_compares_with_the_first_value_or_says_that_it_cannot(series, cap
     assert ">no_adversarial<" in drawn
     shutil.rmtree(runs / "ablation_mining_margin_steps_seed1")
     failing = ("ablation_mining_margin_steps_seed1", "1")
-    code, error, *_ = series("mining", "shapes", *values, *directions, fails=failing)
+    code, error, *_ = series("mining", "shapes", *values, *DIRECTIONS, fails=failing)
     assert (code, error) == (1, "Result_Runs.sh: failed: margin_steps_seed1\n")
     assert "Differences to" not in (runs / "ablation_mining.svg").read_text()
 
 
-def test_mining_refuses_what_it_cannot_take(series):
-    for flags, message in [
-        (["--task_p", 1], "--task_p: expected 2 arguments"),
-        (["--values", "margin", "mine"], "no value 'mine' of mining"),
-    ]:
-        code, error, calls, _ = series("mining", "shapes", *flags)
-        assert (code, calls) == (2, [])
-        assert error.startswith("Result_Runs.sh: error: ")
-        assert message in error
-        assert error.count("\n") == 1
+@pytest.mark.parametrize(
+    ("name", "value", "ablated"),
+    [
+        ("dim", 32, "--embed_sizes 64 32"),
+        ("dim", 0, "--task_p 1 0 --adv_weights 0 0"),
+        ("adversarial", 0, "--adv_weights 0 0"),
+        ("adversarial", "on", "--embed_sizes 64 16"),
+    ],
+)
+def test_a_series_keeps_the_users_class_size_and_directions(series, name, value, ablated):
+    flags = (*DIRECTIONS, "--embed_sizes", 64, 16)
+    code, error, (call,), _ = series(name, "own", "--values", value, *flags, fails=("ablation", "1"))
+    assert (code, error) == (1, f"Result_Runs.sh: failed: {value}_seed1\n")
+    assert f" {ablated} --seed 1 " in " ".join(call)
 
 
-def test_mining_knows_the_defaults_of_main(folder):
-    args = main.get_args_parser().parse_args(["--dataset", "shapes"])
-    n_epochs, (tau,), steps = args.n_epochs, args.tau, sum(args.task_p)
-    values = ablation.mining_flags("own", [])
-    assert values["no_adversarial"] == ["--adv_weights", *["0"] * len(args.adv_weights)]
-    assert " ".join(values["margin_steps"][-4:]) == f"--n_epochs {n_epochs * steps:.0f} --tau {tau * steps:.0f}"
-    assert (
-        " ".join(ablation.mining_flags("own", ["--n_epochs", "25"])["margin_steps"][-4:]) == "--n_epochs 45 --tau 144"
-    )
+def test_a_value_that_does_not_fit_is_named_at_the_end_and_the_others_are_compared(series):
+    more = ("--values", 4, 1, 100, 6, "--n_epochs", 1)
+    code, error, calls, runs = series("clusters", "own", *more, fails=("clusters_100", "2"))
+    refusal, failed = error.splitlines()
+    assert refusal.startswith("main.py: error: argument --shared_num_classes: '1' is not a whole number of at least 2")
+    assert (code, failed) == (1, "Result_Runs.sh: failed: 1 100_seed1")
+    assert [call[call.index("--savename") + 1].split("_")[2] for call in calls] == ["4", "100", "6"]
+    table = pd.read_csv(runs.parent / "own" / "ablation_clusters.csv")
+    assert set(table["run"].dropna()) == {"ablation_clusters_4_seed1", "ablation_clusters_6_seed1"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["mining", "own", "--task_p", 1], "main.py: error: --task_p 1.0: takes 2 values"),
+        (["mining", "own", "--values", "margin", "mine"], "Result_Runs.sh: error: no value 'mine' of mining"),
+        (["clusters", "own", "--bs", 110], "main.py: error: --bs 110 is not a multiple of --cs_per_bs 4"),
+        (["clusters", "own", "--n_epoch", 3], "main.py: error: unrecognized arguments: --n_epoch 3; near: --n_epochs"),
+        (["clusters", "own", "--savename", "a/b"], "main.py: error: --savename 'a/b': give a plain folder name"),
+        (["clusters", "own", "--values", "x"], "main.py: error: argument --shared_num_classes: 'x' is not a whole"),
+    ],
+)
+def test_a_fault_that_all_runs_have_ends_a_series_before_anything_trains(series, flags, message):
+    code, error, calls, _ = series(*flags)
+    assert (code, calls) == (2, [])
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_a_series_skips_what_another_process_trains(series, capfd):
+    code, _, _, runs = series("clusters", "shapes", "--values", 4)
+    assert code == 0
+    with files.locked(runs / "ablation_clusters_4_seed1"):
+        code, error, calls, _ = series("clusters", "shapes", "--values", 4, 8)
+    assert (code, error, len(calls)) == (0, "", 1)
+    assert "ablation_clusters_8_seed1" in calls[0]
 
 
 def test_a_series_goes_on_after_a_failure_and_stops_when_told(series):
     code, error, calls, runs = series("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", "137"))
     assert (code, error, len(calls)) == (1, "Result_Runs.sh: failed: 4_seed1\n", 2)
     table = (runs / "ablation_clusters.csv").read_text()
-    for told in ("2", "129", "130", "143"):
+    for told in ("129", "130", "143"):
         code, _, calls, _ = series("clusters", "shapes", "--values", 4, 8, fails=("clusters_4", told))
         assert (code, len(calls)) == (int(told), 1)
     assert (runs / "ablation_clusters.csv").read_text() == table
@@ -285,6 +321,21 @@ def test_a_series_that_is_told_to_stop_ends_its_run_first(folder, signum, code):
             process.wait()
     assert process.returncode == code
     assert error == f"Result_Runs.sh: stopped by {signum.name}: the same command goes on with the series\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_all_setups_pass_a_signal_on_to_their_run(folder, signum):
+    (folder / "fails").write_text("any waits")
+    command = ["bash", str(ROOT / "Result_Runs.sh"), "all", "--save_path", str(folder), "--savename", "run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        try:
+            assert "waits\n" in iter(process.stdout.readline, "")
+            process.send_signal(signum)
+            assert process.wait(HANG) == 128 + signum
+            assert (folder / "log").read_text().endswith(f"told {signum:d}\n")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def setup(name, *flags):

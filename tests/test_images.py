@@ -1,29 +1,42 @@
 """Decoding, held-out classes, and what is said about images that changed."""
 
+import io
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_flags, write_class_folders
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin
 
 import datasets
-from data.cache import image_views
+from data.cache import cached, image_views
 from data.images import (
     ImageSet,
     contents,
+    decode,
     describe_change,
     digest,
     hold_out_classes,
     image_size,
+    opened_image,
     read_image,
-    read_with_pillow,
+    split_jpeg,
+    turned,
 )
 from support.errors import InputError
+
+
+def read_with_pillow(path):
+    """What read_image returns where there is no torchcodec."""
+    with opened_image(path) as (image, orientation):
+        return turned(decode(image), orientation)
 
 
 def test_jpeg_pixels_are_those_of_pillow(tmp_path):
@@ -196,12 +209,106 @@ def test_images_are_turned_by_exif_with_every_decoder_and_in_the_size_too(tmp_pa
     assert torch.equal(read_with_pillow(path), decoded)
 
 
-def test_an_orientation_outside_exif_turns_no_image_with_any_decoder(tmp_path):
-    tiff = 'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"'
-    path = str(tmp_path / "xmp.jpg")
-    Image.new("RGB", (30, 20)).save(path, xmp=f"<x><rdf:Description {tiff}/></x>".encode())
-    assert read_image(path).shape == (3, *image_size(path)) == (3, 20, 30)
-    assert read_with_pillow(path).shape == (3, 20, 30)
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png", "tif"])
+def test_an_orientation_in_xmp_turns_no_image(tmp_path, suffix):
+    xmp = '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
+    exif, png, path = Image.Exif(), PngImagePlugin.PngInfo(), str(tmp_path / f"xmp.{suffix}")
+    exif[ExifTags.Base.Make] = "a camera"
+    png.add_itxt("XML:com.adobe.xmp", xmp)
+    more = {"png": {"pnginfo": png}, "tif": {"tiffinfo": {700: xmp.encode()}}}.get(suffix, {"xmp": xmp.encode()})
+    Image.new("RGB", (30, 20)).save(path, **({} if suffix == "tif" else {"exif": exif}), **more)
+    with Image.open(path) as image:
+        assert image.getexif()[ExifTags.Base.Orientation] == 6  # so Pillow reads it
+    assert read_image(path).shape == read_with_pillow(path).shape == (3, *image_size(path)) == (3, 20, 30)
+
+
+def random_exif(rng):
+    """A block of EXIF of which each part has one chance in ten not to be as usual."""
+
+    def mostly(usual, *others):
+        return usual if rng.random() < 0.9 else others[rng.integers(len(others))]
+
+    order = "<>"[rng.integers(2)]
+    kind, count = mostly(3, 0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 99), mostly(1, 0, 2, 3, 2**32 - 1)
+    value = mostly(int(rng.integers(1, 9)), 0, 9, 65535)
+    entries = [struct.pack(f"{order}HHIHH", 0x0112, kind, count, *mostly((value, 0), (0, value), (value, value)))]
+    if rng.random() < 0.5:  # resolutions make Pillow look for an orientation while it opens the file
+        entries += [struct.pack(f"{order}HHII", tag, 5, 1, 26) for tag in (0x011A, 0x011B)]
+    rng.shuffle(entries)
+    tiff = struct.pack(f"{order}2sHIH", mostly({"<": b"II", ">": b"MM"}[order], b"XX"), 42, mostly(8, 9, 500), 1)
+    tiff = tiff[:8] + struct.pack(f"{order}H", mostly(len(entries), 0, 9)) + b"".join(entries) + bytes(20)
+    letters = mostly(b"Exif\0\0", b"EXIF\0\0", b"Exif\0\1", b"exif\0\0", b"Exif\0", b"Exif\0\0Exif\0\0")
+    return (letters + tiff)[: mostly(None, *range(0, 40, 3))]
+
+
+def random_header(rng):
+    """Segments between the start of a JPEG and its tables: mostly EXIF, in any order with XMP, another EXIF, JFIF."""
+    orientation = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="8"/>'
+    xmp = (b"\xe1", b"http://ns.adobe.com/xap/1.0/\0" + orientation)
+    jfif = (b"\xe0", b"JFIF\0\1\1\1\0\x48\0\x48\0\0")
+    quoted = (b"\xed", b"Photoshop 3.0\0\xff\xe1\0\x0aExif\0\0II")
+    optional = [segment for segment in (xmp, jfif, quoted, (b"\xe1", random_exif(rng))) if rng.random() < 0.4]
+    segments = [(b"\xe1", random_exif(rng)), *optional]
+    rng.shuffle(segments)
+    return [b"\xff" + marker + struct.pack(">H", len(data) + 2) + data for marker, data in segments]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about broken EXIF
+def test_every_way_of_reading_turns_a_jpeg_as_pillow_reads_its_exif(tmp_path, capsys):
+    """400 generated headers: the order of segments, byte order, type, count, value, truncation, letters."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (16, 24, 3), dtype=np.uint8)).save(buffer, "JPEG", quality=100)
+    body, paths, expected = buffer.getvalue()[20:], [], []  # without its own JFIF segment
+    for i in range(400):
+        header = random_header(rng)
+        exif_only = io.BytesIO(b"".join([b"\xff\xd8", *(s for s in header if b"ns.adobe" not in s), body]))
+        with Image.open(exif_only) as image:
+            try:
+                pixels = ImageOps.exif_transpose(image)
+            except Exception:  # what Pillow cannot read turns nothing
+                pixels = image
+            expected.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+        paths.append(str(tmp_path / f"{i}.jpg"))
+        Path(paths[-1]).write_bytes(b"".join([b"\xff\xd8", *header, body]))
+    as_stored = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1)
+    assert 100 < sum(torch.equal(image, as_stored) for image in expected) < 300
+    assert len({image.numpy().tobytes() for image in expected}) == 8
+    kept = cached({"train": ImageSet(paths, np.zeros(400, dtype=int), ["a"])})["train"]
+    for i, path in enumerate(paths):
+        assert image_size(path) == expected[i].shape[1:], path
+        for pixels in (read_image(path), read_with_pillow(path), kept.read(i)):
+            assert torch.equal(pixels, expected[i]), path
+
+
+def test_torchcodec_gets_all_of_an_ordinary_jpeg_but_its_exif_and_xmp():
+    exif, files = Image.Exif(), []
+    exif[ExifTags.Base.Orientation] = 6
+    for more in ({}, {"exif": exif, "xmp": b"<x/>"}):
+        buffer = io.BytesIO()
+        Image.new("RGB", (30, 20)).save(buffer, "JPEG", **more)
+        files.append(buffer.getvalue())
+    assert len(files[1]) > len(files[0])
+    assert split_jpeg(files[0]) == (files[0], {})
+    assert split_jpeg(files[1]) == (files[0], {"exif": exif.tobytes()})
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_an_image_of_too_many_pixels_is_to_be_shrunk_with_every_way_of_reading(tmp_path, suffix, capsys):
+    path = tmp_path / f"giant.{suffix}"
+    Image.new("RGB", (24, 16)).save(path)
+    content = bytearray(path.read_bytes())
+    if suffix == "jpg":
+        start = content.index(b"\xff\xc0") + 5
+        content[start : start + 4] = struct.pack(">HH", 10_000, 17_896)
+    else:
+        content[16:24] = struct.pack(">II", 17_896, 10_000)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+    images = ImageSet([str(path)], np.zeros(1, dtype=int), ["a"])
+    for read in (read_image, read_with_pillow, image_size, lambda path: cached({"train": images})):
+        with pytest.raises(InputError, match=r"giant\..*: it has more than 178,956,970 pixels; shrink it$"):
+            read(str(path))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "palette.png", "a.gif"])

@@ -25,7 +25,7 @@ from data.published import known_of
 from data.shapes import render_shapes
 from support import processes
 from support.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
-from support.output import Progress
+from support.output import Progress, logged
 
 READERS = {
     "cub200": readers.read_class_folders,
@@ -385,5 +385,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     set_up_output()
-    with one_line_errors("datasets.py"):
+    with logged(), one_line_errors("datasets.py"):
         sys.exit(main())

@@ -25,12 +25,11 @@ import datasets
 import netlib
 from data import readers
 from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
-from report import compare
 from run.history import Row, column, file_suffix, scores_of
 from run.options import PATH, whole
-from support import errors, files, processes, weights
+from support import errors, files, output, processes, weights
 from support.errors import DivergedError, InputError, StoppedError
-from support.output import Progress
+from support.output import Progress, log
 
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
@@ -383,7 +382,7 @@ def score_run(args: argparse.Namespace) -> None:
         then, now = stored["progress"]["contents"], contents(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
-            print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
+            log.warning(f"not the images that the run was scored on: {change}; the logged scores are of those")
     for name, images in tests.items():
         best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
@@ -426,7 +425,7 @@ def embed(
     """
     flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
-        print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
+        log.warning(f"{checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
         datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
         batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
@@ -542,6 +541,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 
 
+@output.logged()
 @errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a run or compare runs, as a command line asks."""
@@ -551,6 +551,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
     with errors.signals_stop():
         if args.compare:
+            from report import compare  # so that scoring loads no plotting
+
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
         elif args.embed is not None:
             embed_folder(args)

@@ -18,6 +18,7 @@ from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags
 from support import packages, processes
 from support.errors import InputError, OneLineParser, first_few
+from support.output import log
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
@@ -192,8 +193,8 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
         parser.error(str(error))
     samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
     without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
-    if without and processes.is_first():
-        print(f"--sampling: does not apply to --losses {shown(without)}")
+    if without:
+        log.info(f"--sampling: does not apply to --losses {shown(without)}")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:

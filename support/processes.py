@@ -77,16 +77,14 @@ def end_with(owner: int, signum: int) -> None:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes, over NCCL for GPUs and Gloo for CPUs; only the first one prints."""
+    """Connect the processes, over NCCL for GPUs and Gloo for CPUs."""
     if world_size() == 1:
         yield
         return
     end_with(os.getppid(), signal.SIGTERM)  # torchrun
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries write to it up to the end
-    with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
-        yield
+    yield
     distributed.destroy_process_group()  # not after an error: it would wait for the others
 
 

@@ -4,6 +4,7 @@ The probe measures how well classes, mined labels and known factors can be read 
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
 python evaluate.py RUN --embed FOLDER --save_embeddings FILE.npz [--embedding Class|Shared]
+python evaluate.py RUN --page
 python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv FILE] [--plot FILE]
 """
 
@@ -25,7 +26,8 @@ import datasets
 import netlib
 from data import readers
 from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
-from run.history import Row, column, file_suffix, scores_of
+from run.checkpoint import complete_history
+from run.history import History, Row, column, file_suffix, scores_of
 from run.options import PATH, whole
 from support import errors, files, output, processes, weights
 from support.errors import DivergedError, InputError, StoppedError
@@ -38,6 +40,7 @@ MODES = {
     "score": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "dataset", "source_path"),
     "embed": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "embed"),
     "compare": ("compare", "over", "against", "csv", "plot"),
+    "page": ("page",),
 }
 """What the command does, and the flags of each."""
 
@@ -468,6 +471,19 @@ def embed_folder(args: argparse.Namespace) -> None:
         raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
 
 
+def draw_page(folder: Path) -> None:
+    """Draw page and plots of a stored run anew. Raises InputError."""
+    from report import page  # so that scoring loads no plotting
+
+    history = History.read(folder)
+    if not history.written:
+        complete_history(history)
+    page.draw_plots(history)
+    page.draw_page(history)
+    page.draw_index(folder.absolute())
+    print(f"page: {folder / 'page.html'}")
+
+
 def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
     """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
@@ -498,6 +514,10 @@ def get_args_parser() -> errors.OneLineParser:
     add("--gpu", type=whole(0), metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
 
+    add = parser.add_argument_group("to draw one run").add_argument
+    add("--page", action="store_true", default=None, help="draw page.html and the plots of a stored run anew, such as "
+        "one of an earlier version")
+
     add = parser.add_argument_group("to compare runs").add_argument
     add("--compare", action="store_true", default=None, help="print a table of stored runs, named by what differs: "
         "scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
@@ -515,14 +535,14 @@ def get_args_parser() -> errors.OneLineParser:
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
-    mode = "compare" if args.compare else "score" if args.embed is None else "embed"
+    mode = next((mode for mode in ("compare", "page", "embed") if getattr(args, mode) is not None), "score")
     for flag, value in vars(args).items():
         if value is not None and flag not in ("run", *MODES[mode]):
             parser.error(f"--{flag}: {'goes only with --compare' if mode == 'score' else f'does not go with --{mode}'}")
     if processes.world_size() > 1:
         parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
-        parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
+        parser.error(f"{len(args.run)} runs; give one, or --compare for several")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
     if mode == "embed" and args.save_embeddings is None:
@@ -554,6 +574,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from report import compare  # so that scoring loads no plotting
 
             compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
+        elif args.page:
+            draw_page(Path(args.run[0]))
         elif args.embed is not None:
             embed_folder(args)
         else:

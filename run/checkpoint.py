@@ -90,6 +90,21 @@ def restore_history(history: History, content: Mapping[str, dict]) -> list[np.nd
     return [] if mined is None else list(mined.numpy())
 
 
+def complete_history(history: History) -> None:
+    """Add what only the last.pth.tar of an earlier version's run holds to its history, if there is one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = history.folder / LAST
+    if path.exists():
+        content = weights.read_checkpoint(path)
+        history.initial_scores, history.image_sets = (
+            content["progress"][part] for part in ("initial_scores", "contents")
+        )
+        history.seconds, history.spent = (content["training"][part] for part in ("seconds", "spent"))
+
+
 def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mapping[str, object]) -> None:
     """Set network, parts and random states to what `save` wrote. Raises InputError for parts that do not fit."""
     training = content["training"]

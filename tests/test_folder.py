@@ -145,6 +145,20 @@ def test_all_that_has_state_is_resumed(whole, tmp_path, flags):
     assert_same_run(run(["--resume", path]), expected)
 
 
+def test_a_checkpoint_of_an_earlier_version_has_mined_for_an_epoch_that_is_due(whole, tmp_path, capsys):
+    path = tmp_path / "tiny" / "run"
+    killed_run(small_flags(whole[0], tmp_path, *BASE), At("os.rename", "log_train_Class.csv", 2))
+    stored = torch.load(path / "last.pth.tar", weights_only=True)
+    assert stored["training"]["epoch"] == len(stored["progress"]["mined_labels"]) == 1
+    stored["progress"]["rows"]["mining"] = History.read(path).rows["mining"]
+    stored["progress"]["mined_labels"] = torch.from_numpy(np.load(path / "mined_labels.npz")["labels"])
+    torch.save(stored, path / "last.pth.tar")
+    (path / "run.json").unlink()
+    run(["--resume", path])
+    assert_same_run(path, whole[1])
+    assert re.findall(r"mined for epoch (\d)", capsys.readouterr().out) == ["2"]
+
+
 def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_path, capsys):
     source, expected = whole
     path = run(small_flags(source, tmp_path, *BASE, "--n_epochs", 2))

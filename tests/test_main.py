@@ -1,8 +1,12 @@
 """Mining, the training epoch, and whole runs as a user starts them."""
 
 import functools
+import itertools
 import pickle
 import re
+import shlex
+import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import layouts
@@ -22,7 +26,8 @@ import main
 import netlib
 from report import sheets
 from run import options
-from run.folder import LAST
+from run.checkpoint import LAST
+from run.history import History
 from support import output, packages
 from support.weights import read_checkpoint
 
@@ -44,6 +49,7 @@ RUN_FILES = {
     ".lock",
     "log.txt",
     "page.html",
+    "run.json",
     "mined",
     "mined_labels.npz",
 }
@@ -563,3 +569,38 @@ def test_the_best_epoch_is_that_of_the_classes_it_is_selected_by(tmp_path):
 def test_what_cannot_be_held_out_is_one_line(eight_classes, tmp_path, capsys, more, message):
     assert message in refused(capsys, eight_classes(*more))
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("with_background", "found"), [(0.8, "mined: the background"), (0.3, "mined: nothing clear, most the background")]
+)
+def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(with_background, found):
+    mined = {"Before Epoch": 4, "AMI class": 0.36, "AMI size": -0.01, "AMI background": with_background}
+    history = History(Path("my runs/demo"), {}, rows={"mining": [mined], "val": [{"Recall @ 1": 0.8}]})
+    history.initial_scores = {"Recall @ 1": 0.25}
+    lines = main.lesson(history).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
+    assert "is 0.80, before training 0.25" in lines[0]
+    assert f"{found} (AMI of the labels with it {with_background:.2f}, with the class 0.36)" in lines[0]
+    assert "my runs/demo/page.html" in lines[1]
+    assert "demo --task_p 1 0 --adv_weights 0" in lines[2]
+    assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
+    history.rows["mining"] = [
+        {"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}
+    ]  # resumed from an earlier version
+    assert "mined" not in main.lesson(history).splitlines()[0]
+
+
+def test_a_clock_that_is_set_back_makes_no_duration_negative(tiny_run, monkeypatch, capsys):
+    clock, hours = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600 * next(hours))  # an hour at every look
+    folder = tiny_run("--n_epochs", 2, "--eval_every", 1)
+    run(["--resume", folder, "--n_epochs", 3])
+    times = {path.name: pd.read_csv(path)["Time"] for path in folder.glob("*.csv")}
+    assert all((seconds >= 0).all() for seconds in times.values())
+    stored = torch.load(folder / "last.pth.tar", weights_only=True)["training"]
+    assert stored["seconds"] >= times["log_train_Class.csv"].sum()
+    assert min(stored["spent"].values()) >= 0
+    lines = re.findall(r"^epoch \d .*  (\S+) s, (\S+) left$", capsys.readouterr().out, re.M)
+    assert len(lines) == 3
+    assert not [line for line in lines if "-" in "".join(line)]

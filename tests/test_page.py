@@ -7,11 +7,13 @@ import shutil
 from html.parser import HTMLParser
 from urllib.parse import unquote_to_bytes
 
+import numpy as np
 import pytest
 from conftest import At, act_at
 from PIL import Image
 
-from report import page
+from data.images import ImageSet
+from report import page, sheets
 from run.history import LOGS, History
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "<script>alert(1)<b>", "javascript:alert(1)", "a#b?c%41 \"d\" 'e' & {{ f }}"]
@@ -209,6 +211,27 @@ def test_what_cannot_be_written_is_a_warning_once(tmp_path, caplog):
         page.draw_page(history)
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}/run/page.html: cannot be written (Is a directory)")
+
+
+def test_what_cannot_be_drawn_is_a_warning_once(tmp_path, caplog):
+    history = history_of(tmp_path / "run", n_epochs=2)
+    history.rows["probe"] = [{"Epochs": 0, "Time": 1.0, "Class by chance": "?"}]
+    images = ImageSet([""] * 4, np.array([0, 0, 1, 1]), ["a", "b"], pixels=np.zeros((4, 8, 8, 3), dtype=np.uint8))
+    for name in ("InfoPlot_Class.svg", "mined_clusters.png", "sample_recoveries.png"):
+        (tmp_path / "run" / name).unlink()
+        (tmp_path / "run" / name).mkdir()
+    for _ in range(2):
+        assert sheets.draw_mining(history, images, np.array([0, 1, 0, 1]), np.zeros(4)) == []
+        drawn_files = sheets.draw_neighbours(
+            history, {"test": images}, {"test": dict.fromkeys(("Class", "Shared"), np.eye(4))}
+        )
+        page.draw_plots(history)
+    assert [path.name for path in drawn_files] == ["sample_recoveries_Shared.png"]
+    assert [line.split(": ")[0].removeprefix(f"{tmp_path}/run/") for line in caplog.messages] == [
+        "mined_clusters.png", "sample_recoveries.png", "InfoPlot_Class.svg", "InfoPlot_Probe.svg"
+    ]  # fmt: skip
+    assert caplog.messages[0].endswith(": cannot be written (Is a directory); training goes on without it")
+    assert "cannot be drawn (ValueError: could not convert string to float" in caplog.messages[3]
 
 
 def test_plots_are_drawn_when_their_log_is_newer_and_nothing_in_a_folder_that_has_gone(tmp_path):

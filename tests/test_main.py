@@ -587,7 +587,7 @@ def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(wit
     assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
     history.rows["mining"] = [
         {"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}
-    ]  # resumed from an earlier version
+    ]  # of an earlier version
     assert "mined" not in main.lesson(history).splitlines()[0]
 
 

@@ -188,7 +188,7 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
             packages.imported_timm(args.arch.removeprefix("timm/"))
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
         for name, embed_size in library_losses.items():
-            packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
+            packages.library_loss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
     samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import losses
-from data.published import known_of
+from data.locate import check_name
+from data.published import published_info
 from run.folder import LAST
 from support import packages, processes, weights
 from support.errors import InputError, OneLineParser, first_few
@@ -22,6 +23,9 @@ PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr",
 
 RESUMABLE = ("resume", "kernels", "gpu", "source_path", "n_epochs", "cache")
 """Flags that may be given anew when a run is resumed, as they change no result."""
+
+LATER_FLAGS = {"flip": "class"}
+"""Flags that runs stored by an earlier version lack, with the value that they were trained with."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -121,10 +125,12 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
 
 def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuse names of data set and run that are no folder names."""
-    for flag in ("dataset", "savename"):
-        value = getattr(args, flag)
-        if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
-            parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
+    try:
+        check_name(args.dataset, args.source_path)
+    except InputError as error:
+        parser.error(str(error))
+    if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
+        parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
     if args.trial and args.go_on:
         parser.error("--trial: a trial is of a new run; leave --go_on out")
     if args.go_on and not args.savename:
@@ -212,7 +218,7 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def implied(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
-    return {"k_vals": known_of(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+    return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data.published import known_of
+from data.published import published_info
 from report import compare
 from run import folder, logs
 from support.errors import InputError
@@ -347,8 +347,8 @@ def test_confidence_interval_holds_the_mean_in_95_of_100(n):
 
 
 def test_runs_on_other_data_have_no_paper(tmp_path, capsys):
-    assert known_of("cub200").scores["Recall @ 1"] == 0.661
-    assert not known_of("shapes").scores
+    assert published_info("cub200").scores["Recall @ 1"] == 0.661
+    assert not published_info("shapes").scores
     write_run(tmp_path / "a", [0.25], dataset="shapes", shared_num_classes=5)
     compare.compare_runs([tmp_path / "a"], over="shared_num_classes")
     printed = capsys.readouterr().out

@@ -11,9 +11,8 @@ from conftest import write_class_folders
 from scipy.io import loadmat, savemat
 
 import datasets
-from data.images import contents
+from data.images import fingerprints
 from data.published import PUBLISHED
-from data.readers import images_below
 from support.errors import InputError
 
 LIST_FILES = {
@@ -209,7 +208,7 @@ def test_an_image_that_is_a_dead_link_is_named(tmp_path):
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
     train, _ = datasets.load_dataset("mine", tmp_path)
     with pytest.raises(InputError, match=r"cannot read the image .*class_00/gone\.jpg \(No such file"):
-        contents({"train": train})
+        fingerprints({"train": train})
 
 
 @pytest.mark.parametrize("name", LIST_FILES)

@@ -195,9 +195,9 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     left_out = left_out_of_mining(train.labels, args.cluster_mode)
     n_clustered = len(train) if left_out is None else int((~left_out).sum())
     if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
-        n_alone = len(train) - n_clustered
-        alone = f"; {n_alone} of them, alone in their class, take no part in the first clustering" if n_alone else ""
-        raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}{alone}")
+        part = " that are not alone in their class, which alone take part in the first clustering"
+        n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
+        raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
     print(*datasets.summary_lines(train, tests), sep="\n")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")

@@ -16,9 +16,7 @@ IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 """First bytes of JPEG, PNG and GIF. Those of BMP, PNM and TIFF begin texts and raw files of cameras too."""
 
-LONGER_THAN_IMAGE = re.compile(
-    rf"(.*(?:{'|'.join(sorted(map(re.escape, IMAGES), key=len, reverse=True))})).+", re.I | re.S
-)
+LONGER_THAN_IMAGE = re.compile(f"(.*(?:{'|'.join(map(re.escape, sorted(IMAGES, key=len, reverse=True)))})).+", re.S)
 """A path that begins with that of an image."""
 
 POINTER, POINTER_SIZE = b"version https://git-lfs", 1024
@@ -48,11 +46,13 @@ class Survey:
 
 
 def survey(root: Path, first: Sequence[str] = ()) -> Survey:
-    """Return what lies below a folder. Linked folders count, but none is read twice.
+    """Return what lies below a folder.
 
-    first: folders in root that are read before the others, so that a folder that several links lead to counts there.
+    Linked folders count, but none is read twice: folders go before links to them, and both before hidden folders.
+
+    first: folders in root that are read with all their links before the others.
     """
-    found, seen, hidden_folders, unknown = Survey(), set(), [], []
+    found, seen, links, hidden_folders, unknown = Survey(), set(), [], [], []
 
     def visit(folder: str, in_hidden: bool) -> None:
         path = os.path.join(root, folder)
@@ -72,10 +72,12 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
                 continue
             is_link, hides = entry.is_symlink(), in_hidden or is_hidden(entry.name)
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                if hides and not in_hidden:  # last of all, so that links to what is in it come first
+                if hides and not in_hidden:
                     hidden_folders.append(name)
+                elif is_link:
+                    links.append((name, in_hidden))
                 else:
-                    found.folders.append(name)
+                    found.folders.extend([] if in_hidden else [name])
                     visit(name, in_hidden)
             elif os.path.isfile(entry.path) if is_link else entry.is_file():  # no pipe, which would be waited for
                 if hides:
@@ -87,13 +89,16 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
             elif is_link and not hides:
                 found.dead.append(name)
 
-    for folder in first:
-        found.folders.append(folder)
-        visit(folder, in_hidden=False)
-    visit("", in_hidden=False)
-    for folder in hidden_folders:
-        visit(folder, in_hidden=True)
-    named = set(found.images)
+    found.folders.extend(first)
+    waiting = [*first, ""]
+    while waiting or hidden_folders:
+        in_hidden = not waiting
+        visit((waiting or hidden_folders).pop(0), in_hidden)
+        while links:
+            name, in_hidden = links.pop(0)
+            found.folders.extend([] if in_hidden else [name])
+            visit(name, in_hidden)
+    named = {name.lower() for name in found.images}
     with ThreadPoolExecutor() as pool:
         for name, is_an_image in zip(unknown, pool.map(begins_like_an_image, [os.path.join(root, n) for n in unknown])):
             kind = found.others if not is_an_image else found.copies if is_copy(name, named) else found.images
@@ -181,14 +186,12 @@ def is_pointer(entry: os.DirEntry) -> bool:
 def is_copy(path: str, images: Collection[str]) -> bool:
     """Tell whether an image is a copy beside its original: x.jpg~, x.jpg_original, x.jpg.bak or x.bak beside x.jpg.
 
-    images: the paths with an ending of images.
+    images: the paths with an ending of images, in lower case.
     """
-    stem, ending = os.path.splitext(path)
-    if ending.lower() in (".bak", ".old", ".orig") and any(
-        stem + image in images for known in IMAGES for image in (known, known.upper())
-    ):
+    stem, ending = os.path.splitext(path.lower())
+    if ending in (".bak", ".old", ".orig") and any(stem + known in images for known in IMAGES):
         return True
-    longer = LONGER_THAN_IMAGE.fullmatch(path)
+    longer = LONGER_THAN_IMAGE.fullmatch(path.lower())
     return longer is not None and longer[1] in images
 
 

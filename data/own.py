@@ -3,6 +3,7 @@
 import os
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -233,7 +234,7 @@ def require_sound(root: Path, found: Survey, is_read: Callable[[str], bool]) -> 
     """Raise InputError for dead links, pointers of Git LFS and unreadable folders among what is read."""
     for names, noun, advice in (
         (found.dead, "dead link", "mend or remove them"),
-        (found.pointers, "pointer of Git LFS", "they stand for images; fetch these with git lfs pull"),
+        (found.pointers, "Git LFS pointer", "fetch the images that they stand for with git lfs pull"),
         (found.unread, "unreadable folder", "make them readable"),
     ):
         bad = [name for name in names if is_read(name)]
@@ -259,8 +260,11 @@ def files_by_class(root: Path, found: Survey, folders: Sequence[str]) -> dict[st
             elif top == folder and len(inside) > 2:
                 below.setdefault(inside[0], set()).add(inside[-2])
         nested = sorted(name for name in below if not per_class[name])
-        if {"train", "test"} <= {*nested}:
-            raise InputError(f"{root / folder}: holds train and test; move both up into {root}, where they are read")
+        splits = [name for name in ("train", "test", "val") if name in nested]
+        if "train" in splits:
+            them = "both" if len(splits) == 2 else "them"
+            where = f"{root}, where a data set with a name of your own has them"
+            raise InputError(f"{root / folder}: holds {' and '.join(splits)}; move {them} up into {where}")
         if nested:
             classes = set.union(*(below[name] for name in nested))
             raise InputError(
@@ -282,14 +286,16 @@ def left_out_of_folders(found: Survey, folders: Sequence[str]) -> tuple[str, ...
 
     holds = {name.rpartition("/")[0] for name in found.images}
     outside = [name for name in [*found.images, *found.copies] if name.split("/")[0] not in folders]
+    tops = Counter(name.split("/")[0] + "/" * ("/" in name) for name in outside)
     hidden = [n for n in found.hidden if n.split("/")[0] in folders or has_image_ending(n)]
-    empty = [name for name in found.folders if name.count("/") == 1 and name not in holds]
-    return notes_on(
+    empty = [n for n in found.folders if n.count("/") == 1 and n not in holds and n not in found.repeated]
+    note = f"{counted(len(outside), 'image')} outside {' and '.join(f'{folder}/' for folder in folders)}: "
+    note += first_few([f"{top} ({n})" if top.endswith("/") else top for top, n in sorted(tops.items())])
+    return (note,) * bool(outside) + notes_on(
         {
             ("folder", "without images"): inside(empty),
             ("image", "in subfolders of class folders"): inside(found.images, 3),
             ("image", "beside the class folders"): inside(found.images, 1),
-            ("image", f"outside {' and '.join(f'{folder}/' for folder in folders)}"): outside,
             ("copy", "of images beside them"): inside(found.copies),
             ("other file", ""): inside(found.others),
             ("hidden file", ""): hidden,

@@ -45,6 +45,20 @@ def test_versions_in_which_the_runs_of_a_setting_differ_are_told_and_set_none_ap
     assert "mean of 3" in printed
 
 
+def test_a_run_from_before_a_flag_was_there_counts_at_the_value_it_was_trained_with(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "before", [0.5])
+    write_run(tmp_path / "runs" / "after", [0.5], seed=2, flip="class", left_out="1 hidden file: .DS_Store")
+    write_run(tmp_path / "runs" / "none", [0.5], flip="none")
+    compare.compare_runs([tmp_path / "runs"], over="flip")
+    printed = capsys.readouterr().out
+    assert "mean of 2" in printed
+    assert printed.count("flip class") == 3  # rows of the two runs' setting
+    assert [line.split()[0] for line in printed.split("Recall @ 1 over --flip")[1].splitlines()[2:]] == [
+        "class",
+        "none",
+    ]
+
+
 def left_out(printed):
     """Return {run: why} of the lines that say what is left out; each run is named once."""
     lines = [line.split("/runs/", 1)[1] for line in printed.splitlines() if line.startswith("left out")]

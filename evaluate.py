@@ -457,8 +457,8 @@ def embed_folder(args: argparse.Namespace) -> None:
         of_all = f"{n_broken} of {errors.counted(len(paths), 'image')}"
         raise StoppedError(f"{of_all} cannot be decoded and {'was' if n_broken == 1 else 'were'} left out")
     if found.unread:
-        skipped = errors.counted(len(found.unread), "unreadable folder")
-        raise StoppedError(f"left out {skipped}: {errors.first_few(found.unread)}")
+        unread = [os.path.join(root, name) for name in found.unread]
+        raise StoppedError(f"left out {errors.counted(len(unread), 'unreadable folder')}: {errors.first_few(unread)}")
 
 
 def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:

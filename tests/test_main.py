@@ -273,9 +273,7 @@ def test_images_alone_in_their_class_take_no_part_in_the_first_clustering(mode):
 def test_a_run_says_how_many_images_took_no_part_in_its_first_clustering(tmp_path, capsys):
     write_class_folders(tmp_path / "source" / "tiny", per_class=(4, 1, 5, 1, 4, 4, 1, 4))
     folder = run(small_flags(tmp_path / "source", tmp_path / "results", "--n_epochs", 1))
-    line = (
-        "alone in their class: 2 images took no part in this clustering, as the mean of the class would leave nothing"
-    )
+    line = "alone in their class: 2 images took no part in this clustering, as the mean of the class would leave"
     assert capsys.readouterr().out.count(line) == 1
     assert read_logs(folder)["log_mining.csv"]["Inertia"].notna().all()
     assert np.load(folder / "mined_labels.npz")["labels"].shape[1] == 11
@@ -548,10 +546,10 @@ def eight_classes(tmp_path):
 def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_classes, capsys):
     folder = run(eight_classes("--val_classes", 0.5, "--n_epochs", 2, "--eval_every", 1))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[3:6] == [
-        "train: 10 images of 2 classes, class_00 to class_01",
-        "test: 20 images of 4 classes, class_04 to class_07",
-        "Val: 10 images of 2 classes, class_02 to class_03",
+    assert [line.split()[:3] + line.split()[-3:] for line in printed[5:8]] == [
+        ["train", "2", "10", "class_00", "to", "class_01"],
+        ["test", "4", "20", "class_04", "to", "class_07"],
+        ["Val", "2", "10", "class_02", "to", "class_03"],
     ]
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["mined_labels"][0]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.files import Survey, class_folders, has_image_ending, listing, normal_form, survey
+from data.files import Survey, class_folders, listing, normal_form, survey
 from data.images import ImageSet, Splits
 from data.tables import check_factor_names, levels_of, read_factors, read_table
 from support.errors import InputError, counted, first_few
@@ -287,7 +287,6 @@ def left_out_of_folders(found: Survey, folders: Sequence[str]) -> tuple[str, ...
     holds = {name.rpartition("/")[0] for name in found.images}
     outside = [name for name in [*found.images, *found.copies] if name.split("/")[0] not in folders]
     tops = Counter(name.split("/")[0] + "/" * ("/" in name) for name in outside)
-    hidden = [n for n in found.hidden if n.split("/")[0] in folders or has_image_ending(n)]
     empty = [n for n in found.folders if n.count("/") == 1 and n not in holds and n not in found.repeated]
     note = f"{counted(len(outside), 'image')} outside {' and '.join(f'{folder}/' for folder in folders)}: "
     note += first_few([f"{top} ({n})" if top.endswith("/") else top for top, n in sorted(tops.items())])
@@ -297,8 +296,8 @@ def left_out_of_folders(found: Survey, folders: Sequence[str]) -> tuple[str, ...
             ("image", "in subfolders of class folders"): inside(found.images, 3),
             ("image", "beside the class folders"): inside(found.images, 1),
             ("copy", "of images beside them"): inside(found.copies),
-            ("other file", ""): inside(found.others),
-            ("hidden file", ""): hidden,
+            ("other file", ""): [name for name in found.others if name != "factors.csv"],
+            ("hidden file", ""): found.hidden,
             ("folder", "that leads to images read already"): inside(found.repeated),
         }
     )

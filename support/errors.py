@@ -82,8 +82,8 @@ def first_line(error: BaseException) -> str:
 
 
 def first_few(names: Sequence[str], n: int = 3) -> str:
-    """Return the first names as text."""
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+    """Return the first names as text on one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", ", ".join(names[:n])) + (", ..." if len(names) > n else "")
 
 
 def counted(n: int, noun: str) -> str:

@@ -379,7 +379,8 @@ def score_run(args: argparse.Namespace) -> None:
         embeddings = embed(checkpoint, flags, images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
-        print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
+        n_images = errors.counted(len(images), f"{dataset} image")
+        print(f"{checkpoint}, {args.embedding} embedding of {n_images}{of_set}")
         rows = weights.read_checkpoint(checkpoint)["progress"]["rows"]
         # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
@@ -465,7 +466,7 @@ def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
     """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
         np.savez(file, embeddings=embeddings, **of_images)
-    print(f"stored {path}: {len(embeddings)} embeddings")
+    print(f"stored {path}: {errors.counted(len(embeddings), 'embedding')}")
 
 
 def get_args_parser() -> errors.OneLineParser:

@@ -343,7 +343,7 @@ def renew_labels(
     run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:.3f}" for name, value in described.items() if name.startswith("NMI "))
     print(
-        f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
+        f"mined for epoch {before_epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
         f"{described['Largest']} images; NMI of the labels with {matches}"
     )
     n_left_out = int(np.isnan(squared_distances).sum())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from support.errors import InputError, first_line
+from support.errors import InputError, counted, first_line
 
 NO_TORCHCODEC = ""
 """Why torchcodec cannot be used; empty where it can."""
@@ -187,7 +187,7 @@ def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -
         where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
         if (old["images"], old["classes"]) == (new["images"], new["classes"]):
             return f"{where}: as many, but other files"
-        was = f"{old['images']:,} in {old['classes']:,} classes then"
+        was = f"{old['images']:,} in {counted(old['classes'], 'class')} then"
         return f"{where}: {was}, {new['images']:,} in {new['classes']:,} now"
     return None
 

@@ -103,7 +103,7 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
         raise InputError(f"{expected} ({first_line(error)})") from error
     is_too_long = (table.dtypes == "uint64").any()  # pandas 2 reads numbers of 2^63 and more
     if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None) or is_too_long:
-        raise InputError(f"{expected}, found {len(table)} rows of {' '.join(table.columns)[:80]!r}")
+        raise InputError(f"{expected}, found {counted(len(table), 'row')} of {' '.join(table.columns)[:80]!r}")
     return table
 
 

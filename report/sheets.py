@@ -74,7 +74,7 @@ def draw_clusters(
     clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors)
     n_clusters = len(set(mined[~np.isnan(squared_distances)]))
     which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
-    title = f"{shortened(run_name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
+    title = f"{shortened(run_name, 50)}: {which} {counted(n_clusters, 'cluster')} mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
     sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)

@@ -15,7 +15,7 @@ from data.locate import check_name
 from data.published import published_info
 from run.folder import LAST
 from support import packages, processes, weights
-from support.errors import InputError, OneLineParser, first_few
+from support.errors import InputError, OneLineParser, counted, first_few
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
@@ -203,8 +203,8 @@ def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
         doubtful.append(
-            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and {n_classes} classes "
-            "train; a smaller batch repeats less"
+            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
+            f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
         )
     return doubtful
 

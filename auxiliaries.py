@@ -101,23 +101,33 @@ def n_workers(most: int) -> int:
     return max(min(most, n_cores()) // processes.local_world_size(), min(most, 1))
 
 
-def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster with faiss; all points take part.
+def kmeans(
+    points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20, left_out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster points with faiss, without subsampling.
 
-    points: (N, D), made float32. n_clusters: at most N.
-    Returns labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the
-    points to their centres, whose sum is the inertia.
+    Args:
+        points: (N, D), made float32.
+        n_clusters: at most as many as points take part.
+        left_out: (N,) bool, points that only get the label of the nearest centre; None: all take part.
+
+    Returns:
+        Labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the points
+        to their centres. The distances of points that took part sum to the inertia; those of the others are NaN.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
-    every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
+    taking_part = points if left_out is None else points[~left_out]
+    every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(taking_part)}
     clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
     with said_each_minute(f"clustering {len(points):,} points into {n_clusters:,}"):
-        clustering.train(points)
+        clustering.train(taking_part)
         squared_distances, nearest = clustering.index.search(points, 1)
     faiss.omp_set_num_threads(n_threads)
+    if left_out is not None:
+        squared_distances[left_out] = np.nan
     return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 
 

@@ -10,6 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,21 +20,15 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import readers
+from data.files import class_folders
 from data.images import NO_TORCHCODEC, ImageSet, Splits
-from data.published import known_of
+from data.locate import check_name, locate
+from data.own import layouts_in
+from data.published import published_info
 from data.shapes import render_shapes
 from support import processes
-from support.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
+from support.errors import InputError, OneLineParser, counted, first_few, one_line_errors, set_up_output
 from support.output import Progress
-
-READERS = {
-    "cub200": readers.read_class_folders,
-    "cars196": readers.read_cars,
-    "online_products": readers.read_online_products,
-    "in-shop": readers.read_in_shop,
-    "vehicle_id": readers.read_vehicle_id,
-}
 
 SCORING_BATCH_SIZE = 112
 """Most images that are embedded at a time: --bs, up to what memory is sure to hold of a batch of several processes."""
@@ -45,16 +40,17 @@ Draw = tuple[int, int, int]
 def load_dataset(name: str, source_path: str | Path) -> Splits:
     """Return the training images and the test sets of a data set; a single test set is called "test".
 
-    name: of READERS, "shapes", or a folder in source_path with images/<class>/<image>. Raises InputError, for a missing
-    data set with a diagnosis of several lines.
+    name: of data.published.PUBLISHED, "shapes", or a folder in source_path in a layout of data/own.py. Raises
+    InputError, for a missing data set with a diagnosis of several lines.
     """
     if name == "shapes":
         folder = Path(source_path) / name
-        if os.path.isdir(folder / "images") or readers.has_class_folders(folder):
+        if layouts_in(folder) or len(class_folders(folder)) >= 4:
             raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
-    read = READERS.get(name, readers.read_class_folders)
-    return read(readers.locate(name, Path(source_path)))
+    published, root = published_info(name), locate(name, Path(source_path))
+    train, tests = published.read(root)
+    return replace(train, layout=train.layout or f"{published.layout} in {root}"), tests
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -270,6 +266,7 @@ def build_loaders(
     probed: Sequence[int],
     batch_size: int,
     random_pick_p: float,
+    flip: str,
     img_size: int,
     seed: int,
     n_workers: int,
@@ -278,7 +275,8 @@ def build_loaders(
     """Return all loaders of a run.
 
     tasks: the flags of each task, see options.PAIRS. probed: indices of the training images of the probe.
-    random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
+    random_pick_p: of the Shared task, see ClassBalancedBatchSampler. flip: whose images are flipped at random: "class",
+    "both" tasks', or "none".
     """
     make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
     samplers, augmented, share = {}, {}, processes.shard(batch_size)
@@ -286,8 +284,8 @@ def build_loaders(
         if task.task_p > 0:
             pick_p = random_pick_p if name == "Shared" else 0.0
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
-            flip = name == "Class"  # as published: a mirrored image may show another characteristic
-            augmented[name] = ImageDataset(train, train_transform(img_size, flip))
+            flips = flip == "both" or (flip == "class" and name == "Class")
+            augmented[name] = ImageDataset(train, train_transform(img_size, flips))
     sampler = TaskBatchSampler(samplers)
 
     def in_order(dataset: Dataset) -> DataLoader:  # whose whole batches the processes share
@@ -305,40 +303,77 @@ def build_loaders(
 
 
 def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
-    """Return a line for counts that differ from the published ones, classes that both train and test, images that a
-    split lists twice, and each warning of the reader."""
+    """Return a line for counts that differ from the published ones, classes that both train and test, and images that a
+    split lists twice."""
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, official in known_of(name).counts.items():
+    for split, official in published_info(name).counts.items():
         if counts[split] != official:
-            message = "{} classes with {} images; officially {} with {}".format(*counts[split], *official)
-            warnings.append(f"{name}, {split}: {message}")
+            n_classes, n_images = counts[split]
+            found = f"{counted(n_classes, 'class')} with {counted(n_images, 'image')}"
+            warnings.append(f"{name}, {split}: {found}; officially {official[0]:,} with {official[1]:,}")
     for split, images in sets.items():
-        both = set(images.class_names).intersection(train.class_names)
+        both = sorted(set(images.class_names).intersection(train.class_names))
         if both and images is not train:
-            warnings.append(f"{name}, {split}: {len(both)} classes are trained on too: {first_few(sorted(both))}")
+            verb = "is" if len(both) == 1 else "are"
+            warnings.append(f"{name}, {split}: {counted(len(both), 'class')} {verb} trained on too: {first_few(both)}")
         n_twice = len(images) - len(set(images.names))
         if n_twice:
-            warnings.append(f"{name}, {split}: {n_twice} of {len(images)} images are listed before in the same split")
-        warnings += images.warnings
+            verb = "is" if n_twice == 1 else "are"
+            of_all = f"{n_twice} of {counted(len(images), 'image')} {verb}"
+            warnings.append(f"{name}, {split}: {of_all} listed before in the same split")
     if NO_TORCHCODEC and train.pixels is None:
         warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     return warnings
 
 
-def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int, ...]]:
-    """Return split to (classes, images, least, median and most images of a class)."""
-    splits = {"train": train.labels}
+def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
+    """Return what was understood of a data set: its layout, a table of its splits, what is alone, what was left out."""
+    lines = [
+        f"layout: {train.layout}",
+        f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most; first and last class",
+    ]
+    for split, (classes, n_images, least, median, most, first, last) in split_table(train, tests).items():
+        lines.append(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}; {first} to {last}")
+    for split, images in {"train": train, **tests}.items():
+        sizes = np.bincount(images.labels)
+        alone = [images.class_names[label] for label in np.flatnonzero(sizes == 1)]
+        if alone:
+            why = "" if images is train else ", which nothing can be found for"
+            lines.append(f"{split}: {counted(len(alone), 'class')} of one image{why}: {first_few(alone)}")
+        if images.is_query is not None:
+            in_gallery = np.unique(images.labels[~images.is_query])
+            labels = images.labels[images.is_query & ~np.isin(images.labels, in_gallery)]
+            lost = [images.class_names[label] for label in np.unique(labels)]
+            if lost:
+                n_queries = f"{counted(len(labels), 'query')} of {counted(len(lost), 'class')}"
+                lines.append(f"{split}: {n_queries} without an image in the gallery, never found: {first_few(lost)}")
+    if train.factors:
+        lines.append(f"known characteristics: {', '.join(train.factors)}")
+    return lines + [f"left out: {note}" for note in train.left_out]
+
+
+def split_labels(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[ImageSet, np.ndarray]]:
+    """Return of each split its image set and its labels; queries and gallery are splits of their own."""
+    splits = {"train": (train, train.labels)}
     for name, images in tests.items():
         if images.is_query is None:
-            splits[name] = images.labels
+            splits[name] = images, images.labels
         else:
-            splits["query"], splits["gallery"] = images.labels[images.is_query], images.labels[~images.is_query]
+            splits["query"], splits["gallery"] = (
+                (images, images.labels[chosen]) for chosen in (images.is_query, ~images.is_query)
+            )
+    return splits
+
+
+def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int | str, ...]]:
+    """Return split to (classes, images, least, median and most images of a class, first and last class)."""
     table = {}
-    for name, labels in splits.items():
-        sizes = np.unique(labels, return_counts=True)[1]
-        table[name] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()))
+    for split, (images, labels) in split_labels(train, tests).items():
+        found, sizes = np.unique(labels, return_counts=True)
+        ends = images.class_names[found[0]], images.class_names[found[-1]]
+        table[split] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()), *ends)
     return table
 
 
@@ -367,19 +402,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:
+        check_name(args.name, args.source_path, flag="")
         train, tests = load_dataset(args.name, args.source_path)
     except InputError as error:
         print(f"datasets.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most")
-    for split, (classes, n_images, least, median, most) in split_table(train, tests).items():
-        print(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}")
+    print(*summary_lines(train, tests), sep="\n")
     for warning in count_warnings(args.name, train, tests):
         print(f"warning: {warning}")
     if not args.check:
         return 0
     broken = list(filter(None, decoding_errors([train, *tests.values()])))
-    print(*broken, f"{len(broken)} images cannot be decoded", sep="\n")
+    print(*broken, f"{counted(len(broken), 'image')} cannot be decoded", sep="\n")
     return 2 if broken else 0
 
 

@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader
 import auxiliaries
 import datasets
 import netlib
-from data import readers
-from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
+from data.files import IMAGES, survey
+from data.images import VALIDATION, ImageSet, describe_change, fingerprints, hold_out_classes
+from data.locate import check_name
 from report import compare
 from run import logs
 from run.options import PATH, whole
@@ -380,7 +381,7 @@ def score_run(args: argparse.Namespace) -> None:
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
     device = auxiliaries.pick_device(args.gpu)
     if dataset == flags["dataset"]:
-        then, now = stored["progress"]["contents"], contents(splits)
+        then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
             print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
@@ -390,7 +391,8 @@ def score_run(args: argparse.Namespace) -> None:
         embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
-        print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
+        n_images = errors.counted(len(images), f"{dataset} image")
+        print(f"{checkpoint}, {args.embedding} embedding of {n_images}{of_set}")
         rows = read(checkpoint)["progress"]["rows"]
         # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
@@ -445,13 +447,15 @@ def embed_folder(args: argparse.Namespace) -> None:
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
     root = Path(args.embed)
-    paths, others, unread = readers.images_below(root)
-    if others:
-        print(f"skipped {len(others)} other files: {errors.first_few(others)}")
-    if unread:
-        print(f"skipped {len(unread)} folders that cannot be read: {errors.first_few(unread)}")
+    found = survey(root)
+    for names, noun in ((found.others, "other file"), (found.unread, "unreadable folder")):
+        if names:
+            paths = [os.path.join(root, name) for name in names]
+            print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
+    names = sorted([*found.images, *found.copies, *found.dead, *found.pointers])  # of the last two it is said why not
+    paths = [os.path.join(root, name) for name in names]
     if not paths:
-        raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
+        raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     stored = weights.read_checkpoint(checkpoint)  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
@@ -464,16 +468,18 @@ def embed_folder(args: argparse.Namespace) -> None:
         embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
-        raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
-    if unread:
-        raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
+        of_all = f"{n_broken} of {errors.counted(len(paths), 'image')}"
+        raise StoppedError(f"{of_all} cannot be decoded and {'was' if n_broken == 1 else 'were'} left out")
+    if found.unread:
+        unread = [os.path.join(root, name) for name in found.unread]
+        raise StoppedError(f"left out {errors.counted(len(unread), 'unreadable folder')}: {errors.first_few(unread)}")
 
 
 def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
     """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
         np.savez(file, embeddings=embeddings, **of_images)
-    print(f"stored {path}: {len(embeddings)} embeddings")
+    print(f"stored {path}: {errors.counted(len(embeddings), 'embedding')}")
 
 
 def get_args_parser() -> errors.OneLineParser:
@@ -538,6 +544,11 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {path}: exists already; nothing is overwritten")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             parser.error(f"--{flag} {path}: there is no folder {path.parent} that can be written to")
+    if args.dataset is not None:
+        try:
+            check_name(args.dataset, args.source_path or "./Datasets")
+        except InputError as error:
+            parser.error(str(error))
     if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 

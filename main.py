@@ -24,8 +24,8 @@ import losses
 import netlib
 from auxiliaries import seconds_since
 from data.cache import cached
-from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
-from data.published import known_of
+from data.images import VALIDATION, ImageSet, digest, fingerprints, hold_out_classes
+from data.published import published_info
 from report.epoch import Report, lesson
 from run import options
 from run.folder import Run
@@ -34,7 +34,7 @@ from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEE
 from run.provenance import as_text, provenance, warning_of_threads
 from run.trial import Settled, StepTimer, report_lines
 from support import errors, packages, processes
-from support.errors import DivergedError, InputError, OneLineParser
+from support.errors import DivergedError, InputError, OneLineParser, counted
 from support.files import write_file
 from support.output import Progress, Transcript, clock
 
@@ -60,8 +60,8 @@ def get_args_parser() -> OneLineParser:
     # fmt: off
     add = parser.add_argument_group("data and network").add_argument
     add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
-        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME/images/<class>/<image>, the "
-        "first half of the classes trains, the second half tests")
+        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME with images/<class>/<image>, "
+        "train/<class>/<image> and test/<class>/<image>, or a list images.csv, see docs/data.md")
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
         "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
@@ -116,6 +116,9 @@ def get_args_parser() -> OneLineParser:
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
         "batch; 1 for proxynca, which needs no more")
+    add("--flip", choices=["class", "both", "none"], default="class", help="which tasks' training images are flipped "
+        "left to right at random: the Class task's as published, both tasks', or none: for letters, traffic signs and "
+        "all else whose mirror image is something else")
     add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
 
     add = parser.add_argument_group("losses").add_argument
@@ -178,22 +181,27 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     """
     train, tests = datasets.load_dataset(args.dataset, args.source_path)
     warnings = datasets.count_warnings(args.dataset, train, tests)
-    described = contents({"train": train, **tests})
+    described = fingerprints({"train": train, **tests})
     if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
     run.require_images(described)
+    if train.left_out:
+        run.note(left_out="; ".join(train.left_out))
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
     if args.bs > len(train):
         raise InputError(f"--bs {args.bs} {too_large}")
-    if args.task_p[1] > 0 and args.shared_num_classes > len(train):
-        raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
+    left_out = left_out_of_mining(train.labels, args.cluster_mode)
+    n_clustered = len(train) if left_out is None else int((~left_out).sum())
+    if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
+        part = " that are not alone in their class, which alone take part in the first clustering"
+        n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
+        raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
     if args.cache == "ram":  # takes minutes
         tests = cached({"train": train, **tests}, processes.local_world_size())
         train = tests.pop("train")
-    for name, images in {"train": train, **tests}.items():
-        print(f"{name}: {images.describe()}")
+    print(*datasets.summary_lines(train, tests), sep="\n")
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     n_workers = auxiliaries.n_workers(args.kernels)
@@ -205,6 +213,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         probed=evaluate.probe_subset(train.labels, args.seed) if args.task_p[1] > 0 or train.factors else [],
         batch_size=args.bs,
         random_pick_p=args.random_cluster_pick_p,
+        flip=args.flip,
         img_size=args.img_size,
         seed=args.seed,
         n_workers=n_workers,
@@ -252,17 +261,23 @@ def build_optimizer(
 def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -> np.ndarray:
     """Take class information out of features before the first clustering (MIC paper, section 3.2).
 
-    features: (N, D) float32. labels: (N,) int in [0, n_classes). mode: no_norm, mean (subtract the class's mean), or
-    mstd (and divide by the class's standard deviation per dimension; a dimension that does not vary becomes 0).
+    An image that is alone in its class would be exactly zero. It is standardised by all images instead.
+
+    Args:
+        features: (N, D) float32.
+        labels: (N,) int in [0, n_classes).
+        mode: no_norm, mean (subtract the class's mean), or mstd (and divide by the class's standard deviation per
+            dimension; a dimension that does not vary becomes 0).
     """
     if mode == "no_norm":
         return features
     standardised = np.empty_like(features)
     order = np.argsort(labels, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        centred = features[members] - features[members].mean(0, dtype=np.float64)
+        reference = features[members] if len(members) > 1 else features
+        centred = features[members] - reference.mean(0, dtype=np.float64)
         if mode == "mstd":
-            deviation = features[members].std(0, dtype=np.float64)
+            deviation = reference.std(0, dtype=np.float64)
             centred = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0)
         standardised[members] = centred
     return standardised
@@ -274,18 +289,37 @@ def mine_labels(
     """Cluster all training images (MIC paper, section 3.2).
 
     The first time early features, standardised per class; later the Shared embedding as it is. loader: the training
-    images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,).
+    images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,),
+    NaN for images that took no part, see left_out_of_mining.
     """
     output = "Early" if is_first_time else "Shared"
     features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
     if is_first_time and processes.is_first():  # which alone has the features; the others wait for the labels
         features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
-    return cluster(args, features)
+    left_out = left_out_of_mining(loader.dataset.images.labels, args.cluster_mode) if is_first_time else None
+    return cluster(args, features, left_out)
 
 
-def cluster(args: argparse.Namespace, features: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels (N,) and squared distances (N,) of the first process's features (N, D), on all processes."""
-    clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed) if processes.is_first() else None
+def left_out_of_mining(labels: np.ndarray, mode: str) -> np.ndarray | None:
+    """Return which images take no part in the first clustering (N,) bool: those alone in their class. None: all do.
+
+    Less the mean of its class such an image is zero, so all of them would make up a cluster. labels: (N,) int in [0,
+    n_classes). mode: see standardise_per_class.
+    """
+    is_alone = (np.bincount(labels) == 1)[labels]
+    return is_alone if mode != "no_norm" and is_alone.any() else None
+
+
+def cluster(
+    args: argparse.Namespace, features: np.ndarray | None, left_out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster the first process's features (N, D); return labels (N,) and squared distances (N,) on all processes.
+
+    left_out: see auxiliaries.kmeans.
+    """
+    clustered = None
+    if processes.is_first():
+        clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed, left_out=left_out)
     return processes.broadcast(clustered)
 
 
@@ -308,13 +342,19 @@ def renew_labels(
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
     row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
-    row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
+    row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
     print(
-        f"mined for epoch {before_epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
+        f"mined for epoch {before_epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
         f"{described['Largest']} images; AMI of the labels with {matches}"
     )
+    n_left_out = int(np.isnan(squared_distances).sum())
+    if n_left_out:
+        print(
+            f"alone in their class: {counted(n_left_out, 'image')} took no part in this clustering, as the mean of the "
+            "class would leave nothing of them; each has the label of the nearest centre"
+        )
     with run.stopwatch.measure("drawing"):
         report.mined(before_epoch, images, mined, squared_distances)
     return mined
@@ -482,7 +522,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         args.n_epochs,
         is_resumed=args.resume is not None,
         may_take_over=args.go_on,
-        paper=known_of(args.dataset).scores,
+        paper=published_info(args.dataset).scores,
         provenance=started,
         transcript=transcript,
     )

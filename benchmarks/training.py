@@ -146,6 +146,7 @@ class Ours:
             probed=[],
             batch_size=args.bs,
             random_pick_p=args.random_cluster_pick_p,
+            flip=args.flip,
             img_size=args.img_size,
             seed=args.seed,
             n_workers=auxiliaries.n_workers(args.kernels),

@@ -3,17 +3,17 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from data.published import known_of
+from data.published import published_info
 from report import plots
 from run.logs import StoredRun, best_index, column, read_run, scores_of, test_sets_of
-from run.options import PAIRS, makes_setting, shown
+from run.options import LATER_FLAGS, PAIRS, makes_setting, shown
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
 from support.files import replaced_file
@@ -113,7 +113,8 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
     runs = {}
     for resolved, folder in {Path(os.path.realpath(folder)): folder for folder in folders}.items():
         try:
-            runs[resolved] = read_run(folder)
+            run = read_run(folder)
+            runs[resolved] = replace(run, flags=LATER_FLAGS | run.flags)
         except InputError as error:
             print(f"skipped {error}")
     if not runs:
@@ -218,7 +219,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
     """Return the table of a test set: the runs and the summary_rows of each setting at the best and at the last epoch,
     and the paper's row.
     """
-    paper, rows = scores_of(known_of(dataset).scores, test_set), []
+    paper, rows = scores_of(published_info(dataset).scores, test_set), []
     for setting in settings:
         for at in ("best", "last"):
             head = {"data set": dataset, "test set": test_set, "setting": setting.name if setting.flags else None}
@@ -331,7 +332,7 @@ def ablation_lines(
             for run in members:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
-    paper = known_of(dataset).ablations.get(flag, {})
+    paper = published_info(dataset).ablations.get(flag, {})
     if paper and test_set == "test":
         lines[f"paper, {dataset}"] = {value: [recall] for value, recall in paper.items()}
     return lines

@@ -12,10 +12,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.published import known_of
+from data.published import published_info
 from report.charts import finite
 from report.page import rendered, warn, warned
 from run.logs import scores_of
+from run.options import LATER_FLAGS
 
 MARKER = b'<meta name="generator" content="MIC">'
 """Tells an index.html of ours from one of the user's."""
@@ -42,7 +43,8 @@ def read_summary(path: str, changed_ns: int) -> Entry | None:
         }
         texts = {name: str(stored[name]) for name in ("dataset", "test_set", "state", "seed")}
         curve = [(0.0 + finite(epoch), 0.0 + finite(value)) for epoch, value in stored["curve"]]
-        return numbers | texts | {"curve": curve, "flags": {str(k): str(v) for k, v in stored["flags"].items()}}
+        flags = LATER_FLAGS | {str(k): str(v) for k, v in stored["flags"].items()}
+        return numbers | texts | {"curve": curve, "flags": flags}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
@@ -86,7 +88,7 @@ def write_index(folder: Path) -> None:
         flags = dict.fromkeys(flag for entry in entries for flag in entry["flags"])
         differing = [flag for flag in flags if len({entry["flags"].get(flag, "None") for entry in entries}) > 1]
         dataset = entries[0]["dataset"] if entries else path.parent.name
-        paper = known_of(dataset).scores
+        paper = published_info(dataset).scores
         test_set = entries[0]["test_set"] if entries else "test"
         content = rendered(
             "index.html",

@@ -180,14 +180,14 @@ class Run:
         resume = command(["--resume", str(self.folder)], self.provenance[-1])
         return f"the last complete epoch is safe; go on with: {resume}"
 
-    def require_images(self, contents: Mapping[str, Mapping]) -> None:
-        """Raise InputError where these are not the images of the run that is resumed. contents: see data/images.py."""
-        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], contents)
+    def require_images(self, fingerprints: Mapping[str, Mapping]) -> None:
+        """Raise InputError where these are not the images of the run that is resumed, see images.fingerprints."""
+        change = None if self.is_new else describe_change(self.stored["progress"]["contents"], fingerprints)
         if change:
             raise InputError(f"--resume {self.folder}: not the images that it was trained with: {change}; "
                              "give it those, or start a new run")  # fmt: skip
-        self.contents = dict(contents)
-        self.note(images=digest(contents))
+        self.contents = dict(fingerprints)
+        self.note(images=digest(fingerprints))
 
     def note(self, **facts: str) -> None:
         """Keep with the flags what is known now only; a resumed run keeps what it knew first."""

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 import losses
-from data.published import known_of
+from data.locate import check_name
+from data.published import published_info
 from run.folder import LAST
 from support import packages, processes, weights
-from support.errors import InputError, OneLineParser, first_few
+from support.errors import InputError, OneLineParser, counted, first_few
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
@@ -32,6 +33,9 @@ OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_sh
 
 GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
 """What may be given anew when a run is resumed, in words."""
+
+LATER_FLAGS = {"flip": "class"}
+"""Flags that runs stored by an earlier version lack, with the value that they were trained with."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -148,10 +152,12 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
 
 def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuse names of data set and run that are no folder names."""
-    for flag in ("dataset", "savename"):
-        value = getattr(args, flag)
-        if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
-            parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
+    try:
+        check_name(args.dataset, args.source_path)
+    except InputError as error:
+        parser.error(str(error))
+    if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
+        parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -223,8 +229,8 @@ def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
         doubtful.append(
-            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and {n_classes} classes "
-            "train; a smaller batch repeats less"
+            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
+            f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
         )
     return doubtful
 
@@ -238,7 +244,7 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def implied(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
-    return {"k_vals": known_of(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+    return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
@@ -248,7 +254,7 @@ def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, objec
 
 def makes_setting(flag: str) -> bool:
     """Tell whether runs that differ in a flag are of different settings."""
-    return flag not in (*MACHINE, *OUTPUT, "seed")
+    return flag not in (*MACHINE, *OUTPUT, "seed", "left_out")
 
 
 def rate_steps(args: argparse.Namespace) -> Sequence[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from support import processes
+from support.errors import counted
 from support.output import Progress, clock
 
 DRAWING_SHARE = 0.03
@@ -76,7 +77,7 @@ def report_lines(
         f"{seconds['drawing']:.1f} s",
         f"peak memory: {memory}",
         f"disk: {gigabytes(n_bytes)} for the run folder",
-        f"whole run: {clock(sum(parts.values()))} for {counts['epochs']} epochs ("
+        f"whole run: {clock(sum(parts.values()))} for {counted(counts['epochs'], 'epoch')} ("
         + ", ".join(f"{activity} {clock(value)}" for activity, value in parts.items())
         + ")",
     ]

@@ -168,6 +168,7 @@ def test_the_index_reads_the_pages_and_skips_what_is_none(tmp_path):
         ("run1", 0.6, 0.6, 0.5), ("run2", 0.6, 0.5, 0.5), ("run0", 0.5, 0.5, 0.5)
     ]  # fmt: skip
     assert index.sparklines(entries)[0] == "0.0 22.0L50.0 2.0"
+    assert {entry["flags"]["flip"] for entry in entries} == {"class"}  # of runs stored before there was such a flag
     table = Parsed(tmp_path / "index.html")
     cells = [attributes["data-value"] for tag, attributes in table.tags if "data-value" in attributes]
     assert cells[:9] == ["run1", "0.6", "0.6", "0.5", "running", "2.0", "8.0", "7", "lr 0.1"]
@@ -179,6 +180,13 @@ def test_a_run_that_has_nothing_yet_has_a_page(tmp_path):
     parsed, table = written(view_of(tmp_path / "run", n_epochs=0, **none))
     assert "Nothing has been scored yet." in parsed.texts["p"]
     assert "–" in table.texts["td"]
+
+
+def test_a_page_says_what_of_a_data_set_was_left_out(tmp_path):
+    note = "2 hidden files: images/.DS_Store, images/._a; 1 copy of images beside them: images/<b>.jpg~"
+    parsed, _ = written(view_of(tmp_path / "run", flags={"left_out": note}))
+    assert f"left out: {note}" in parsed.texts["div"]
+    assert "1,234 images of 5 classes" in " ".join(parsed.texts["div"])
 
 
 def test_an_index_that_is_not_ours_is_left_alone(tmp_path, capsys):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import (
     ALONE,
+    CPU_DIGITS,
     ROOT,
-    At,
-    act_at,
+    act_in_a_worker,
     as_bitmap,
     assert_equal,
     call_like_new,
@@ -42,6 +42,7 @@ import netlib
 from data.images import ImageSet
 from support import errors, files, processes
 
+pytestmark = pytest.mark.skipif(0 < torch.cuda.device_count() < 3, reason="a GPU for each process: needs three")
 BATCH_SIZE = 12
 CASES = {
     f"{loss}-{sampling}-{'+'.join(directions)}": (loss, sampling, directions)
@@ -262,6 +263,7 @@ def test_a_run_mines_the_same_labels_and_scores_alike(runs):
     assert {path.name for path in runs[0].iterdir()} == {path.name for path in runs[1].iterdir()}
 
 
+@CPU_DIGITS
 def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders, tmp_path):
     assert_ended_well(run_in_processes(2, run, flags_of(class_folders, tmp_path / "whole")))
     cut = tmp_path / "cut" / "tiny" / "run"
@@ -297,8 +299,8 @@ def kill(file, signum):
     os.kill(int(file.read_text()), signum)
 
 
-def run_and_kill(argv, folder, told, signum):
-    """Run main as one of several processes; one of them or torchrun gets a signal in the epoch after the first scores.
+def run_and_kill(argv, folder, log, told, signum):
+    """Run main as one of several processes; one of them or torchrun gets a signal in the epoch after a log was written.
 
     A loader's worker of the first process sends it. folder: for the ids of all.
     """
@@ -306,8 +308,7 @@ def run_and_kill(argv, folder, told, signum):
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     if rank == 0:
         (folder / "pid_torchrun").write_text(str(os.getppid()))
-        act = partial(kill, folder / f"pid_{told}", signum)
-        act_at([At("os.rename", "log_val_Class.csv")], partial(act_at, [At("open", "0.bmp")], act))
+        act_in_a_worker("0.bmp", log, partial(kill, folder / f"pid_{told}", signum))
     run(argv)
 
 
@@ -324,7 +325,8 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
     path = tmp_path / "tiny" / "run"
     as_bitmap(class_folders / "tiny" / "images" / "class_00" / "0.jpg")
     argv = flags_of(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 9000)
-    process = run_in_processes(n_processes, run_and_kill, argv, tmp_path, told, signum)  # waits for all
+    log = path / "log_val_Class.csv"
+    process = run_in_processes(n_processes, run_and_kill, argv, tmp_path, log, told, signum)  # waits for all
     assert process.returncode != 0
     lines = own_lines(process.stderr)
     assert len(lines) == (0 if told == 0 else 1), process.stderr  # the first process speaks, if it can

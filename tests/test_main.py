@@ -205,6 +205,7 @@ def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_r
     assert not read_logs(first)["log_train_Class.csv"].equals(read_logs(other)["log_train_Class.csv"])
 
 
+@CPU_DIGITS
 def test_a_cache_changes_no_digit(tiny_run):
     plain, cached = (read_logs(tiny_run(*more)) for more in ((), ("--cache", "ram", "--kernels", 1)))
     for name, table in plain.items():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -58,6 +59,8 @@ CASES = {
         ("proxynca", "distance", []),
     ]
 }
+COMPILED = "triplet-random-Class-Shared"
+"""The case that is computed by a compiled network too."""
 
 
 class SmallNetwork(nn.Module):
@@ -85,8 +88,8 @@ class Recorder(torch.optim.SGD):
         super().step()
 
 
-def gradients(loss, sampling, directions):
-    """Return the gradients of two steps of each task, and the average losses."""
+def gradients(loss, sampling, directions, compiled=False):
+    """Return the gradients of two steps of each task, the average losses, and what surrounds the network."""
     torch.manual_seed(3)
     network, sizes = SmallNetwork(), {"Class": 6, "Shared": 5}
     values = {"margin": 0.2, "beta": 1.2, "beta_lr": 1.0, "nu": 0.1, "proxy_lr": 1.0}
@@ -98,14 +101,26 @@ def gradients(loss, sampling, directions):
     share = processes.shard(BATCH_SIZE)
     batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(4)]
     own = [(images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches]
-    trained = netlib.for_training(network, False, has_unused_heads=not objective.weights)
+    names = list(network.state_dict())
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # C++ takes a minute
+        trained = netlib.for_training(network, compiled, has_unused_heads=not objective.weights)
     optimizer = Recorder([*network.parameters(), *objective.parameters()], lr=1e-2, momentum=0.9)
     optimizer.steps = []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = [(0, "Class"), (0, "Shared"), (1, "Class"), (1, "Shared")]
     with main.Progress("", 0) as bar:
         averages = main.train_one_epoch(trained, objective, optimizer, scaler, steps, own, "none", bar)
-    return {"steps": optimizer.steps, "averages": averages}
+    assert list(network.state_dict()) == names
+    return {"steps": optimizer.steps, "averages": averages, "around": around(trained)}
+
+
+def around(trained):
+    """Return the classes around a network, the outermost first, and the options of DistributedDataParallel."""
+    found = [type(trained).__name__]
+    if isinstance(trained, nn.parallel.DistributedDataParallel):
+        found += [f"{name}={getattr(trained, name)}" for name in ("broadcast_buffers", "gradient_as_bucket_view")]
+    inner = getattr(trained, "_orig_mod", getattr(trained, "module", None))
+    return found if inner is None else found + around(inner)
 
 
 def features(n_images):
@@ -137,6 +152,8 @@ def scores():
 def computed():
     """Return all that is compared."""
     found = {name: gradients(*case) for name, case in CASES.items()}
+    if processes.world_size() < 3:
+        found["compiled"] = gradients(*CASES[COMPILED], compiled=True)
     found |= {f"{n} images": features(n) for n in (23, 24, 5, 1)}
     return found | {"scores": scores()}
 
@@ -197,17 +214,33 @@ def together(request, tmp_path_factory):
     return [torch.load(path / f"{i}.pt", weights_only=False) for i in range(request.param)]
 
 
+def assert_same_steps(found, expected):
+    """Compare gradients and average losses but for the order of float sums."""
+    assert len(found["steps"]) == 4
+    for step, expected_step in zip(found["steps"], expected["steps"], strict=True):
+        for gradient, value in zip(step, expected_step, strict=True):
+            assert (gradient is None) == (value is None)
+            if value is not None:
+                torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-12)
+    for name, value in expected["averages"].items():
+        assert found["averages"][name] == (None if value is None else pytest.approx(value, rel=1e-10))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(alone, together, case):
     for found in together:
-        assert len(found[case]["steps"]) == 4
-        for step, expected in zip(found[case]["steps"], alone[case]["steps"], strict=True):
-            for gradient, value in zip(step, expected, strict=True):
-                assert (gradient is None) == (value is None)
-                if value is not None:
-                    torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-12)
-        for name, value in alone[case]["averages"].items():
-            assert found[case]["averages"][name] == (None if value is None else pytest.approx(value, rel=1e-10))
+        assert_same_steps(found[case], alone[case])
+
+
+def test_a_compiled_network_has_the_same_gradients_and_is_compiled_as_a_whole(alone, together):
+    options = ["broadcast_buffers=False", "gradient_as_bucket_view=True"]
+    for found in together:
+        assert found[COMPILED]["around"] == ["DistributedDataParallel", *options, "SmallNetwork"]
+        if "compiled" in found:
+            assert found["compiled"]["around"] == ["OptimizedModule", *found[COMPILED]["around"]]
+            assert_same_steps(found["compiled"], alone[COMPILED])
+    assert alone["compiled"]["around"] == ["OptimizedModule", "SmallNetwork"]
+    assert_same_steps(alone["compiled"], alone[COMPILED])
 
 
 @pytest.mark.parametrize("case", CASES)

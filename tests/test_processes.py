@@ -23,6 +23,7 @@ from conftest import (
     call_like_new,
     epochs_logged,
     one_thread,
+    parse,
     refused,
     run,
     run_in_process,
@@ -41,6 +42,7 @@ import losses
 import main
 import netlib
 from data.images import ImageSet
+from run import options
 from support import errors, files, processes
 
 pytestmark = pytest.mark.skipif(0 < torch.cuda.device_count() < 3, reason="a GPU for each process: needs three")
@@ -415,6 +417,14 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
             with pytest.raises(SystemExit) as stop:
                 run(argv, program)
             assert (stop.value.code, capsys.readouterr().err) == (2, "")
+
+
+def test_a_compiled_network_whose_statistics_are_exchanged_is_warned_of(rank):
+    args = parse("--bs", 12, "--compile")
+    assert not options.doubts(args, n_classes=12)
+    args.bn = "train"
+    (warning,) = options.doubts(args, n_classes=12)
+    assert "--compile --bn train in several processes: SyncBatchNorm" in warning
 
 
 def test_what_ends_any_process_is_left_for_torchruns_report(rank, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -81,15 +81,15 @@ class ImageDataset(Dataset):
             return self.transform(image), label
 
 
-class TaskDataset(Dataset):
-    """The data sets of several tasks, whose items are asked for by (task, draw)."""
+class NamedDatasets(Dataset):
+    """Several data sets, whose items are asked for by (name of the data set, key of the item)."""
 
-    def __init__(self, datasets: Mapping[str, ImageDataset]):
+    def __init__(self, datasets: Mapping[str, Dataset]):
         self.datasets = datasets
 
-    def __getitem__(self, key: tuple[str, Draw]) -> tuple[torch.Tensor, int]:
-        task, draw = key
-        return self.datasets[task][draw]
+    def __getitem__(self, key: tuple[str, Draw | int]) -> tuple[torch.Tensor, int]:
+        name, item = key
+        return self.datasets[name][item]
 
 
 class ClassBalancedBatchSampler(BatchSampler):
@@ -196,14 +196,18 @@ class TaskBatchSampler(BatchSampler):
             yield [(task, draw) for draw in next(batches[task])]
 
 
-def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **order: object) -> DataLoader:
+def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **more: object) -> DataLoader:
     """Return a loader of (images (B, 3, S, S) uint8, labels (B,) int64).
 
-    order: batch_sampler, or batch_size and perhaps a sampler, see DataLoader; by default all images once, in order.
+    Args:
+        dataset: of the images.
+        n_workers: 0 loads in this process.
+        pin_memory: for a GPU.
+        **more: what else DataLoader takes, such as batch_size; by default all images come once, in order.
     """
     return DataLoader(
         dataset,
-        **order,
+        **more,
         num_workers=n_workers,
         pin_memory=pin_memory,
         # Without one, each pass would take a number from the generator that the losses draw from
@@ -234,18 +238,96 @@ def decode_all(loader: DataLoader) -> None:
                 progress.update(len(images))
 
 
+class Pool:
+    """One pool of workers for all that a run loads, so that they start once and not for each pass.
+
+    Passes take turns: one that is begun ends the one before. The first one starts the workers.
+
+    Args:
+        datasets: what is loaded, by name.
+        n_workers: see make_loader.
+        pin_memory: see make_loader.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset], n_workers: int, pin_memory: bool):
+        self.datasets, self.order = datasets, CurrentOrder()
+        self.loader = make_loader(
+            NamedDatasets(datasets),
+            n_workers=n_workers,
+            pin_memory=pin_memory,
+            batch_sampler=self.order,
+            persistent_workers=n_workers > 0,
+        )
+
+    def load(self, batches: Iterable[list]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Begin a pass; return its batches, as make_loader does. batches: of keys (name, item)."""
+        self.order.batches = batches
+        return iter(self.loader)
+
+    def close(self) -> None:
+        """End the workers.
+
+        An exception's traceback would keep them alive, and PyTorch has no public call that ends them.
+        """
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+
+
+class CurrentOrder(BatchSampler):
+    """The batches of the pass that a Pool loads now."""
+
+    def __init__(self):
+        self.batches: Iterable[list] = []
+
+    def __iter__(self) -> Iterator[list]:
+        return iter(self.batches)
+
+
+class StepLoader:
+    """The batches of an epoch's training steps, in the order that a TaskBatchSampler was set to."""
+
+    def __init__(self, pool: Pool, sampler: TaskBatchSampler):
+        self.pool, self.sampler = pool, sampler
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.pool.load(self.sampler)
+
+
+class InOrderLoader:
+    """The images of a data set in order; of several processes each loads whole batches.
+
+    Args:
+        pool: loads them.
+        name: of the data set in the pool.
+        batch_size: images in a batch.
+    """
+
+    def __init__(self, pool: Pool, name: str, batch_size: int):
+        self.pool, self.name, self.dataset = pool, name, pool.datasets[name]
+        self.sampler = processes.shard(len(self.dataset), batch_size)
+        self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.pool.load([(self.name, index) for index in batch] for batch in self.batches)
+
+
 class Loaders(NamedTuple):
     """What feeds the network, on each process its shard.
 
-    sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in order. tests: each test
-    set in order, by name. probe: a part of the training images in order.
+    pool: loads all of it. sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in
+    order. tests: each test set in order, by name. probe: a part of the training images in order.
     """
 
+    pool: Pool
     sampler: TaskBatchSampler
-    batches: DataLoader
-    train: DataLoader
-    tests: dict[str, DataLoader]
-    probe: DataLoader
+    batches: StepLoader
+    train: InOrderLoader
+    tests: dict[str, InOrderLoader]
+    probe: InOrderLoader
 
     @property
     def images(self) -> ImageSet:
@@ -278,27 +360,26 @@ def build_loaders(
     random_pick_p: of the Shared task, see ClassBalancedBatchSampler. flip: whose images are flipped at random: "class",
     "both" tasks', or "none".
     """
-    make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
-    samplers, augmented, share = {}, {}, processes.shard(batch_size)
+    plain = ImageDataset(train, test_transform(img_size))
+    sets: dict[str, Dataset] = {"train": plain, "probe": Subset(plain, probed)}
+    for name, images in tests.items():
+        sets[f"tests, {name}"] = ImageDataset(images, test_transform(img_size))
+    samplers, share = {}, processes.shard(batch_size)
     for i, (name, task) in enumerate(tasks.items()):
         if task.task_p > 0:
             pick_p = random_pick_p if name == "Shared" else 0.0
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
             flips = flip == "both" or (flip == "class" and name == "Class")
-            augmented[name] = ImageDataset(train, train_transform(img_size, flips))
-    sampler = TaskBatchSampler(samplers)
-
-    def in_order(dataset: Dataset) -> DataLoader:  # whose whole batches the processes share
-        size = min(batch_size, SCORING_BATCH_SIZE)
-        return make(dataset, batch_size=size, sampler=processes.shard(len(dataset), size))
-
-    plain = ImageDataset(train, test_transform(img_size))
+            sets[name] = ImageDataset(train, train_transform(img_size, flips))
+    pool, sampler = Pool(sets, n_workers, pin_memory), TaskBatchSampler(samplers)
+    size = min(batch_size, SCORING_BATCH_SIZE)
     return Loaders(
+        pool=pool,
         sampler=sampler,
-        batches=make(TaskDataset(augmented), batch_sampler=sampler),
-        train=in_order(plain),
-        tests={name: in_order(ImageDataset(images, test_transform(img_size))) for name, images in tests.items()},
-        probe=in_order(Subset(plain, probed)),
+        batches=StepLoader(pool, sampler),
+        train=InOrderLoader(pool, "train", size),
+        tests={name: InOrderLoader(pool, f"tests, {name}", size) for name in tests},
+        probe=InOrderLoader(pool, "probe", size),
     )
 
 

@@ -10,7 +10,8 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 import argparse
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,11 @@ def extract_features(
     sampler = getattr(loader, "sampler", ())
     try:
         with Progress(what, len(sampler)) as progress:
-            for images, _ in loader:
-                with netlib.autocast(device, amp):
-                    batch = network(images.to(device, non_blocking=True), outputs)
-                for name, values in batch.items():
-                    parts[name].append(values.cpu().numpy())
-                progress.update(len(images))
+            computed = (embed_batch(network, images, outputs, amp) for images, _ in loader)
+            for batch in on_host(computed, auxiliaries.gpu_events(device)):
+                for name in outputs:
+                    parts[name].append(batch[name])
+                progress.update(len(batch[outputs[0]]))
     finally:
         network.train(was_training)
     features = {}
@@ -83,6 +83,42 @@ def extract_features(
             raise DivergedError(f"the network's {name} features are not finite{reason}")
         features[name] = processes.gather_rows(values, to_all)
     return features
+
+
+def embed_batch(
+    network: netlib.EmbeddingNetwork, images: Tensor, outputs: Sequence[str], amp: str
+) -> dict[str, Tensor]:
+    """Return the outputs {name: (B, D)} of a batch of images (B, 3, S, S), on the network's device."""
+    device = network.mean.device
+    with netlib.autocast(device, amp):
+        return network(images.to(device, non_blocking=True), outputs)
+
+
+def on_host(
+    batches: Iterable[Mapping[str, Tensor]], new_event: Callable[[], torch.cuda.Event] | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches {name: (B, D)} as arrays, each after the next one has been started, so that a GPU never idles.
+
+    Args:
+        batches: each is started by asking for it.
+        new_event: of the GPU that computes them, see auxiliaries.gpu_events; None for the CPU.
+    """
+    waiting: deque[tuple[dict[str, Tensor], torch.cuda.Event | None]] = deque()
+    for batch in batches:
+        copies = {name: values.to("cpu", non_blocking=new_event is not None) for name, values in batch.items()}
+        waiting.append((copies, new_event and auxiliaries.recorded(new_event)))
+        if len(waiting) == 2:
+            yield awaited(*waiting.popleft())
+    while waiting:
+        yield awaited(*waiting.popleft())
+
+
+def awaited(copies: Mapping[str, Tensor], event: torch.cuda.Event | None) -> dict[str, np.ndarray]:
+    """Return copies on the host as arrays, once the GPU has passed the event behind them."""
+    if event is not None:
+        event.synchronize()
+    # Copied once more: what a GPU copies to is page-locked memory, which the next batches are to take again
+    return {name: values.numpy().copy() for name, values in copies.items()}
 
 
 def retrieval_scores(
@@ -128,47 +164,82 @@ TIE = 3e-7
 def class_ranks(
     points: Tensor, labels: np.ndarray, queries: np.ndarray, gallery: np.ndarray, block_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield, for blocks of queries, (B, 3): rank of the first hit from 0, average precision at R, R-precision.
+    """Rank the points of each query's class among all others, a block of queries at a time.
 
-    points: (N, D) float32 in the unit ball. labels: (N,) int. queries, gallery: indices. No query finds itself.
+    No query finds itself. In the comments Q is the number of queries, B of those in a block, G of gallery points, and C
+    the size of the largest class in the gallery.
+
+    Args:
+        points: (N, D) float32 in the unit ball.
+        labels: (N,) int.
+        queries: (Q,) indices of points.
+        gallery: (G,) indices of points.
+        block_size: B.
+
+    Yields:
+        (B, 3) of a block: rank of the first hit from 0, average precision at R, R-precision.
     """
     device = points.device
-    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of columns
-    column_of = np.full(len(labels), -1)  # of a point that is not in the gallery
-    column_of[gallery] = np.arange(len(gallery))
+    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # columns: the points of a class stand together
     first, stop = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
-    # Of each query, (Q, 1): the first column of its class, the size of its class, the query's column
-    first_columns, sizes, query_columns = (
-        torch.as_tensor(values, device=device)[:, None] for values in (first, stop - first, column_of[queries])
-    )
-    offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)  # (C,), of the largest class
+    column_of = np.full(len(labels), -1)  # -1: not in the gallery
+    column_of[gallery] = np.arange(len(gallery))
+    n_positives = stop - first - (column_of[queries] >= 0)
+    # Of each query: point, first column and size of its class, own column, number of positives; copied once, (Q, 5)
+    described = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
+    described = torch.as_tensor(described, device=device)
+    offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,) from the first column of a class
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
-        block = torch.arange(start, min(start + block_size, len(queries)), device=device)
-        left = points[torch.as_tensor(queries, device=device)[block]]
+        block = described[start : start + block_size]
+        left, (first_columns, sizes, own_columns, n_wanted) = points[block[:, 0]], block[:, 1:].split(1, dim=1)
         # x.y - |y|^2/2 of each query x and gallery point y, (B, G): the larger, the nearer
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
-        # The columns of the query's class, (B, C), padded where the class is smaller; positives are in it, but not x
-        in_class = offsets < sizes[block]
-        columns = (first_columns[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
-        to_class = closeness.gather(1, columns)
-        is_positive = in_class & (columns != query_columns[block])
-        n_positives = is_positive.sum(1, keepdim=True)
-        # Closeness to the positives, nearest first, (B, C), lowered so that ties count against the query
-        positives = to_class.masked_fill(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
-        # What is left are the negatives: those at least as near as the nearest positive come before the first hit
-        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, to_class))
-        first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(closeness, positives[:, :1]), torch.inf)
-        # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
-        negatives = largest_values(closeness, min(max(int(n_positives.max()), 1), len(gallery)))
-        nth = torch.arange(1, positives.shape[1] + 1, device=device)
-        ranks = nth + torch.searchsorted(-negatives, -positives, right=True)
-        is_hit = is_positive.sort(dim=1, descending=True).values & (ranks <= n_positives)
-        totals = [(is_hit * nth / ranks.double()).sum(1), is_hit.sum(1).double()]
-        rows = torch.stack([first_hits, *(total / n_positives[:, 0].clamp_min(1) for total in totals)], 1)
-        yield rows.cpu().numpy()
+        positives = take_out_positives(closeness, first_columns + offsets, sizes, own_columns)
+        most = min(n_positives[start : start + block_size].max(initial=1), len(gallery))
+        yield rank_among(closeness, positives, n_wanted, most).cpu().numpy()
+
+
+def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_columns: Tensor) -> Tensor:
+    """Return the closeness to each query's positives, (B, C), nearest first and then -inf, and leave the negatives.
+
+    It is lowered by TIE, so that ties count against the query.
+
+    Args:
+        closeness: (B, G); the query's class, with the query itself, becomes -inf.
+        columns: (B, C) of the class, which ends before where it is smaller than C.
+        sizes: (B, 1) of the class.
+        own_columns: (B, 1) of the query itself.
+    """
+    in_class = columns < columns[:, :1] + sizes
+    # Behind its end the first column stands again; a class without points in the gallery may begin behind the last one
+    columns = torch.where(in_class, columns, columns[:, :1]).clamp_(max=closeness.shape[1] - 1)
+    to_class = closeness.gather(1, columns)
+    is_positive = in_class & (columns != own_columns)
+    closeness.scatter_(1, columns, torch.where(sizes > 0, -torch.inf, to_class))
+    return to_class.masked_fill_(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
+
+
+def rank_among(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: int) -> Tensor:
+    """Return (B, 3) float64: rank of the first hit from 0, inf for none, average precision at R, R-precision.
+
+    Args:
+        negatives: (B, G) closeness, -inf for what is none.
+        positives: (B, C) closeness, nearest first.
+        n_positives: (B, 1), R of each query.
+        most: the largest of them, at least 1 and at most G.
+    """
+    # All negatives at least as near as the nearest positive come before it
+    first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(negatives, positives[:, :1]), torch.inf)
+    # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
+    nearest = largest_values(negatives, most)
+    nth = torch.arange(1, positives.shape[1] + 1, device=positives.device)
+    ranks = nth + torch.searchsorted(-nearest, -positives, right=True)
+    is_hit = ranks <= n_positives
+    totals = [(is_hit * nth / ranks.double()).sum(1), is_hit.sum(1).double()]
+    return torch.stack([first_hits, *(total / n_positives[:, 0].clamp_min(1) for total in totals)], 1)
 
 
 def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
@@ -436,9 +507,11 @@ def embed(
         pin_memory=device.type == "cuda",
     )
     auxiliaries.set_seeds(flags["seed"])
-    auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
+    capability = auxiliaries.compute_capability(device)
+    tf32, amp = auxiliaries.supported_precision(capability, flags["tf32"], flags["amp"])
+    auxiliaries.set_precision(device, tf32, amp)
     network = netlib.rebuild(stored, checkpoint).to(device)
-    return extract_features(network, loader, [embedding], flags["amp"])[embedding]
+    return extract_features(network, loader, [embedding], amp)[embedding]
 
 
 def embed_folder(args: argparse.Namespace) -> None:

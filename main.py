@@ -78,8 +78,8 @@ def get_args_parser() -> OneLineParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
-    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
-        "core; 0 loads in the main process; does not change results")
+    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers of each process, at most its "
+        "share of the CPU cores; 0 loads in the process itself; does not change results")
     add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
         "same number of threads")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
@@ -205,7 +205,8 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         print(f"warning: {warning}")
     n_workers = auxiliaries.n_workers(args.kernels)
-    print(f"loader workers: {n_workers} of --kernels {args.kernels}, one at most per CPU core")
+    a_process = " in each process" if processes.world_size() > 1 else ""
+    print(f"loader workers: {n_workers}{a_process} (--kernels {args.kernels}; {auxiliaries.n_cores()} CPU cores)")
     return datasets.build_loaders(
         train,
         tests,
@@ -392,12 +393,12 @@ def train_one_epoch(
         # Every process computes the loss of the whole batch, from embeddings that are gathered with their gradient
         embeddings, labels = processes.gather_batch(embeddings, labels)
         terms = objective(task, embeddings, labels)
-        optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
         auxiliaries.fill_gradients(resting, optimizer)
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()  # here, and not before the next backward pass: the forward pass needs the memory
         meter.add(f"at iteration {iteration} ({task} step)", terms)
         progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
@@ -509,6 +510,11 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
     """Assemble all parts, start or resume the run that `argv` asks for, train it to its end, and return its folder."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
+    capability = auxiliaries.compute_capability(device)
+    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed=args.resume is not None)
+    hint = auxiliaries.precision_hint(capability, args.tf32, args.amp)
+    if hint:
+        print(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     if args.compile:
         netlib.try_compile(device)
@@ -533,8 +539,9 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
         print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
         return run.folder
 
-    with run, report:
+    with run, report, contextlib.ExitStack() as at_the_end:
         loaders = load_data(args, run, pin_memory=device.type == "cuda")
+        at_the_end.callback(loaders.pool.close)
         images = loaders.images
         network = build_network(args, run, device)
         objective = build_objective(args, images, device)
@@ -563,7 +570,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
             start = time.monotonic()
             steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
             loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
-            batches = run.stopwatch.loading(loaders.batches)
+            batches = run.stopwatch.loading(loaders.batches, auxiliaries.gpu_events(device))
             left = functools.partial(run.seconds_left, epoch)
             progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
             with run.stopwatch.measure("training"), progress:

@@ -264,6 +264,7 @@ def compare(setting: str, argv: list[str], device: torch.device, n_steps: int, n
     marks = Marks(device)
     contenders["ours"].run(n_steps, marks)
     shares = marks.shares()
+    contenders["ours"].loaders.pool.close()
     return f"{setting:8}" + "".join(f"{100 * shares.get(part, 0):>{len(part) + 3}.1f}" for part in PARTS)
 
 

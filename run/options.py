@@ -222,7 +222,8 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
-    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times."""
+    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times, a
+    compiled network that exchanges statistics."""
     doubtful = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
         doubtful.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
@@ -231,6 +232,11 @@ def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
         doubtful.append(
             f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
             f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
+        )
+    if args.compile and args.bn == "train" and processes.world_size() > 1:
+        doubtful.append(
+            "--compile --bn train in several processes: SyncBatchNorm, which exchanges statistics, breaks the graph at "
+            "each layer, and little is gained"
         )
     return doubtful
 

@@ -1,5 +1,6 @@
 """What a network is fed: transforms, class-balanced batches, loaders; and the command that describes a data set."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -184,27 +185,41 @@ def test_labels_of_a_task_without_a_sampler_change_nothing():
     assert len(list(sampler)) == 3
 
 
-def test_workers_change_nothing(shapes):
-    images = shapes[0]
+def worker_ids():
+    """Return the ids of this process's loader workers."""
+    return {process.pid for process in multiprocessing.active_children() if process.daemon}
+
+
+def test_workers_change_nothing_and_stay_for_all_passes(shapes):
+    images, test = shapes[0], shapes[1].classes(0, 1)
     flipped, plain = (datasets.ImageDataset(images, datasets.train_transform(32, flip)) for flip in (True, False))
-    dataset = datasets.TaskDataset({"Class": flipped, "Shared": plain})
+    sets = {"Class": flipped, "Shared": plain, "test": datasets.ImageDataset(test, lambda image: image)}
     labels = {"Class": images.labels, "Shared": images.factors["background"]}
     state = torch.get_rng_state()
-    passes = []
+    loaded, workers = [], []
     for n_workers in (0, 2):
-        sampler = datasets.TaskBatchSampler(task_samplers())
-        loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_sampler=sampler)
-        passes.append([])
+        sampler, pool = datasets.TaskBatchSampler(task_samplers()), datasets.Pool(sets, n_workers, pin_memory=False)
+        steps, in_order = datasets.StepLoader(pool, sampler), datasets.InOrderLoader(pool, "test", 10)
+        loaded.append([])
         for epoch in range(2):
             sampler.set_epoch(epoch, labels, [(0, "Shared"), (1, "Class"), (2, "Class")])
-            passes[-1] += list(loader)
+            loaded[-1] += list(steps)
+            next(iter(in_order))  # a pass that is left leaves nothing to the next one
+            loaded[-1] += list(in_order)
+            workers.append(worker_ids())
+        pool.close()
+        assert not worker_ids()
+    assert [len(ids) for ids in workers] == [0, 0, 2, 2]
+    assert workers[2] == workers[3]
     assert (torch.get_rng_state() == state).all()
-    assert len(passes[0]) == len(passes[1]) == 6
-    for (pixels, labels), (other_pixels, other_labels) in zip(*passes):
+    assert len(loaded[0]) == len(loaded[1]) == 2 * (3 + 3)  # 24 images in order
+    for (pixels, labels), (other_pixels, other_labels) in zip(*loaded):
         assert (pixels == other_pixels).all()
         assert (labels == other_labels).all()
+    in_order = torch.cat([pixels for pixels, _ in loaded[1][-3:]])
+    assert (in_order.permute(0, 2, 3, 1).numpy() == test.pixels).all()
     for task, single in (("Class", flipped), ("Shared", plain)):
-        assert (dataset[task, (3, 1, 7)][0] == single[3, 1, 7][0]).all()
+        assert (datasets.NamedDatasets(sets)[task, (3, 1, 7)][0] == single[3, 1, 7][0]).all()
 
 
 @pytest.mark.parametrize("share", [None, range(4, 9)])

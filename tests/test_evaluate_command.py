@@ -62,6 +62,17 @@ def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpo
             assert tables[heading][name] == [row[prefix + name], row[prefix + name]]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a device without TF32")
+def test_a_run_with_tf32_is_scored_without_it_where_the_device_has_none(stored, tmp_path, capsys):
+    content = torch.load(stored / "last.pth.tar", weights_only=True)
+    content["flags"]["tf32"] = True
+    torch.save(content, tmp_path / "last.pth.tar")
+    run([tmp_path / "last.pth.tar"], evaluate)
+    printed = capsys.readouterr().out
+    assert "float32, without --tf32 of the run, which this device does not have\n" in printed
+    assert "Recall @ 1" in printed
+
+
 def test_what_was_not_logged_stands_alone(stored, capsys):
     path = stored / "checkpoint.pth.tar"
     tables = scored(capsys, path, "--embedding", "Shared")

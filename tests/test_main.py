@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import ALONE, parse, read_logs, refused, run, small_flags, write_class_folders
+from conftest import ALONE, CPU_DIGITS, parse, read_logs, refused, run, small_flags, write_class_folders
 from PIL import Image
 
 import auxiliaries
@@ -210,6 +210,7 @@ def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_
     assert set(board.Tags()["images"]) == {"sample_recoveries", "sample_recoveries_Shared", "mined_clusters"}
 
 
+@CPU_DIGITS
 def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_run):
     first = tiny_run("--seed", 3)
     again = tiny_run("--seed", 3, "--kernels", 2)
@@ -220,6 +221,7 @@ def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_r
     assert not read_logs(first)["log_train_Class.csv"].equals(read_logs(other)["log_train_Class.csv"])
 
 
+@CPU_DIGITS
 def test_a_cache_changes_no_digit(tiny_run):
     plain, cached = (read_logs(tiny_run(*more)) for more in ((), ("--cache", "ram", "--kernels", 1)))
     for name, table in plain.items():

@@ -1,23 +1,30 @@
-"""Small tools without a subject: seeds and random states, device, k-means, clocks."""
+"""Seeding, device selection, k-means and timers."""
 
 import contextlib
+import functools
 import math
 import os
 import random
+import re
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import faiss
 import numpy as np
 import torch
 
 from support import processes
-from support.errors import DivergedError, InputError
+from support.errors import DivergedError, InputError, first_line
 from support.output import log
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
 """What a run's time is split into; loading is the time that the training steps wait for their batches."""
+
+AMPERE = (8, 0)
+"""The first compute capability with TF32 and bfloat16."""
 
 
 def set_seeds(seed: int) -> None:
@@ -49,33 +56,155 @@ def set_random_states(states: Mapping[str, object], device: torch.device) -> Non
 
 
 def pick_device(gpu: int) -> torch.device:
-    """Return CUDA device `gpu` and make it the current one, or return the CPU where there is no CUDA.
+    """Return CUDA device `gpu` and make it the current one, or return the CPU of a machine without a GPU.
 
-    Of several processes on a machine each takes a GPU, from `gpu` on. Raises InputError where there are not as many.
+    Each of several processes on a machine takes a GPU of its own, from `gpu` on.
+
+    Raises:
+        InputError: there are too few GPUs, or the machine has one that this PyTorch cannot use.
     """
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     if not torch.cuda.is_available():
-        log.info(f"device: CPU (no CUDA GPU found){among}")
+        why = why_no_gpu(reason_without_cuda(), listed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+        log.info(f"device: CPU ({why}){among}")
         return torch.device("cpu")
     n_gpus = torch.cuda.device_count()
     if gpu + processes.local_world_size() > n_gpus:
         raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
+    name = torch.cuda.get_device_name(device)
+    require_kernels(name, compute_capability(device), torch.cuda.get_arch_list())
     torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
-    log.info(f"device: GPU {gpu}, {torch.cuda.get_device_name(device)}{among}")
+    log.info(f"device: GPU {gpu}, {name}{among}")
     return device
 
 
-def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
-    """Let float32 products on the device round to TF32, or not, be it PyTorch's default as for convolutions.
+def reason_without_cuda() -> str:
+    """Return PyTorch's own reason why it has no CUDA device, one sentence."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        return first_line(error).split(". ")[0].rstrip(".")
+    return "no CUDA device"
 
-    Warns of a CPU that runs bfloat16 slower than float32. Raises InputError where the device has no TF32.
+
+def listed_gpus() -> list[str]:
+    """Return the GPUs that nvidia-smi lists, a line each; none where the program is missing or fails."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line for line in listed.splitlines() if line.startswith("GPU ")]
+
+
+def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
+    """Say why a run is on the CPU.
+
+    Args:
+        reason: PyTorch's, why it has no CUDA device.
+        gpus: the GPUs that the driver lists, whether PyTorch can use them or not.
+        visible: CUDA_VISIBLE_DEVICES; None where it is not set.
+
+    Raises:
+        InputError: there is a GPU that is not hidden, on which the user would expect the run to be.
+    """
+    if visible is not None and visible.strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    if gpus:
+        raise InputError(
+            f"PyTorch {torch.__version__} cannot use {gpus[0].split(' (UUID')[0]} ({reason}); "
+            "to train on the CPU set CUDA_VISIBLE_DEVICES=''"
+        )
+    return f"no CUDA GPU found: {reason}"
+
+
+def require_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
+    """Raise InputError for a GPU that this build of PyTorch has no kernels for.
+
+    Args:
+        name: of the GPU, for the message.
+        capability: its compute capability, such as (8, 0).
+        architectures: what PyTorch was built for, as torch.cuda.get_arch_list gives it: sm_80 runs on cards of the same
+            major and a higher minor version, compute_80 (PTX) on all that are newer. Others, such as those of AMD, are
+            not checked.
+    """
+    built = []
+    for match in (re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]*", architecture) for architecture in architectures):
+        if match:
+            built.append((match[1], (int(match[2]), int(match[3]))))
+    for kind, version in built:
+        if version <= capability and (kind == "compute" or version[0] == capability[0]):
+            return
+    if built:
+        instead = "a newer build"
+        if capability < min(version for _, version in built):
+            instead = "a build for CUDA 12.6 (https://download.pytorch.org/whl/cu126; PyTorch up to 2.14)"
+        raise InputError(
+            f"{name}: PyTorch {torch.__version__} has no kernels for its compute capability {dotted(capability)}, only "
+            f"for {' '.join(architectures)}; install {instead}, or to train on the CPU set CUDA_VISIBLE_DEVICES=''"
+        )
+
+
+def dotted(capability: tuple[int, int]) -> str:
+    """Return a compute capability as NVIDIA writes it, such as 8.0."""
+    return ".".join(map(str, capability))
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a GPU, such as (8, 0); None for the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def lacking_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) -> list[str]:
+    """Return the flags of precision that a device cannot follow, as they are typed.
+
+    TF32 and bfloat16 came with compute capability 8.0. PyTorch emulates bfloat16 on older cards, until cuDNN finds no
+    algorithm. CPUs have bfloat16. AMD's cards, whose versions begin at 8, have both.
+
+    Args:
+        capability: of the GPU; None for the CPU.
+        tf32: the flag.
+        amp: the flag: none, bf16 or fp16.
+    """
+    lacking = ["--tf32"] if tf32 and (capability is None or capability < AMPERE) else []
+    return [*lacking, "--amp bf16"] if amp == "bf16" and capability is not None and capability < AMPERE else lacking
+
+
+def require_precision(capability: tuple[int, int] | None, tf32: bool, amp: str, is_resumed: bool) -> None:
+    """Raise InputError where the device of a run lacks its precision; see lacking_precision.
+
+    A new run can do without; one that is resumed needs a device that has it.
+    """
+    here = "and this is a CPU" if capability is None else f"and this one has {dotted(capability)}"
+    instead = {"--tf32": "leave it out", "--amp bf16": "give --amp fp16"}
+    for flag in lacking_precision(capability, tf32, amp):
+        what_to_do = "resume the run on such a GPU" if is_resumed else instead[flag]
+        needed = "an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
+        raise InputError(f"{flag}: needs {needed}, {here}; {what_to_do}")
+
+
+def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) -> tuple[bool, str]:
+    """Return the flags tf32 and amp to score a stored run with; without what the device lacks, which is said."""
+    lacking = lacking_precision(capability, tf32, amp)
+    if lacking:
+        log.info(f"embedding in float32, without {' and '.join(lacking)} of the run, which this device does not have")
+    return tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
+
+
+def precision_hint(capability: tuple[int, int] | None, tf32: bool, amp: str) -> str | None:
+    """Return a line on what would make training faster on this device; None where nothing would."""
+    if capability is None or capability < AMPERE or tf32 or amp != "none":
+        return None
+    return "hint: on this GPU --amp bf16 is several times faster than float32; --tf32 lies between them"
+
+
+def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
+    """Switch TF32 on or off for all float32 products on the device; PyTorch's default differs between operations.
+
+    Warns of a CPU that runs bfloat16 slower than float32.
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
         log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
-    if tf32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
-        needed = "an NVIDIA GPU of compute capability 8.0 (Ampere) or higher"
-        raise InputError(f"--tf32: needs {needed}; leave it out, or resume a run that has it on such a GPU")
     # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -98,27 +227,37 @@ def n_cores() -> int:
 
 
 def n_workers(most: int) -> int:
-    """Return how many loader workers this process starts: its share of `most`, at most one per core."""
-    return max(min(most, n_cores()) // processes.local_world_size(), min(most, 1))
+    """Return how many loader workers this process starts: `most`, but no more than its share of the machine's cores."""
+    return min(most, max(n_cores() // processes.local_world_size(), 1))
 
 
-def kmeans(points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster with faiss; all points take part.
+def kmeans(
+    points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20, left_out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster points with faiss, without subsampling.
 
-    points: (N, D), made float32. n_clusters: at most N.
-    Returns labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the
-    points to their centres, whose sum is the inertia.
+    Args:
+        points: (N, D), made float32.
+        n_clusters: at most as many as points take part.
+        left_out: (N,) bool, points that only get the label of the nearest centre; None: all take part.
+
+    Returns:
+        Labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the points
+        to their centres. The distances of points that took part sum to the inertia; those of the others are NaN.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
-    every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(points)}
+    taking_part = points if left_out is None or not left_out.any() else points[~left_out]
+    every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(taking_part)}
     clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
-    log.info(f"clustering {len(points):,} points of {points.shape[1]:,} dimensions into {n_clusters:,}")
-    clustering.train(points)
+    log.info(f"clustering {len(taking_part):,} points of {points.shape[1]:,} dimensions into {n_clusters:,}")
+    clustering.train(taking_part)
     squared_distances, nearest = clustering.index.search(points, 1)
     faiss.omp_set_num_threads(n_threads)
+    if left_out is not None:
+        squared_distances[left_out] = np.nan
     return nearest[:, 0].astype(np.int64), squared_distances[:, 0]
 
 
@@ -130,6 +269,18 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
     for parameter in parameters:
         if parameter.grad is None and parameter in optimizer.state:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def gpu_events(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
+    """Return what makes events for the work on a GPU; None for the CPU, where nothing runs behind the host's back."""
+    return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
+
+
+def recorded(new_event: Callable[[], torch.cuda.Event]) -> torch.cuda.Event:
+    """Return a new event behind all work that the GPU has been given so far."""
+    event = new_event()
+    event.record()
+    return event
 
 
 def seconds_since(start: float) -> float:
@@ -218,8 +369,16 @@ class Stopwatch:
             self.seconds[self.running] += now - self.since
         self.running, self.since = activity, now
 
-    def loading(self, loader: Iterable) -> Iterator:
-        """Yield a loader's batches; the time that is spent waiting for them counts as loading."""
+    def loading(self, loader: Iterable, new_event: Callable[[], torch.cuda.Event] | None = None) -> Iterator:
+        """Yield a loader's batches, and count the time that the steps wait for them as loading.
+
+        Args:
+            loader: any iterable of batches.
+            new_event: of the GPU that the steps run on, see gpu_events; None where they run on the CPU.
+        """
+        if new_event:
+            yield from self._loading_for_gpu(loader, new_event)
+            return
         with self.measure("loading"):
             batches = iter(loader)
         while True:
@@ -228,3 +387,23 @@ class Stopwatch:
             if batch is None:
                 return
             yield batch
+
+    def _loading_for_gpu(self, loader: Iterable, new_event: Callable[[], torch.cuda.Event]) -> Iterator:
+        """Yield a loader's batches, and count as loading the time in which the GPU has nothing to do.
+
+        While the host waits for a batch, the GPU may still work on the steps before. So the time counts that passes on
+        the GPU between an event behind these steps and one that is recorded when the batch has come.
+        """
+        waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        start, batches = recorded(new_event), iter(loader)
+        for batch in batches:
+            waits.append((start, recorded(new_event)))
+            yield batch
+            start = recorded(new_event)
+            # The steps run behind the host, which must not wait for them. The losses of the last one have been read
+            while waits and waits[0][1].query():
+                before, after = waits.popleft()
+                seconds = before.elapsed_time(after) / 1000
+                self.seconds["loading"] += seconds
+                if self.running is not None:  # will get the whole time that passed on the host
+                    self.seconds[self.running] -= seconds

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,21 +20,15 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import readers
+from data.files import class_folders
 from data.images import NO_TORCHCODEC, ImageSet, Splits
-from data.published import known_of
+from data.locate import check_name, locate
+from data.own import layouts_in
+from data.published import published_info
 from data.shapes import render_shapes
 from support import processes
-from support.errors import InputError, OneLineParser, first_few, one_line_errors, set_up_output
+from support.errors import InputError, OneLineParser, counted, first_few, one_line_errors, set_up_output
 from support.output import Progress, logged
-
-READERS = {
-    "cub200": readers.read_class_folders,
-    "cars196": readers.read_cars,
-    "online_products": readers.read_online_products,
-    "in-shop": readers.read_in_shop,
-    "vehicle_id": readers.read_vehicle_id,
-}
 
 SCORING_BATCH_SIZE = 112
 """Most images that are embedded at a time: --bs, up to what memory is sure to hold of a batch of several processes."""
@@ -45,16 +40,17 @@ Draw = tuple[int, int, int]
 def load_dataset(name: str, source_path: str | Path) -> Splits:
     """Return the training images and the test sets of a data set; a single test set is called "test".
 
-    name: of READERS, "shapes", or a folder in source_path with images/<class>/<image>. Raises InputError, for a missing
-    data set with a diagnosis of several lines.
+    name: of data.published.PUBLISHED, "shapes", or a folder in source_path in a layout of data/own.py. Raises
+    InputError, for a missing data set with a diagnosis of several lines.
     """
     if name == "shapes":
         folder = Path(source_path) / name
-        if os.path.isdir(folder / "images") or readers.has_class_folders(folder):
+        if layouts_in(folder) or len(class_folders(folder)) >= 4:
             raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
-    read = READERS.get(name, readers.read_class_folders)
-    return read(readers.locate(name, Path(source_path)))
+    published, root = published_info(name), locate(name, Path(source_path))
+    train, tests = published.read(root)
+    return replace(train, layout=train.layout or f"{published.layout} in {root}"), tests
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -85,15 +81,15 @@ class ImageDataset(Dataset):
             return self.transform(image), label
 
 
-class TaskDataset(Dataset):
-    """The data sets of several tasks, whose items are asked for by (task, draw)."""
+class NamedDatasets(Dataset):
+    """Several data sets, whose items are asked for by (name of the data set, key of the item)."""
 
-    def __init__(self, datasets: Mapping[str, ImageDataset]):
+    def __init__(self, datasets: Mapping[str, Dataset]):
         self.datasets = datasets
 
-    def __getitem__(self, key: tuple[str, Draw]) -> tuple[torch.Tensor, int]:
-        task, draw = key
-        return self.datasets[task][draw]
+    def __getitem__(self, key: tuple[str, Draw | int]) -> tuple[torch.Tensor, int]:
+        name, item = key
+        return self.datasets[name][item]
 
 
 class ClassBalancedBatchSampler(BatchSampler):
@@ -200,14 +196,18 @@ class TaskBatchSampler(BatchSampler):
             yield [(task, draw) for draw in next(batches[task])]
 
 
-def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **order: object) -> DataLoader:
+def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **more: object) -> DataLoader:
     """Return a loader of (images (B, 3, S, S) uint8, labels (B,) int64).
 
-    order: batch_sampler, or batch_size and perhaps a sampler, see DataLoader; by default all images once, in order.
+    Args:
+        dataset: of the images.
+        n_workers: 0 loads in this process.
+        pin_memory: for a GPU.
+        **more: what else DataLoader takes, such as batch_size; by default all images come once, in order.
     """
     return DataLoader(
         dataset,
-        **order,
+        **more,
         num_workers=n_workers,
         pin_memory=pin_memory,
         # Without one, each pass would take a number from the generator that the losses draw from
@@ -238,18 +238,96 @@ def decode_all(loader: DataLoader) -> None:
                 progress.update(len(images))
 
 
+class Pool:
+    """One pool of workers for all that a run loads, so that they start once and not for each pass.
+
+    Passes take turns: one that is begun ends the one before. The first one starts the workers.
+
+    Args:
+        datasets: what is loaded, by name.
+        n_workers: see make_loader.
+        pin_memory: see make_loader.
+    """
+
+    def __init__(self, datasets: Mapping[str, Dataset], n_workers: int, pin_memory: bool):
+        self.datasets, self.order = datasets, CurrentOrder()
+        self.loader = make_loader(
+            NamedDatasets(datasets),
+            n_workers=n_workers,
+            pin_memory=pin_memory,
+            batch_sampler=self.order,
+            persistent_workers=n_workers > 0,
+        )
+
+    def load(self, batches: Iterable[list]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Begin a pass; return its batches, as make_loader does. batches: of keys (name, item)."""
+        self.order.batches = batches
+        return iter(self.loader)
+
+    def close(self) -> None:
+        """End the workers.
+
+        An exception's traceback would keep them alive, and PyTorch has no public call that ends them.
+        """
+        if self.loader._iterator is not None:
+            self.loader._iterator._shutdown_workers()
+            self.loader._iterator = None
+
+
+class CurrentOrder(BatchSampler):
+    """The batches of the pass that a Pool loads now."""
+
+    def __init__(self):
+        self.batches: Iterable[list] = []
+
+    def __iter__(self) -> Iterator[list]:
+        return iter(self.batches)
+
+
+class StepLoader:
+    """The batches of an epoch's training steps, in the order that a TaskBatchSampler was set to."""
+
+    def __init__(self, pool: Pool, sampler: TaskBatchSampler):
+        self.pool, self.sampler = pool, sampler
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.pool.load(self.sampler)
+
+
+class InOrderLoader:
+    """The images of a data set in order; of several processes each loads whole batches.
+
+    Args:
+        pool: loads them.
+        name: of the data set in the pool.
+        batch_size: images in a batch.
+    """
+
+    def __init__(self, pool: Pool, name: str, batch_size: int):
+        self.pool, self.name, self.dataset = pool, name, pool.datasets[name]
+        self.sampler = processes.shard(len(self.dataset), batch_size)
+        self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return self.pool.load([(self.name, index) for index in batch] for batch in self.batches)
+
+
 class Loaders(NamedTuple):
     """What feeds the network, on each process its shard.
 
-    sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in order. tests: each test
-    set in order, by name. probe: a part of the training images in order.
+    pool: loads all of it. sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in
+    order. tests: each test set in order, by name. probe: a part of the training images in order.
     """
 
+    pool: Pool
     sampler: TaskBatchSampler
-    batches: DataLoader
-    train: DataLoader
-    tests: dict[str, DataLoader]
-    probe: DataLoader
+    batches: StepLoader
+    train: InOrderLoader
+    tests: dict[str, InOrderLoader]
+    probe: InOrderLoader
 
     @property
     def images(self) -> ImageSet:
@@ -270,6 +348,7 @@ def build_loaders(
     probed: Sequence[int],
     batch_size: int,
     random_pick_p: float,
+    flip: str,
     img_size: int,
     seed: int,
     n_workers: int,
@@ -278,67 +357,104 @@ def build_loaders(
     """Return all loaders of a run.
 
     tasks: the flags of each task, see options.PAIRS. probed: indices of the training images of the probe.
-    random_pick_p: of the Shared task, see ClassBalancedBatchSampler.
+    random_pick_p: of the Shared task, see ClassBalancedBatchSampler. flip: whose images are flipped at random: "class",
+    "both" tasks', or "none".
     """
-    make = functools.partial(make_loader, n_workers=n_workers, pin_memory=pin_memory)
-    samplers, augmented, share = {}, {}, processes.shard(batch_size)
+    plain = ImageDataset(train, test_transform(img_size))
+    sets: dict[str, Dataset] = {"train": plain, "probe": Subset(plain, probed)}
+    for name, images in tests.items():
+        sets[f"tests, {name}"] = ImageDataset(images, test_transform(img_size))
+    samplers, share = {}, processes.shard(batch_size)
     for i, (name, task) in enumerate(tasks.items()):
         if task.task_p > 0:
             pick_p = random_pick_p if name == "Shared" else 0.0
             samplers[name] = ClassBalancedBatchSampler(batch_size, task.cs_per_bs, (seed, i), pick_p, share)
-            flip = name == "Class"  # as published: a mirrored image may show another characteristic
-            augmented[name] = ImageDataset(train, train_transform(img_size, flip))
-    sampler = TaskBatchSampler(samplers)
-
-    def in_order(dataset: Dataset) -> DataLoader:  # whose whole batches the processes share
-        size = min(batch_size, SCORING_BATCH_SIZE)
-        return make(dataset, batch_size=size, sampler=processes.shard(len(dataset), size))
-
-    plain = ImageDataset(train, test_transform(img_size))
+            flips = flip == "both" or (flip == "class" and name == "Class")
+            sets[name] = ImageDataset(train, train_transform(img_size, flips))
+    pool, sampler = Pool(sets, n_workers, pin_memory), TaskBatchSampler(samplers)
+    size = min(batch_size, SCORING_BATCH_SIZE)
     return Loaders(
+        pool=pool,
         sampler=sampler,
-        batches=make(TaskDataset(augmented), batch_sampler=sampler),
-        train=in_order(plain),
-        tests={name: in_order(ImageDataset(images, test_transform(img_size))) for name, images in tests.items()},
-        probe=in_order(Subset(plain, probed)),
+        batches=StepLoader(pool, sampler),
+        train=InOrderLoader(pool, "train", size),
+        tests={name: InOrderLoader(pool, f"tests, {name}", size) for name in tests},
+        probe=InOrderLoader(pool, "probe", size),
     )
 
 
 def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
-    """Return a line for counts that differ from the published ones, classes that both train and test, images that a
-    split lists twice, and each warning of the reader."""
+    """Return a line for counts that differ from the published ones, classes that both train and test, and images that a
+    split lists twice."""
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, official in known_of(name).counts.items():
+    for split, official in published_info(name).counts.items():
         if counts[split] != official:
-            message = "{} classes with {} images; officially {} with {}".format(*counts[split], *official)
-            warnings.append(f"{name}, {split}: {message}")
+            n_classes, n_images = counts[split]
+            found = f"{counted(n_classes, 'class')} with {counted(n_images, 'image')}"
+            warnings.append(f"{name}, {split}: {found}; officially {official[0]:,} with {official[1]:,}")
     for split, images in sets.items():
-        both = set(images.class_names).intersection(train.class_names)
+        both = sorted(set(images.class_names).intersection(train.class_names))
         if both and images is not train:
-            warnings.append(f"{name}, {split}: {len(both)} classes are trained on too: {first_few(sorted(both))}")
+            verb = "is" if len(both) == 1 else "are"
+            warnings.append(f"{name}, {split}: {counted(len(both), 'class')} {verb} trained on too: {first_few(both)}")
         n_twice = len(images) - len(set(images.names))
         if n_twice:
-            warnings.append(f"{name}, {split}: {n_twice} of {len(images)} images are listed before in the same split")
-        warnings += images.warnings
+            verb = "is" if n_twice == 1 else "are"
+            of_all = f"{n_twice} of {counted(len(images), 'image')} {verb}"
+            warnings.append(f"{name}, {split}: {of_all} listed before in the same split")
     if NO_TORCHCODEC and train.pixels is None:
         warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     return warnings
 
 
-def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int, ...]]:
-    """Return split to (classes, images, least, median and most images of a class)."""
-    splits = {"train": train.labels}
+def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
+    """Return what was understood of a data set: its layout, a table of its splits, what is alone, what was left out."""
+    lines = [
+        f"layout: {train.layout}",
+        f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most; first and last class",
+    ]
+    for split, (classes, n_images, least, median, most, first, last) in split_table(train, tests).items():
+        lines.append(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}; {first} to {last}")
+    for split, images in {"train": train, **tests}.items():
+        sizes = np.bincount(images.labels)
+        alone = [images.class_names[label] for label in np.flatnonzero(sizes == 1)]
+        if alone:
+            why = "" if images is train else ", which nothing can be found for"
+            lines.append(f"{split}: {counted(len(alone), 'class')} of one image{why}: {first_few(alone)}")
+        if images.is_query is not None:
+            in_gallery = np.unique(images.labels[~images.is_query])
+            labels = images.labels[images.is_query & ~np.isin(images.labels, in_gallery)]
+            lost = [images.class_names[label] for label in np.unique(labels)]
+            if lost:
+                n_queries = f"{counted(len(labels), 'query')} of {counted(len(lost), 'class')}"
+                lines.append(f"{split}: {n_queries} without an image in the gallery, never found: {first_few(lost)}")
+    if train.factors:
+        lines.append(f"known characteristics: {', '.join(train.factors)}")
+    return lines + [f"left out: {note}" for note in train.left_out]
+
+
+def split_labels(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[ImageSet, np.ndarray]]:
+    """Return of each split its image set and its labels; queries and gallery are splits of their own."""
+    splits = {"train": (train, train.labels)}
     for name, images in tests.items():
         if images.is_query is None:
-            splits[name] = images.labels
+            splits[name] = images, images.labels
         else:
-            splits["query"], splits["gallery"] = images.labels[images.is_query], images.labels[~images.is_query]
+            splits["query"], splits["gallery"] = (
+                (images, images.labels[chosen]) for chosen in (images.is_query, ~images.is_query)
+            )
+    return splits
+
+
+def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int | str, ...]]:
+    """Return split to (classes, images, least, median and most images of a class, first and last class)."""
     table = {}
-    for name, labels in splits.items():
-        sizes = np.unique(labels, return_counts=True)[1]
-        table[name] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()))
+    for split, (images, labels) in split_labels(train, tests).items():
+        found, sizes = np.unique(labels, return_counts=True)
+        ends = images.class_names[found[0]], images.class_names[found[-1]]
+        table[split] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()), *ends)
     return table
 
 
@@ -367,19 +483,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:
+        check_name(args.name, args.source_path, flag="")
         train, tests = load_dataset(args.name, args.source_path)
     except InputError as error:
         print(f"datasets.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most")
-    for split, (classes, n_images, least, median, most) in split_table(train, tests).items():
-        print(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}")
+    print(*summary_lines(train, tests), sep="\n")
     for warning in count_warnings(args.name, train, tests):
         print(f"warning: {warning}")
     if not args.check:
         return 0
     broken = list(filter(None, decoding_errors([train, *tests.values()])))
-    print(*broken, f"{len(broken)} images cannot be decoded", sep="\n")
+    print(*broken, f"{counted(len(broken), 'image')} cannot be decoded", sep="\n")
     return 2 if broken else 0
 
 

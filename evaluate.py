@@ -11,7 +11,8 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 import argparse
 import functools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,9 @@ from torch.utils.data import DataLoader
 import auxiliaries
 import datasets
 import netlib
-from data import readers
-from data.images import VALIDATION, ImageSet, contents, describe_change, hold_out_classes
+from data.files import IMAGES, survey
+from data.images import VALIDATION, ImageSet, describe_change, fingerprints, hold_out_classes
+from data.locate import check_name
 from run.checkpoint import complete_history
 from run.history import History, Row, column, file_suffix, scores_of
 from run.options import PATH, whole
@@ -66,12 +68,11 @@ def extract_features(
     sampler = getattr(loader, "sampler", ())
     try:
         with Progress(what, len(sampler)) as progress:
-            for images, _ in loader:
-                with netlib.autocast(device, amp):
-                    batch = network(images.to(device, non_blocking=True), outputs)
-                for name, values in batch.items():
-                    parts[name].append(values.cpu().numpy())
-                progress.update(len(images))
+            computed = (embed_batch(network, images, outputs, amp) for images, _ in loader)
+            for batch in on_host(computed, auxiliaries.gpu_events(device)):
+                for name in outputs:
+                    parts[name].append(batch[name])
+                progress.update(len(batch[outputs[0]]))
     finally:
         network.train(was_training)
     features = {}
@@ -84,6 +85,42 @@ def extract_features(
             raise DivergedError(f"the network's {name} features are not finite{reason}")
         features[name] = processes.gather_rows(values, to_all)
     return features
+
+
+def embed_batch(
+    network: netlib.EmbeddingNetwork, images: Tensor, outputs: Sequence[str], amp: str
+) -> dict[str, Tensor]:
+    """Return the outputs {name: (B, D)} of a batch of images (B, 3, S, S), on the network's device."""
+    device = network.mean.device
+    with netlib.autocast(device, amp):
+        return network(images.to(device, non_blocking=True), outputs)
+
+
+def on_host(
+    batches: Iterable[Mapping[str, Tensor]], new_event: Callable[[], torch.cuda.Event] | None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield batches {name: (B, D)} as arrays, each after the next one has been started, so that a GPU never idles.
+
+    Args:
+        batches: each is started by asking for it.
+        new_event: of the GPU that computes them, see auxiliaries.gpu_events; None for the CPU.
+    """
+    waiting: deque[tuple[dict[str, Tensor], torch.cuda.Event | None]] = deque()
+    for batch in batches:
+        copies = {name: values.to("cpu", non_blocking=new_event is not None) for name, values in batch.items()}
+        waiting.append((copies, new_event and auxiliaries.recorded(new_event)))
+        if len(waiting) == 2:
+            yield awaited(*waiting.popleft())
+    while waiting:
+        yield awaited(*waiting.popleft())
+
+
+def awaited(copies: Mapping[str, Tensor], event: torch.cuda.Event | None) -> dict[str, np.ndarray]:
+    """Return copies on the host as arrays, once the GPU has passed the event behind them."""
+    if event is not None:
+        event.synchronize()
+    # Copied once more: what a GPU copies to is page-locked memory, which the next batches are to take again
+    return {name: values.numpy().copy() for name, values in copies.items()}
 
 
 def retrieval_scores(
@@ -129,47 +166,82 @@ TIE = 3e-7
 def class_ranks(
     points: Tensor, labels: np.ndarray, queries: np.ndarray, gallery: np.ndarray, block_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield, for blocks of queries, (B, 3): rank of the first hit from 0, average precision at R, R-precision.
+    """Rank the points of each query's class among all others, a block of queries at a time.
 
-    points: (N, D) float32 in the unit ball. labels: (N,) int. queries, gallery: indices. No query finds itself.
+    No query finds itself. In the comments Q is the number of queries, B of those in a block, G of gallery points, and C
+    the size of the largest class in the gallery.
+
+    Args:
+        points: (N, D) float32 in the unit ball.
+        labels: (N,) int.
+        queries: (Q,) indices of points.
+        gallery: (G,) indices of points.
+        block_size: B.
+
+    Yields:
+        (B, 3) of a block: rank of the first hit from 0, average precision at R, R-precision.
     """
     device = points.device
-    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # a class is a run of columns
-    column_of = np.full(len(labels), -1)  # of a point that is not in the gallery
-    column_of[gallery] = np.arange(len(gallery))
+    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # columns: the points of a class stand together
     first, stop = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
-    # Of each query, (Q, 1): the first column of its class, the size of its class, the query's column
-    first_columns, sizes, query_columns = (
-        torch.as_tensor(values, device=device)[:, None] for values in (first, stop - first, column_of[queries])
-    )
-    offsets = torch.arange(max(int(sizes.max()), 1) if len(queries) else 1, device=device)  # (C,), of the largest class
+    column_of = np.full(len(labels), -1)  # -1: not in the gallery
+    column_of[gallery] = np.arange(len(gallery))
+    n_positives = stop - first - (column_of[queries] >= 0)
+    # Of each query: point, first column and size of its class, own column, number of positives; copied once, (Q, 5)
+    described = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
+    described = torch.as_tensor(described, device=device)
+    offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,) from the first column of a class
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
-        block = torch.arange(start, min(start + block_size, len(queries)), device=device)
-        left = points[torch.as_tensor(queries, device=device)[block]]
+        block = described[start : start + block_size]
+        left, (first_columns, sizes, own_columns, n_wanted) = points[block[:, 0]], block[:, 1:].split(1, dim=1)
         # x.y - |y|^2/2 of each query x and gallery point y, (B, G): the larger, the nearer
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
-        # The columns of the query's class, (B, C), padded where the class is smaller; positives are in it, but not x
-        in_class = offsets < sizes[block]
-        columns = (first_columns[block] + offsets * in_class).clamp_(max=len(gallery) - 1)
-        to_class = closeness.gather(1, columns)
-        is_positive = in_class & (columns != query_columns[block])
-        n_positives = is_positive.sum(1, keepdim=True)
-        # Closeness to the positives, nearest first, (B, C), lowered so that ties count against the query
-        positives = to_class.masked_fill(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
-        # What is left are the negatives: those at least as near as the nearest positive come before the first hit
-        closeness.scatter_(1, columns, torch.where(sizes[block] > 0, -torch.inf, to_class))
-        first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(closeness, positives[:, :1]), torch.inf)
-        # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
-        negatives = largest_values(closeness, min(max(int(n_positives.max()), 1), len(gallery)))
-        nth = torch.arange(1, positives.shape[1] + 1, device=device)
-        ranks = nth + torch.searchsorted(-negatives, -positives, right=True)
-        is_hit = is_positive.sort(dim=1, descending=True).values & (ranks <= n_positives)
-        totals = [(is_hit * nth / ranks.double()).sum(1), is_hit.sum(1).double()]
-        rows = torch.stack([first_hits, *(total / n_positives[:, 0].clamp_min(1) for total in totals)], 1)
-        yield rows.cpu().numpy()
+        positives = take_out_positives(closeness, first_columns + offsets, sizes, own_columns)
+        most = min(n_positives[start : start + block_size].max(initial=1), len(gallery))
+        yield rank_among(closeness, positives, n_wanted, most).cpu().numpy()
+
+
+def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_columns: Tensor) -> Tensor:
+    """Return the closeness to each query's positives, (B, C), nearest first and then -inf, and leave the negatives.
+
+    It is lowered by TIE, so that ties count against the query.
+
+    Args:
+        closeness: (B, G); the query's class, with the query itself, becomes -inf.
+        columns: (B, C) of the class, which ends before where it is smaller than C.
+        sizes: (B, 1) of the class.
+        own_columns: (B, 1) of the query itself.
+    """
+    in_class = columns < columns[:, :1] + sizes
+    # Behind its end the first column stands again; a class without points in the gallery may begin behind the last one
+    columns = torch.where(in_class, columns, columns[:, :1]).clamp_(max=closeness.shape[1] - 1)
+    to_class = closeness.gather(1, columns)
+    is_positive = in_class & (columns != own_columns)
+    closeness.scatter_(1, columns, torch.where(sizes > 0, -torch.inf, to_class))
+    return to_class.masked_fill_(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
+
+
+def rank_among(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: int) -> Tensor:
+    """Return (B, 3) float64: rank of the first hit from 0, inf for none, average precision at R, R-precision.
+
+    Args:
+        negatives: (B, G) closeness, -inf for what is none.
+        positives: (B, C) closeness, nearest first.
+        n_positives: (B, 1), R of each query.
+        most: the largest of them, at least 1 and at most G.
+    """
+    # All negatives at least as near as the nearest positive come before it
+    first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(negatives, positives[:, :1]), torch.inf)
+    # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
+    nearest = largest_values(negatives, most)
+    nth = torch.arange(1, positives.shape[1] + 1, device=positives.device)
+    ranks = nth + torch.searchsorted(-nearest, -positives, right=True)
+    is_hit = ranks <= n_positives
+    totals = [(is_hit * nth / ranks.double()).sum(1), is_hit.sum(1).double()]
+    return torch.stack([first_hits, *(total / n_positives[:, 0].clamp_min(1) for total in totals)], 1)
 
 
 def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
@@ -382,7 +454,7 @@ def score_run(args: argparse.Namespace) -> None:
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
     device = auxiliaries.pick_device(args.gpu)
     if dataset == flags["dataset"]:
-        then, now = stored["progress"]["contents"], contents(splits)
+        then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
             log.warning(f"not the images that the run was scored on: {change}; the logged scores are of those")
@@ -392,7 +464,8 @@ def score_run(args: argparse.Namespace) -> None:
         embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
-        print(f"{checkpoint}, {args.embedding} embedding of {len(images)} {dataset} images{of_set}")
+        n_images = errors.counted(len(images), f"{dataset} image")
+        print(f"{checkpoint}, {args.embedding} embedding of {n_images}{of_set}")
         rows = read(checkpoint)["progress"]["rows"]
         # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
@@ -436,9 +509,11 @@ def embed(
         pin_memory=device.type == "cuda",
     )
     auxiliaries.set_seeds(flags["seed"])
-    auxiliaries.set_precision(device, flags["tf32"] and device.type == "cuda", flags["amp"])
+    capability = auxiliaries.compute_capability(device)
+    tf32, amp = auxiliaries.supported_precision(capability, flags["tf32"], flags["amp"])
+    auxiliaries.set_precision(device, tf32, amp)
     network = netlib.rebuild(stored, checkpoint).to(device)
-    return extract_features(network, loader, [embedding], flags["amp"])[embedding]
+    return extract_features(network, loader, [embedding], amp)[embedding]
 
 
 def embed_folder(args: argparse.Namespace) -> None:
@@ -447,13 +522,15 @@ def embed_folder(args: argparse.Namespace) -> None:
     Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
     """
     root = Path(args.embed)
-    paths, others, unread = readers.images_below(root)
-    if others:
-        print(f"skipped {len(others)} other files: {errors.first_few(others)}")
-    if unread:
-        print(f"skipped {len(unread)} folders that cannot be read: {errors.first_few(unread)}")
+    found = survey(root)
+    for names, noun in ((found.others, "other file"), (found.unread, "unreadable folder")):
+        if names:
+            paths = [os.path.join(root, name) for name in names]
+            print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
+    names = sorted([*found.images, *found.copies, *found.dead, *found.pointers])  # of the last two it is said why not
+    paths = [os.path.join(root, name) for name in names]
     if not paths:
-        raise InputError(f"--embed {root}: no folder with images ({', '.join(readers.IMAGES)}) in it or below")
+        raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     stored = weights.read_checkpoint(checkpoint)  # what is wrong with it shows before images are decoded
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
@@ -466,9 +543,11 @@ def embed_folder(args: argparse.Namespace) -> None:
         embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
-        raise StoppedError(f"{n_broken} of {len(paths)} images cannot be decoded and were left out")
-    if unread:
-        raise StoppedError(f"{len(unread)} folders cannot be read and were left out: {errors.first_few(unread)}")
+        of_all = f"{n_broken} of {errors.counted(len(paths), 'image')}"
+        raise StoppedError(f"{of_all} cannot be decoded and {'was' if n_broken == 1 else 'were'} left out")
+    if found.unread:
+        unread = [os.path.join(root, name) for name in found.unread]
+        raise StoppedError(f"left out {errors.counted(len(unread), 'unreadable folder')}: {errors.first_few(unread)}")
 
 
 def draw_page(folder: Path) -> None:
@@ -488,7 +567,7 @@ def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
     """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
         np.savez(file, embeddings=embeddings, **of_images)
-    print(f"stored {path}: {len(embeddings)} embeddings")
+    print(f"stored {path}: {errors.counted(len(embeddings), 'embedding')}")
 
 
 def get_args_parser() -> errors.OneLineParser:
@@ -557,6 +636,11 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {path}: exists already; nothing is overwritten")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             parser.error(f"--{flag} {path}: there is no folder {path.parent} that can be written to")
+    if args.dataset is not None:
+        try:
+            check_name(args.dataset, args.source_path or "./Datasets")
+        except InputError as error:
+            parser.error(str(error))
     if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 

@@ -24,7 +24,7 @@ import losses
 import netlib
 from auxiliaries import seconds_since
 from data.cache import cached
-from data.images import VALIDATION, ImageSet, contents, digest, hold_out_classes
+from data.images import VALIDATION, ImageSet, digest, fingerprints, hold_out_classes
 from report import page, sheets
 from run import options
 from run.checkpoint import StoredRun
@@ -33,7 +33,7 @@ from run.history import History, Row, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance, warning_of_threads
 from support import errors, output, packages, processes
-from support.errors import DivergedError, InputError, OneLineParser
+from support.errors import DivergedError, InputError, OneLineParser, counted
 from support.files import write_file
 from support.output import Progress, clock, log
 
@@ -59,8 +59,8 @@ def get_args_parser() -> OneLineParser:
     # fmt: off
     add = parser.add_argument_group("data and network").add_argument
     add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
-        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME/images/<class>/<image>, the "
-        "first half of the classes trains, the second half tests")
+        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME with images/<class>/<image>, "
+        "train/<class>/<image> and test/<class>/<image>, or a list images.csv, see docs/data.md")
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
         "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
@@ -77,8 +77,8 @@ def get_args_parser() -> OneLineParser:
 
     add = parser.add_argument_group("training").add_argument
     add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
-    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers in all, at most one per CPU "
-        "core; 0 loads in the main process; does not change results")
+    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers of each process, at most its "
+        "share of the CPU cores; 0 loads in the process itself; does not change results")
     add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
         "same number of threads")
     add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
@@ -115,6 +115,9 @@ def get_args_parser() -> OneLineParser:
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
         "batch; 1 for proxynca, which needs no more")
+    add("--flip", choices=["class", "both", "none"], default="class", help="which tasks' training images are flipped "
+        "left to right at random: the Class task's as published, both tasks', or none: for letters, traffic signs and "
+        "all else whose mirror image is something else")
     add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
 
     add = parser.add_argument_group("losses").add_argument
@@ -175,26 +178,31 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     """
     train, tests = datasets.load_dataset(args.dataset, args.source_path)
     warnings = datasets.count_warnings(args.dataset, train, tests)
-    described = contents({"train": train, **tests})
+    described = fingerprints({"train": train, **tests})
     if len(set(processes.all_gather(digest(described)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
     run.require_images(described)
+    if train.left_out:
+        run.note(left_out="; ".join(train.left_out))
     if args.val_classes:
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
     if args.bs > len(train):
         raise InputError(f"--bs {args.bs} {too_large}")
-    if args.task_p[1] > 0 and args.shared_num_classes > len(train):
-        raise InputError(f"--shared_num_classes {args.shared_num_classes} {too_large}")
+    n_clustered = int((~left_out_of_mining(train.labels, args.cluster_mode)).sum())
+    if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
+        part = " that are not alone in their class, which alone take part in the first clustering"
+        n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
+        raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
     if args.cache == "ram":  # takes minutes
         tests = cached({"train": train, **tests}, processes.local_world_size())
         train = tests.pop("train")
-    for name, images in {"train": train, **tests}.items():
-        log.info(f"{name}: {images.describe()}")
+    log.info("\n".join(datasets.summary_lines(train, tests)))
     for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
         log.warning(warning)
     n_workers = auxiliaries.n_workers(args.kernels)
-    log.info(f"loader workers: {n_workers} of --kernels {args.kernels}, one at most per CPU core")
+    a_process = " in each process" if processes.world_size() > 1 else ""
+    log.info(f"loader workers: {n_workers}{a_process} (--kernels {args.kernels}; {auxiliaries.n_cores()} CPU cores)")
     return datasets.build_loaders(
         train,
         tests,
@@ -202,6 +210,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         probed=evaluate.probe_subset(train.labels, args.seed) if args.task_p[1] > 0 or train.factors else [],
         batch_size=args.bs,
         random_pick_p=args.random_cluster_pick_p,
+        flip=args.flip,
         img_size=args.img_size,
         seed=args.seed,
         n_workers=n_workers,
@@ -249,17 +258,23 @@ def build_optimizer(
 def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -> np.ndarray:
     """Take class information out of features before the first clustering (MIC paper, section 3.2).
 
-    features: (N, D) float32. labels: (N,) int in [0, n_classes). mode: no_norm, mean (subtract the class's mean), or
-    mstd (and divide by the class's standard deviation per dimension; a dimension that does not vary becomes 0).
+    An image that is alone in its class would be exactly zero. It is standardised by all images instead.
+
+    Args:
+        features: (N, D) float32.
+        labels: (N,) int in [0, n_classes).
+        mode: no_norm, mean (subtract the class's mean), or mstd (and divide by the class's standard deviation per
+            dimension; a dimension that does not vary becomes 0).
     """
     if mode == "no_norm":
         return features
     standardised = np.empty_like(features)
     order = np.argsort(labels, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        centred = features[members] - features[members].mean(0, dtype=np.float64)
+        reference = features[members] if len(members) > 1 else features
+        centred = features[members] - reference.mean(0, dtype=np.float64)
         if mode == "mstd":
-            deviation = features[members].std(0, dtype=np.float64)
+            deviation = reference.std(0, dtype=np.float64)
             centred = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0)
         standardised[members] = centred
     return standardised
@@ -268,22 +283,41 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
 def mine_labels(
     args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, is_first_time: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster all training images (MIC paper, section 3.2).
+    """Cluster all training images: first by early features, standardised per class, later by the Shared embedding.
 
-    The first time early features, standardised per class; later the Shared embedding as it is. loader: the training
-    images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,).
+    Args:
+        loader: the training images in order.
+        is_first_time: whether no labels have been mined yet.
+
+    Returns:
+        Labels (N,) int64 in [0, --shared_num_classes), and squared distances (N,) to the centres, NaN for images that
+        took no part, see left_out_of_mining.
+
+    Reference:
+        MIC paper, section 3.2.
     """
     output = "Early" if is_first_time else "Shared"
     features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
-    if is_first_time and processes.is_first():  # which alone has the features; the others wait for the labels
-        features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
-    return cluster(args, features)
-
-
-def cluster(args: argparse.Namespace, features: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return labels (N,) and squared distances (N,) of the first process's features (N, D), on all processes."""
-    clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed) if processes.is_first() else None
+    clustered = left_out = None
+    if processes.is_first():  # it alone has the features; the others wait for the labels
+        if is_first_time:
+            labels = loader.dataset.images.labels
+            features = standardise_per_class(features, labels, args.cluster_mode)
+            left_out = left_out_of_mining(labels, args.cluster_mode)
+        clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed, left_out=left_out)
     return processes.broadcast(clustered)
+
+
+def left_out_of_mining(labels: np.ndarray, mode: str) -> np.ndarray:
+    """Return which images take no part in the first clustering, (N,) bool: those that are alone in their class.
+
+    Less the mean of its class such an image is zero, so all of them would make up a cluster.
+
+    Args:
+        labels: (N,) int in [0, n_classes).
+        mode: see standardise_per_class; no_norm leaves out none.
+    """
+    return (np.bincount(labels) == 1)[labels] & (mode != "no_norm")
 
 
 def renew_labels(
@@ -311,13 +345,19 @@ def renew_labels(
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
     row = {"Before Epoch": epoch, "Time": seconds_since(start)}
-    row |= {"Inertia": float(squared_distances.sum(dtype=np.float64))} | described
+    row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
     log.info(
-        f"mined for epoch {epoch}: {described['Clusters']} clusters of {described['Smallest']} to "
+        f"mined for epoch {epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
         f"{described['Largest']} images; AMI of the labels with {matches}"
     )
+    n_left_out = int(np.isnan(squared_distances).sum())
+    if n_left_out:
+        log.info(
+            f"alone in their class: {counted(n_left_out, 'image')} took no part in this clustering, as the mean of the "
+            "class would leave nothing of them; each has the label of the nearest centre"
+        )
     with run.stopwatch.measure("drawing"):
         if run.writes:
             run.show(sheets.draw_mining(run.history, images, mined, squared_distances), epoch)
@@ -356,12 +396,12 @@ def train_one_epoch(
         # Every process computes the loss of the whole batch, from embeddings that are gathered with their gradient
         embeddings, labels = processes.gather_batch(embeddings, labels)
         terms = objective(task, embeddings, labels)
-        optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
         auxiliaries.fill_gradients(resting, optimizer)
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad()  # here, and not before the next backward pass: the forward pass needs the memory
         meter.add(f"at iteration {iteration} ({task} step)", terms)
         progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
@@ -422,6 +462,11 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
+    capability = auxiliaries.compute_capability(device)
+    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed=stored is not None)
+    hint = auxiliaries.precision_hint(capability, args.tf32, args.amp)
+    if hint:
+        log.info(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     if args.compile:
         netlib.try_compile(device)
@@ -438,11 +483,12 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
         may_restart=args.go_on,
     )
     try:
-        with run:
+        with run, contextlib.ExitStack() as at_the_end:
             if run.is_finished:
                 log.info(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
                 return run.folder
             loaders = load_data(args, run, pin_memory=device.type == "cuda")
+            at_the_end.callback(loaders.pool.close)
             images = loaders.images
             network = build_network(args, run, device)
             objective = build_objective(args, images, device)
@@ -468,7 +514,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 start = time.monotonic()
                 steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
                 loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
-                batches = run.stopwatch.loading(loaders.batches)
+                batches = run.stopwatch.loading(loaders.batches, auxiliaries.gpu_events(device))
                 left = functools.partial(run.seconds_left, epoch)
                 progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
                 with run.stopwatch.measure("training"), progress:

@@ -268,16 +268,23 @@ def try_compile(device: torch.device) -> None:
 def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bool) -> nn.Module:
     """Return the network as training steps run it: compiled, and with gradients that are the mean over all processes.
 
-    It shares weights and mode with `network`, which is what is evaluated and stored. has_unused_heads: some heads take
-    no part in a step. On GPUs, BatchNorm that trains takes its statistics over the batch of all processes; on CPUs it
-    is refused in run/options.py.
+    It shares weights and mode with `network`, which is what is evaluated and stored. On GPUs, BatchNorm that trains
+    takes its statistics over the batch of all processes; on CPUs it is refused in run/options.py.
+
+    Args:
+        network: on its device.
+        compiled: as a whole, with the exchange of gradients, which splits the graph so that it overlaps the backward
+            pass.
+        has_unused_heads: some heads take no part in a step.
     """
     if processes.world_size() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
         if isinstance(network.backbone, TimmBackbone):  # whose BatchNorm may hold an activation
             from timm.layers import convert_sync_batchnorm as convert
         convert(network)
-    trained = torch.compile(network, dynamic=False) if compiled else network
-    if processes.world_size() == 1:
-        return trained
-    return DistributedDataParallel(trained, find_unused_parameters=has_unused_heads)
+    trained = network
+    if processes.world_size() > 1:
+        # Buffers are equal on all processes already: they were sent once, and what changes them sees the whole batch
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        trained = DistributedDataParallel(network, find_unused_parameters=has_unused_heads, **options)
+    return torch.compile(trained, dynamic=False) if compiled else trained

@@ -146,6 +146,7 @@ class Ours:
             probed=[],
             batch_size=args.bs,
             random_pick_p=args.random_cluster_pick_p,
+            flip=args.flip,
             img_size=args.img_size,
             seed=args.seed,
             n_workers=auxiliaries.n_workers(args.kernels),
@@ -263,6 +264,7 @@ def compare(setting: str, argv: list[str], device: torch.device, n_steps: int, n
     marks = Marks(device)
     contenders["ours"].run(n_steps, marks)
     shares = marks.shares()
+    contenders["ours"].loaders.pool.close()
     return f"{setting:8}" + "".join(f"{100 * shares.get(part, 0):>{len(part) + 3}.1f}" for part in PARTS)
 
 

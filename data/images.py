@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from support.errors import InputError, first_line
+from support.errors import InputError, counted, first_line
 
 NO_TORCHCODEC = ""
 """Why torchcodec cannot be used; empty where it can."""
@@ -50,7 +50,8 @@ class ImageSet:
     names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
     pixels: decoded images, (N, H, W, 3) uint8 or (N,) views of any size; None where `names` are files to decode.
     factors: known characteristics shared across classes, name to (N,) int64 levels. is_query: (N,) bool of the images
-    that are searched in the others, the gallery; None where each is searched in all others. warnings: of the reader.
+    that are searched in the others, the gallery; None where each is searched in all others. layout: how the data set
+    lies on disk, in words. left_out: what of it is not read, a line for each reason.
     """
 
     names: list[str]
@@ -59,7 +60,8 @@ class ImageSet:
     pixels: np.ndarray | None = None
     factors: dict[str, np.ndarray] = field(default_factory=dict)
     is_query: np.ndarray | None = None
-    warnings: tuple[str, ...] = ()
+    layout: str = ""
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,13 +71,6 @@ class ImageSet:
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
         return read_image(self.names[index])
-
-    def describe(self) -> str:
-        """Return in words how many images and classes there are, and how many classes have a single image."""
-        n_single = int((np.bincount(self.labels) == 1).sum())
-        note = f" (classes with a single image, which has nothing to be found with: {n_single})" if n_single else ""
-        names = f"{self.class_names[0]} to {self.class_names[-1]}"
-        return f"{len(self)} images of {len(self.class_names)} classes, {names}{note}"
 
     def classes(self, first: int, stop: int) -> "ImageSet":
         """Return the images of the classes from `first` up to `stop`; their labels count from 0."""
@@ -183,7 +178,8 @@ def opened_image(path: str) -> Iterator[tuple[Image.Image, int]]:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
         raise InputError(f"cannot decode the image {path}: it has more than {limit}; shrink it") from error
     except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-        raise InputError(f"cannot decode the image {path} ({first_line(error)}); repair it or put it back") from error
+        reason = first_line(error).replace(f": {path!r}", "").replace(f" {path!r}", "")  # named once
+        raise InputError(f"cannot decode the image {path} ({reason}); repair it or put it back") from error
 
 
 def exif_orientation(info: Mapping[str, object]) -> int:
@@ -224,7 +220,7 @@ def decode(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def contents(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
+def fingerprints(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
     """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
 
     A file counts with its name, without folder, its size, class and place, and whether it is a query; an uncompressed
@@ -256,7 +252,7 @@ def file_identity(path: str) -> tuple[int, bytes]:
 
 
 def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | None:
-    """Return None where two `contents` are equal, else a clause that says in which set they differ, and how."""
+    """Return None where two `fingerprints` are equal, else a clause that says in which set they differ, and how."""
     for split in dict.fromkeys([*before, *now]):
         old, new = ({"images": 0, "classes": 0} | of.get(split, {}) for of in (before, now))
         if old == new:
@@ -266,11 +262,11 @@ def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -
         where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
         if (old["images"], old["classes"]) == (new["images"], new["classes"]):
             return f"{where}: as many, but other files"
-        was = f"{old['images']:,} in {old['classes']:,} classes then"
+        was = f"{old['images']:,} in {counted(old['classes'], 'class')} then"
         return f"{where}: {was}, {new['images']:,} in {new['classes']:,} now"
     return None
 
 
 def digest(value: object) -> str:
-    """Return 12 hex digits that stand for all of the contents, or for another value that JSON can hold."""
+    """Return 12 hex digits that stand for all of the fingerprints, or for another value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

@@ -1,7 +1,12 @@
-"""All that is known of the five published data sets: where they lie, what they hold, what the paper reports on them."""
+"""The registry of data sets: where they lie, how they are read, what they hold, what the paper reports on them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from data import readers
+from data.images import Splits
+from data.own import read_class_folders, read_own
 
 K_VALS = (1, 2, 4, 8)
 """The k of Recall@k where none are published."""
@@ -9,15 +14,16 @@ K_VALS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a published data set.
+    """What is known of a data set.
 
-    archive: folder that its official archive unpacks to. landmarks: any of these paths marks the data set's folder.
-    layout: what is expected there, in words. url: where it is to be had. counts: split to (classes, images). k_vals: of
-    Recall@k. scores: of MIC with margin loss in the paper's tables, by their columns in log_val_Class.csv (Roth et al.,
-    ICCV 2019). ablations: {flag: {value: Recall@1}}, read off the paper's plots, +-0.002; of the update interval its
-    ends only.
+    read: the reader, which takes the data set's folder. archive: folder that its official archive unpacks to.
+    landmarks: any of these paths marks the data set's folder. layout: what is expected there, in words. url: where it
+    is to be had. counts: split to (classes, images). k_vals: of Recall@k. scores: of MIC with margin loss in the
+    paper's tables, by their columns in log_val_Class.csv (Roth et al., ICCV 2019). ablations: {flag: {value:
+    Recall@1}}, read off the paper's plots, +-0.002; of the update interval its ends only.
     """
 
+    read: Callable[[Path], Splits]
     archive: str = ""
     landmarks: tuple[str, ...] = ("images",)
     layout: str = "images/<class>/<image>"
@@ -32,6 +38,7 @@ CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
 SIZES = ("0", "64", "128", "256", "512", "1024")
 PUBLISHED = {
     "cub200": Published(
+        read=read_class_folders,
         archive="CUB_200_2011",
         url="https://www.vision.caltech.edu/datasets/cub_200_2011",
         counts={"all": (200, 11788)},
@@ -45,6 +52,7 @@ PUBLISHED = {
         },
     ),
     "cars196": Published(
+        read=readers.read_cars,
         archive="cars196",
         landmarks=("images", "car_ims"),
         layout="images/<class>/<image>, or car_ims/<image> with cars_annos.mat",
@@ -60,6 +68,7 @@ PUBLISHED = {
         },
     ),
     "online_products": Published(
+        read=readers.read_online_products,
         archive="Stanford_Online_Products",
         landmarks=("images", "Info_Files", "Ebay_train.txt"),
         layout="images/<category>/<image> and Info_Files/Ebay_train.txt, Ebay_test.txt, or all of them in one folder",
@@ -75,6 +84,7 @@ PUBLISHED = {
         },
     ),
     "in-shop": Published(
+        read=readers.read_in_shop,
         archive="In-shop Clothes Retrieval Benchmark",
         landmarks=("img", "Img/img"),
         layout="img/... or Img/img/..., and Eval/list_eval_partition.txt",
@@ -84,6 +94,7 @@ PUBLISHED = {
         scores={"Recall @ 1": 0.882, "Recall @ 10": 0.970, "Recall @ 30": 0.980, "Recall @ 50": 0.988},
     ),
     "vehicle_id": Published(
+        read=readers.read_vehicle_id,
         archive="VehicleID_V1.0",
         landmarks=("image",),
         layout="image/<number>.jpg and train_test_split/train_list.txt, test_list_800.txt, ...",
@@ -95,9 +106,16 @@ PUBLISHED = {
         },
     ),
 }  # fmt: skip
-"""The published data sets by name; any other name is a folder in the layout of CUB200."""
+"""The published data sets by name."""
+
+OWN = Published(
+    read=read_own,
+    landmarks=("images.csv", "images"),
+    layout="images.csv, images/<class>/<image>, or train/<class>/<image> and test/<class>/<image>",
+)
+"""A data set of any other name, a folder of one's own."""
 
 
-def known_of(name: str) -> Published:
-    """Return what is known of a data set, of an unpublished one its layout."""
-    return PUBLISHED.get(name, Published())
+def published_info(name: str) -> Published:
+    """Return what is known of a data set."""
+    return PUBLISHED.get(name, OWN)

@@ -37,6 +37,7 @@ def render_shapes() -> Splits:
         class_names=[f"{label:02d}" for label in range(N_CLASSES)],
         pixels=np.stack(pixels),
         factors={factor: np.concatenate(values) for factor, values in levels.items()},
+        layout="rendered in memory; the first half of the classes trains, the rest tests",
     )
     return images.classes(0, N_CLASSES // 2), {"test": images.classes(N_CLASSES // 2, N_CLASSES)}
 

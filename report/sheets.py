@@ -13,6 +13,7 @@ from data.images import ImageSet
 from report import fonts
 from report.plots import run_title, shortened, warned
 from run.history import History, mining_sheet, neighbour_sheet
+from support.errors import counted
 from support.files import replaced_file
 
 TILE, EDGE, LINE = 128, 16, 26
@@ -74,12 +75,15 @@ def draw_recoveries(
     """Draw test images, each with its nearest neighbours by embeddings (N, D), as a PNG to check a run by eye.
 
     Queries are searched in the gallery, or where there is none each in all other images. They are spread evenly over
-    the set, the same for every embedding. A neighbour of the query's class has a solid green frame and a tick, one of
-    another class a dashed orange frame and a cross.
+    the images that something can be found for, if there are any, and are the same for every embedding. A neighbour of
+    the query's class has a solid green frame and a tick, one of another class a dashed orange frame and a cross.
     """
     queries = gallery = np.arange(len(images.labels))
     if images.is_query is not None:
         queries, gallery = np.flatnonzero(images.is_query), np.flatnonzero(~images.is_query)
+    can_be_found = np.bincount(images.labels[gallery], minlength=len(images.class_names)) > (images.is_query is None)
+    findable = queries[can_be_found[images.labels[queries]]]
+    queries = findable if len(findable) else queries
     queries = queries[np.linspace(0, len(queries) - 1, min(n_queries, len(queries))).round().astype(int)]
     # squared, less the query's own norm
     distances = (embeddings[gallery] ** 2).sum(1) - 2 * embeddings[queries] @ embeddings[gallery].T
@@ -103,9 +107,10 @@ def draw_clusters(
     squared_distances: np.ndarray,
 ) -> None:
     """Draw mined clusters to files, PNG or JPEG; see clusters_to_show. mined, squared_distances: (N,)."""
-    clusters, n_clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors), len(set(mined))
+    clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors)
+    n_clusters = len(set(mined[~np.isnan(squared_distances)]))
     which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
-    title = f"{shortened(run_name, 50)}: {which} {n_clusters} clusters mined before epoch {before_epoch}"
+    title = f"{shortened(run_name, 50)}: {which} {counted(n_clusters, 'cluster')} mined before epoch {before_epoch}"
     note = "images nearest to the centre, each of another class: a row should have something in common"
     rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
     sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)
@@ -125,22 +130,24 @@ def clusters_to_show(
     Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
     number of classes, and where there are factors the one that most images have in common beyond what as many random
     images have: a factor of many levels would win in small clusters otherwise. None where no factor is beyond that.
-    clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster. factors: name to
-    (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10 clusters.
+    clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster; images with NaN
+    are left out. factors: name to (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10
+    clusters.
     """
-    sizes = np.bincount(clusters)
+    counts = ~np.isnan(squared_distances)
+    sizes = np.bincount(clusters[counts])
     ordered = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     if len(ordered) > 10:
         middle = len(ordered) // 2
         ordered = np.concatenate([ordered[:3], ordered[middle - 2 : middle + 2], ordered[-3:]])
     shown = []
     for cluster in ordered:
-        members = np.flatnonzero(clusters == cluster)
+        members = np.flatnonzero(counts & (clusters == cluster))
         members = members[np.argsort(squared_distances[members], kind="stable")]
         first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
-        caption = f"cluster {cluster}\n{len(members)} images\n{len(first_of_class)} classes"
+        caption = f"cluster {cluster}\n{counted(len(members), 'image')}\n{counted(len(first_of_class), 'class')}"
         excess = {
-            name: largest_share(levels[members]) - share_by_chance(levels, len(members))
+            name: largest_share(levels[members]) - share_by_chance(levels[counts], len(members))
             for name, levels in factors.items()
         }
         name = max(excess, key=excess.get, default="")

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 import losses
-from data.published import known_of
+from data.locate import check_name
+from data.published import published_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags
 from support import packages, processes
-from support.errors import InputError, OneLineParser, first_few
+from support.errors import InputError, OneLineParser, counted, first_few
 from support.output import log
 
 TASKS = ("Class", "Shared")
@@ -151,10 +152,12 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
 
 def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
     """Refuse names of data set and run that are no folder names."""
-    for flag in ("dataset", "savename"):
-        value = getattr(args, flag)
-        if value == ".." or Path(value).name != value or len(os.fsencode(value)) > 240:
-            parser.error(f"--{flag} {value!r}: give a plain folder name; --source_path and --save_path take folders")
+    try:
+        check_name(args.dataset, args.source_path)
+    except InputError as error:
+        parser.error(str(error))
+    if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
+        parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
     if args.go_on and not args.savename:
         parser.error("--go_on: give the name of the run to go on with, --savename NAME")
 
@@ -219,15 +222,21 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
-    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times."""
+    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times, a
+    compiled network that exchanges statistics."""
     doubtful = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
         doubtful.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
         doubtful.append(
-            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and {n_classes} classes "
-            "train; a smaller batch repeats less"
+            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
+            f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
+        )
+    if args.compile and args.bn == "train" and processes.world_size() > 1:
+        doubtful.append(
+            "--compile --bn train in several processes: SyncBatchNorm, which exchanges statistics, breaks the graph at "
+            "each layer, and little is gained"
         )
     return doubtful
 
@@ -241,7 +250,7 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def implied(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
-    return {"k_vals": known_of(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+    return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
@@ -252,7 +261,7 @@ def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict
 
 def makes_setting(flag: str) -> bool:
     """Tell whether runs that differ in a flag are of different settings."""
-    return flag not in (*MACHINE, *OUTPUT, "seed")
+    return flag not in (*MACHINE, *OUTPUT, "seed", "left_out")
 
 
 def run_folder(args: argparse.Namespace) -> Path:

@@ -68,8 +68,16 @@ def first_line(error: BaseException) -> str:
 
 
 def first_few(names: Sequence[str], n: int = 3) -> str:
-    """Return the first names as text."""
-    return ", ".join(names[:n]) + (", ..." if len(names) > n else "")
+    """Return the first names as text on one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", "?", ", ".join(names[:n])) + (", ..." if len(names) > n else "")
+
+
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "2 classes", "1,000 copies"."""
+    if n == 1:
+        return f"1 {noun}"
+    is_y = noun.endswith("y")
+    return f"{n:,} {noun[:-1] if is_y else noun}{'ies' if is_y else 'es' if noun.endswith('s') else 's'}"
 
 
 def stop_reason(error: BaseException) -> str | None:

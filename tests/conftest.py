@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+if os.environ.get("MIC_TEST_GPU") != "1":  # the tests are for the CPU, whatever else the machine has
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in all processes that are started: they share few cores
 
 import numpy as np
@@ -162,6 +164,28 @@ def run_in_process(function, *args):
     return Ended(process.exitcode, stderr)
 
 
+def act_in_a_worker(image, log, act):
+    """Let the loader's worker act that is the first to read an image of this name once a run has written a log.
+
+    Workers live through the run, so what is done when it writes the log does not reach them.
+    """
+    owner, is_first = os.getpid(), multiprocessing.get_context("fork").Lock()
+
+    def watch(event, details):
+        """Follow what is opened; details: (path, ...)."""
+        is_read = event == "open" and os.path.basename(str(details[0])) == image
+        if is_read and os.getpid() != owner and log.exists() and is_first.acquire(block=False):
+            act()
+
+    sys.addaudithook(watch)
+
+
+def run_and_act_in_a_worker(argv, image, log, act):
+    """Run main in this process; one of its workers acts, see act_in_a_worker."""
+    act_in_a_worker(image, log, act)
+    run(argv)
+
+
 def run_script(path, argv, folder, output):
     """Run a program from its file as if it had been started in a folder; what it prints goes to another file."""
     os.chdir(folder)
@@ -230,6 +254,9 @@ def refused(capsys, argv, program=main, code=2):
         run(argv, program)
     error = capsys.readouterr().err
     assert stop.value.code == code, error
+    assert not [
+        process for process in multiprocessing.active_children() if process.daemon
+    ]  # no worker outlives its run
     name = {main: "main.py", evaluate: "evaluate.py"}[program]
     assert error.startswith(f"{name}: error: " if code == 2 else f"{name}: stopped"), error
     assert error.count("\n") == 1, error
@@ -291,8 +318,13 @@ def assert_equal(one, other, where):
         assert one == other, where
 
 
+CPU_DIGITS = pytest.mark.skipif(torch.cuda.is_available(), reason="compares last digits, which only a CPU repeats")
+
+
 def assert_same_run(one, other):
     """Compare logs but for times, what was mined, and weights and all else that training depends on, bit for bit."""
+    if torch.cuda.is_available():
+        pytest.skip(CPU_DIGITS.kwargs["reason"])
     for pattern in ("*.csv", "mined*", "mined/*"):
         assert {path.name for path in one.glob(pattern)} == {path.name for path in other.glob(pattern)}
     if (one / "mined_labels.npz").exists():

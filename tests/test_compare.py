@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from data.published import known_of
+from data.published import published_info
 from report import compare
 from run.history import History
 from support.errors import InputError
@@ -44,6 +44,17 @@ def test_versions_in_which_the_runs_of_a_setting_differ_are_told_and_set_none_ap
     told = [line for line in printed.splitlines() if "versions" in line]
     assert told == ["adv_weights None: runs of different versions of torch: 2.14.1; 2.15.0"]
     assert "mean of 3" in printed
+
+
+def test_a_run_from_before_a_flag_was_there_counts_at_the_value_it_was_trained_with(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "before", [0.5])
+    write_run(tmp_path / "runs" / "after", [0.5], seed=2, flip="class", left_out="1 hidden file: .DS_Store")
+    write_run(tmp_path / "runs" / "none", [0.5], flip="none")
+    compare.compare_runs([tmp_path / "runs"], over="flip")
+    printed = capsys.readouterr().out
+    assert "mean of 2" in printed
+    over_flip = printed.split("Recall @ 1 over --flip")[1].splitlines()[2:]
+    assert [line.split()[0] for line in over_flip] == ["class", "none"]
 
 
 def left_out(printed):
@@ -355,8 +366,8 @@ def test_confidence_interval_holds_the_mean_in_95_of_100(n):
 
 
 def test_runs_on_other_data_have_no_paper(tmp_path, capsys):
-    assert known_of("cub200").scores["Recall @ 1"] == 0.661
-    assert not known_of("shapes").scores
+    assert published_info("cub200").scores["Recall @ 1"] == 0.661
+    assert not published_info("shapes").scores
     write_run(tmp_path / "a", [0.25], dataset="shapes", shared_num_classes=5)
     compare.compare_runs([tmp_path / "a"], over="shared_num_classes")
     printed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What a network is fed: transforms, class-balanced batches, loaders; and the command that describes a data set."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from conftest import write_class_folders
+from conftest import refused, write_class_folders
 from PIL import Image
 from scipy.stats import binomtest, chisquare
 from torchvision import transforms
 
 import datasets
+import evaluate
+import main
 from data.images import ImageSet
 from support.errors import InputError, stop_reason
 
@@ -182,27 +185,41 @@ def test_labels_of_a_task_without_a_sampler_change_nothing():
     assert len(list(sampler)) == 3
 
 
-def test_workers_change_nothing(shapes):
-    images = shapes[0]
+def worker_ids():
+    """Return the ids of this process's loader workers."""
+    return {process.pid for process in multiprocessing.active_children() if process.daemon}
+
+
+def test_workers_change_nothing_and_stay_for_all_passes(shapes):
+    images, test = shapes[0], shapes[1].classes(0, 1)
     flipped, plain = (datasets.ImageDataset(images, datasets.train_transform(32, flip)) for flip in (True, False))
-    dataset = datasets.TaskDataset({"Class": flipped, "Shared": plain})
+    sets = {"Class": flipped, "Shared": plain, "test": datasets.ImageDataset(test, lambda image: image)}
     labels = {"Class": images.labels, "Shared": images.factors["background"]}
     state = torch.get_rng_state()
-    passes = []
+    loaded, workers = [], []
     for n_workers in (0, 2):
-        sampler = datasets.TaskBatchSampler(task_samplers())
-        loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_sampler=sampler)
-        passes.append([])
+        sampler, pool = datasets.TaskBatchSampler(task_samplers()), datasets.Pool(sets, n_workers, pin_memory=False)
+        steps, in_order = datasets.StepLoader(pool, sampler), datasets.InOrderLoader(pool, "test", 10)
+        loaded.append([])
         for epoch in range(2):
             sampler.set_epoch(epoch, labels, [(0, "Shared"), (1, "Class"), (2, "Class")])
-            passes[-1] += list(loader)
+            loaded[-1] += list(steps)
+            next(iter(in_order))  # a pass that is left leaves nothing to the next one
+            loaded[-1] += list(in_order)
+            workers.append(worker_ids())
+        pool.close()
+        assert not worker_ids()
+    assert [len(ids) for ids in workers] == [0, 0, 2, 2]
+    assert workers[2] == workers[3]
     assert (torch.get_rng_state() == state).all()
-    assert len(passes[0]) == len(passes[1]) == 6
-    for (pixels, labels), (other_pixels, other_labels) in zip(*passes):
+    assert len(loaded[0]) == len(loaded[1]) == 2 * (3 + 3)  # 24 images in order
+    for (pixels, labels), (other_pixels, other_labels) in zip(*loaded):
         assert (pixels == other_pixels).all()
         assert (labels == other_labels).all()
+    in_order = torch.cat([pixels for pixels, _ in loaded[1][-3:]])
+    assert (in_order.permute(0, 2, 3, 1).numpy() == test.pixels).all()
     for task, single in (("Class", flipped), ("Shared", plain)):
-        assert (dataset[task, (3, 1, 7)][0] == single[3, 1, 7][0]).all()
+        assert (datasets.NamedDatasets(sets)[task, (3, 1, 7)][0] == single[3, 1, 7][0]).all()
 
 
 @pytest.mark.parametrize("share", [None, range(4, 9)])
@@ -252,15 +269,15 @@ def test_counts_that_differ_from_the_official_ones_are_warned_of(tmp_path, shape
     layouts.LAYOUTS["in-shop", "readme"](tmp_path)
     warnings = datasets.count_warnings("in-shop", *datasets.load_dataset("in-shop", tmp_path))
     assert warnings == [
-        "in-shop, all: 4 classes with 14 images; officially 7982 with 52712",
-        "in-shop, train: 2 classes with 8 images; officially 3997 with 25882",
-        "in-shop, query: 2 classes with 2 images; officially 3985 with 14218",
-        "in-shop, gallery: 2 classes with 4 images; officially 3985 with 12612",
+        "in-shop, all: 4 classes with 14 images; officially 7,982 with 52,712",
+        "in-shop, train: 2 classes with 8 images; officially 3,997 with 25,882",
+        "in-shop, query: 2 classes with 2 images; officially 3,985 with 14,218",
+        "in-shop, gallery: 2 classes with 4 images; officially 3,985 with 12,612",
     ]
     assert datasets.count_warnings("shapes", shapes[0], {"": shapes[1]}) == []
     layouts.LAYOUTS["vehicle_id", "readme"](tmp_path)
     warnings = datasets.count_warnings("vehicle_id", *datasets.load_dataset("vehicle_id", tmp_path))
-    assert "vehicle_id, Set 2: 3 classes with 9 images; officially 1600 with 13377" in warnings
+    assert "vehicle_id, Set 2: 3 classes with 9 images; officially 1,600 with 13,377" in warnings
 
 
 def test_classes_on_both_sides_and_images_listed_twice_are_warned_of(tmp_path):
@@ -269,20 +286,22 @@ def test_classes_on_both_sides_and_images_listed_twice_are_warned_of(tmp_path):
     row = path.read_text().splitlines()[1]
     path.write_text(path.read_text() + f"{row}\n99 3 1 bicycle_final/3_0.JPG\n")
     warnings = datasets.count_warnings("online_products", *datasets.load_dataset("online_products", tmp_path))
-    assert "online_products, test: 1 classes are trained on too: 3" in warnings
-    assert "online_products, test: 1 of 10 images are listed before in the same split" in warnings
+    assert "online_products, test: 1 class is trained on too: 3" in warnings
+    assert "online_products, test: 1 of 10 images is listed before in the same split" in warnings
 
 
 def test_command_prints_splits_and_checks_images(tmp_path, capsys):
     images = write_class_folders(tmp_path / "mine", per_class=(2, 5, 3, 1)) / "images"
     (images / "empty").mkdir()
     assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[1:3]] == [
-        ["train", "2", "7", "2,", "3,", "5"],
-        ["test", "2", "4", "1,", "2,", "3"],
+    assert capsys.readouterr().out.splitlines() == [
+        f"layout: {images}/<class>/<image>, the first half of the classes trains, the rest tests",
+        "split       classes   images  images per class: least, median, most; first and last class",
+        "train             2        7  2, 3, 5; class_00 to class_01",
+        "test              2        4  1, 2, 3; class_02 to class_03",
+        "test: 1 class of one image, which nothing can be found for: class_03",
+        "left out: 1 folder without images: images/empty",
     ]
-    assert lines[3:] == [f"warning: {images}: 1 folders without images are no classes: empty"]
     assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 0
     assert "0 images cannot be decoded" in capsys.readouterr().out
     broken = images / "class_01" / "4.jpg"
@@ -290,7 +309,11 @@ def test_command_prints_splits_and_checks_images(tmp_path, capsys):
     assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 2
     printed = capsys.readouterr().out
     assert f"cannot decode the image {broken}" in printed
-    assert "1 images cannot be decoded" in printed
+    assert printed.count(str(broken)) == 1
+    assert "1 image cannot be decoded" in printed
+    broken.write_text("no image at all")
+    assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 2
+    assert capsys.readouterr().out.count(str(broken)) == 1
 
 
 def test_command_prints_a_diagnosis_of_several_lines(tmp_path, capsys):
@@ -310,3 +333,33 @@ def test_command_ends_in_one_line_where_nothing_can_be_printed(class_folders):
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE)
     assert ended.returncode == 1
     assert ended.stderr.decode().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("here/mine", "mine --source_path here"),
+        ("here/mine/", "mine --source_path here"),
+        ("./here", "here --source_path ."),
+        ("{cwd}/here/mine", "mine --source_path {cwd}/here"),
+        ("./other", "other --source_path Datasets"),
+        ("other/", "other --source_path Datasets"),
+        ("below/other", "other --source_path Datasets/below"),
+        ("../{cwd.name}", "{cwd.name} --source_path .."),
+        (".", "{cwd.name} --source_path {cwd.parent}"),
+        ("a b/c", "c --source_path 'Datasets/a b'"),
+    ],
+)
+def test_a_path_in_place_of_a_name_is_told_the_flags_that_were_meant(tmp_path, monkeypatch, capsys, name, meant):
+    """In all commands that take the name of a data set, and before anything else is done."""
+    monkeypatch.chdir(tmp_path)
+    write_class_folders(tmp_path / "here" / "mine")
+    name, meant = name.format(cwd=tmp_path), meant.format(cwd=tmp_path)
+    assert datasets.main([name]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"datasets.py: error: {name!r}: give a plain folder name, and where it lies: {meant}"
+    )
+    for program, argv in ((main, ["--dataset", name]), (evaluate, ["run", "--dataset", name])):
+        assert f"--dataset {name!r}: give a plain folder name, and where it lies: --dataset {meant}" in refused(
+            capsys, argv, program
+        )

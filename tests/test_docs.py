@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ALONE, ROOT, read_logs, run, run_in_process, run_script, small_flags, write_class_folders
+from PIL import Image
 
+import datasets
 import evaluate
 import losses
 import main
@@ -175,6 +177,8 @@ def test_a_command_marked_as_runnable_runs_at_its_smallest_size(own_run, monkeyp
 
 
 PYTHON = [(name, code) for name, text in TEXTS.items() for code in re.findall(r"```python\n(.*?)```", text, re.S)]
+RECIPES = [code for name, code in PYTHON if name == "docs/data.md"]
+PYTHON = [(name, code) for name, code in PYTHON if name != "docs/data.md"]
 
 
 @pytest.mark.parametrize(("name", "code"), PYTHON, ids=[name for name, _ in PYTHON])
@@ -191,6 +195,34 @@ def test_python_in_the_docs_runs(own_run, tmp_path, name, code):
 
 def test_python_is_found_in_the_docs():
     assert len(PYTHON) >= 2
+    assert len(RECIPES) == 1
+
+
+def test_the_recipe_for_a_list_makes_one_that_is_read(tmp_path, monkeypatch):
+    images = tmp_path / "Datasets" / "mine" / "all"
+    images.mkdir(parents=True)
+    for i in range(4):
+        for look in ("glasses", "happy"):
+            Image.new("L", (8, 8), 40 * i).save(images / f"subject{i:02d}.{look}", "GIF")
+    monkeypatch.chdir(tmp_path)
+    exec(RECIPES[0], {})
+    train, tests = datasets.load_dataset("mine", "Datasets")
+    assert train.class_names + tests["test"].class_names == [f"subject{i:02d}" for i in range(4)]
+    assert train.factors["look"].tolist() == [0, 1, 0, 1]
+
+
+def test_the_list_in_the_docs_is_read(tmp_path):
+    block = next(block for name, block in BLOCKS if name == "docs/data.md" and block.startswith("image,class,split"))
+    root, rows = tmp_path / "mine", block.splitlines()
+    rows += [row.replace("ann", other) for other in ("eve", "ian") for row in rows[1:3]]
+    rows += ["photos/ian_3.png,ian,val,top", "photos/bob_2.png,bob,test,front", "photos/joe_1.png,joe,test,front"]
+    rows = [row.replace("train", "test") if ",ian," in row else row for row in rows]
+    (root / "photos").mkdir(parents=True)
+    (root / "images.csv").write_text("\n".join(rows))
+    for row in rows[1:]:
+        Image.new("L", (8, 8)).save(root / row.split(",")[0])
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert (train.class_names, tests["test"].class_names) == (["ann", "eve"], ["bob", "ian", "joe"])
 
 
 @pytest.mark.parametrize("name", ["demo", "cub200"])

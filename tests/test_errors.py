@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,11 @@ from conftest import (
     ALONE,
     ROOT,
     At,
-    act_at,
+    act_in_a_worker,
     as_bitmap,
     run,
     run_and_act,
+    run_and_act_in_a_worker,
     run_in_process,
     small_flags,
     write_class_folders,
@@ -44,12 +46,7 @@ def assert_tells_how_to_go_on(error, beginning, path):
     return command[2:]
 
 
-SCORED = At("os.rename", "log_val_Class.csv", 2)
-
-
-def act_in_a_worker(act):
-    """Let the next process that reads the bitmap act: a loader's worker of this one."""
-    act_at([At("open", "4.bmp")], act)
+BITMAP = "4.bmp"
 
 
 @pytest.fixture
@@ -81,19 +78,22 @@ def tell_owner_again_and_again(signum):
     ("signum", "tell"), [(signal.SIGTERM, tell_owner_again_and_again), (signal.SIGINT, tell_owner)]
 )
 def test_a_signal_stops_a_run_with_a_command_to_go_on(with_bitmap, tmp_path, signum, tell):
+    path = tmp_path / "with space" / "tiny" / "run"
     argv = small_flags(with_bitmap, tmp_path / "with space", "--kernels", 2, "--eval_every", 1)
-    process = run_in_process(run_and_act, argv, [SCORED], partial(act_in_a_worker, partial(tell, signum)))
+    log = path / "last.pth.tar"
+    process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, log, partial(tell, signum))
     assert process.returncode == 128 + signum, process.stderr
-    assert_tells_how_to_go_on(process.stderr, f" by {signum.name}; ", tmp_path / "with space" / "tiny" / "run")
+    assert_tells_how_to_go_on(process.stderr, f" by {signum.name}; ", path)
 
 
-def signal_all_in_a_worker():
-    """Let the next worker that reads the bitmap send SIGTERM to all processes of its group, after the first scores."""
-    act_at([SCORED], partial(act_in_a_worker, partial(os.killpg, 0, signal.SIGTERM)))
+def signal_all_in_a_worker(log):
+    """Let the first worker that reads the bitmap after a log was written send SIGTERM to all processes of its group."""
+    act_in_a_worker(BITMAP, Path(log), partial(os.killpg, 0, signal.SIGTERM))
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp_path):
-    code = "import runpy, sys, test_errors; test_errors.signal_all_in_a_worker(); del sys.argv[0]; "
+    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    code = f"import runpy, sys, test_errors; test_errors.signal_all_in_a_worker({str(log)!r}); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = small_flags(with_bitmap, tmp_path, "--kernels", 2, "--eval_every", 1)
     process = subprocess.run(
@@ -128,11 +128,12 @@ def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, 
 
 
 def test_a_worker_that_dies_stops_a_run_that_can_go_on(with_bitmap, tmp_path):
-    die = partial(act_in_a_worker, partial(signal.raise_signal, signal.SIGKILL))
+    path = tmp_path / "tiny" / "run"
     argv = small_flags(with_bitmap, tmp_path, "--kernels", 1)
-    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv", 2)], die)
+    die = partial(signal.raise_signal, signal.SIGKILL)
+    process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, path / "last.pth.tar", die)
     assert process.returncode == 1, process.stderr
-    assert_tells_how_to_go_on(process.stderr, ": a loader worker has ended unexpectedly ", tmp_path / "tiny" / "run")
+    assert_tells_how_to_go_on(process.stderr, ": a loader worker has ended unexpectedly ", path)
 
 
 def command_line(program, *flags, redirection=""):
@@ -188,11 +189,12 @@ def test_reasons_are_one_line_that_names_the_file():
     assert first_line(KeyError()) == "KeyError"
 
 
-def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(class_folders, tmp_path):
-    argv = small_flags(class_folders, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 2)
+def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(with_bitmap, tmp_path):
+    argv = small_flags(with_bitmap, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 2)
     # No file may be as large as a batch once something is stored, as where /dev/shm is too small
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    process = run_in_process(run_and_act, argv, [At("os.rename", "last.pth.tar")], limit)
+    stored = tmp_path / "tiny" / "run" / "last.pth.tar"
+    process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, stored, limit)
     assert process.returncode == 1, process.stderr
     reason = (
         ": too little shared memory (/dev/shm) for the loader workers (File too large (27)): give --kernels 0, or in "

@@ -273,7 +273,7 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     tests = dict(zip(sets, tests))
     chosen, chosen_of_test = (evaluate.probe_subset(images.labels, 1) for images in (train, test))
     part = make(Subset(whole.dataset, chosen))
-    of_run = datasets.Loaders(sampler=None, batches=None, train=whole, tests=tests, probe=part)
+    of_run = datasets.Loaders(pool=None, sampler=None, batches=None, train=whole, tests=tests, probe=part)
     mined, tasks = np.arange(120) % 7, ["Class", "Shared"]
     embeddings = evaluate.embed_sets(network, tests, tasks, "none")
     found = evaluate.probe_sets(network, of_run, mined, embeddings, 1, "none")

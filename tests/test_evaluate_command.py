@@ -62,6 +62,17 @@ def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpo
             assert tables[heading][name] == [row[prefix + name], row[prefix + name]]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a device without TF32")
+def test_a_run_with_tf32_is_scored_without_it_where_the_device_has_none(stored, tmp_path, capsys):
+    content = torch.load(stored / "last.pth.tar", weights_only=True)
+    content["flags"]["tf32"] = True
+    torch.save(content, tmp_path / "last.pth.tar")
+    run([tmp_path / "last.pth.tar"], evaluate)
+    printed = capsys.readouterr().out
+    assert "float32, without --tf32 of the run, which this device does not have\n" in printed
+    assert "Recall @ 1" in printed
+
+
 def test_what_was_not_logged_stands_alone(stored, capsys):
     path = stored / "checkpoint.pth.tar"
     tables = scored(capsys, path, "--embedding", "Shared")
@@ -106,18 +117,19 @@ def test_a_checkpoint_is_read_once(stored, tmp_path, monkeypatch, more):
 
 def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored, tmp_path, capsys):
     source = stored.parent.parent / "source" / "tiny" / "images"
-    for i, name in enumerate(["a/one.jpg", "a/b/two.JPG", "c/broken.png", "three.jpg", "a/notes.txt"]):
+    for i, name in enumerate(["a/one.jpg", "a/b/two.JPG", "c/broken.png", "three.jpg", "a/LICENSE"]):
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((source / "class_04" / f"{i}.jpg").read_bytes() if "b" not in path.stem else b"no image")
+        is_image = path.stem not in ("broken", "LICENSE")
+        path.write_bytes((source / "class_04" / f"{i}.jpg").read_bytes() if is_image else b"no image")
     argv = [stored, "--embed", tmp_path / "mine", "--save_embeddings", tmp_path / "e.npz", "--embedding", "Shared"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(argv, evaluate)
     printed = capsys.readouterr()
     assert stop.value.code == 1
-    assert f"skipped 1 other files: {tmp_path}/mine/a/notes.txt\n" in printed.out
-    assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and were left out\n")
+    assert f"skipped 1 other file: {tmp_path}/mine/a/LICENSE\n" in printed.out
+    assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and was left out\n")
     assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
     with np.load(tmp_path / "e.npz") as kept:
         names = [str(Path(path).relative_to(tmp_path / "mine")) for path in kept["paths"]]
@@ -274,6 +286,6 @@ def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, 
     argv = [stored, "--embed", images, "--save_embeddings", tmp_path / "new.npz"]
     process = run_in_process(run_where_a_folder_cannot_be_read, str(images / "class_02"), argv)
     assert (process.returncode, process.stderr) == (
-        1, f"evaluate.py: stopped: 1 folders cannot be read and were left out: {images}/class_02\n"
+        1, f"evaluate.py: stopped: left out 1 unreadable folder: {images}/class_02\n"
     )  # fmt: skip
     assert len(np.load(tmp_path / "new.npz")["paths"]) == 15

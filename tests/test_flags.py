@@ -31,7 +31,7 @@ DEFAULTS = {
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
     "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "trial": False, "val_classes": 0.0,
     "select": "test",
-    "shared_gradient": "backbone",
+    "shared_gradient": "backbone", "flip": "class",
 }  # fmt: skip
 DATA_FAULTS = ("folder missing", "list missing", "list malformed", "image missing", "image broken", "one level off")
 DATA_LISTS = {  # file, bad line; class folders have no list
@@ -94,7 +94,7 @@ def test_flags_that_a_message_asks_for_can_be_pasted():
         (["--arch", "vgg16"], "invalid choice: 'vgg16'"),
         (["--savename", "a" * 300], "': give a plain folder name"),
         (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
-        (["--dataset", "../elsewhere"], "--dataset '../elsewhere': give a plain folder name"),
+        (["--dataset", "../elsewhere"], "and where it lies: --dataset elsewhere --source_path"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
         (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3; near: --n_epochs"),
         (["--seed", "9" * 30], "is not a whole number from 0 to 2^63 - 1"),

@@ -404,12 +404,13 @@ def test_what_a_file_system_cannot_do_is_told_when_the_folder_is_made(whole, tmp
 
 def test_a_name_goes_on_with_a_run_from_before_a_flag_was_there(whole, tmp_path, capsys):
     stored = torch.load(whole[1] / "last.pth.tar", weights_only=True)
-    del stored["flags"]["shared_gradient"]
+    del stored["flags"]["shared_gradient"], stored["flags"]["flip"]
     stored_run(tmp_path / "tiny" / "run", stored)
     named = small_flags(whole[0], tmp_path, *BASE, "--go_on", "--n_epochs", 4)
     for argv in (named, ["--resume", tmp_path / "tiny" / "run"]):
         message = "is a run with --shared_gradient backbone, not --shared_gradient head; "
         assert message in refused(capsys, [*argv, "--shared_gradient", "head"])
+        assert "is a run with --flip class, not --flip none" in refused(capsys, [*argv, "--flip", "none"])
     run(named)
     assert "resumed: 3 of 4 epochs are done\n" in capsys.readouterr().out
 

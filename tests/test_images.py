@@ -19,10 +19,10 @@ import datasets
 from data.cache import cached, image_views
 from data.images import (
     ImageSet,
-    contents,
     decode,
     describe_change,
     digest,
+    fingerprints,
     hold_out_classes,
     image_size,
     opened_image,
@@ -115,18 +115,18 @@ def test_classes_are_held_out_whole_and_relabelled(kind):
             hold_out_classes(images, fraction)
 
 
-def contents_of(source):
+def fingerprints_of(source):
     train, tests = datasets.load_dataset("tiny", source)
-    return contents({"train": train, **tests})
+    return fingerprints({"train": train, **tests})
 
 
 def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
-    before = contents_of(class_folders)
+    before = fingerprints_of(class_folders)
     assert {split: (known["images"], known["classes"]) for split, known in before.items()} == {
         "train": (10, 2), "test": (10, 2)
     }  # fmt: skip
     shutil.copytree(class_folders, tmp_path / "copy")
-    now = contents_of(tmp_path / "copy")
+    now = fingerprints_of(tmp_path / "copy")
     assert describe_change(before, now) is None
     assert digest(before) == digest(now)
     assert len(digest(now)) == 12
@@ -145,42 +145,42 @@ def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
     ],
 )
 def test_changed_images_are_described(class_folders, change, described):
-    before = contents_of(class_folders)
+    before = fingerprints_of(class_folders)
     change(class_folders / "tiny" / "images")
-    now = contents_of(class_folders)
+    now = fingerprints_of(class_folders)
     assert describe_change(before, now) == described
     assert digest(before) != digest(now)
 
 
 def test_another_order_and_other_queries_are_changes(class_folders, shapes):
     train, _ = datasets.load_dataset("tiny", class_folders)
-    before = contents({"Set 1": train})
+    before = fingerprints({"Set 1": train})
     swapped = replace(train, labels=1 - train.labels, class_names=train.class_names[::-1])
-    assert describe_change(before, contents({"Set 1": swapped})) is None  # the same classes under other numbers
+    assert describe_change(before, fingerprints({"Set 1": swapped})) is None  # the same classes under other numbers
     moved = replace(train, names=train.names[5:] + train.names[:5], labels=1 - train.labels)
-    assert describe_change(before, contents({"Set 1": moved})) == "test images of Set 1: as many, but other files"
+    assert describe_change(before, fingerprints({"Set 1": moved})) == "test images of Set 1: as many, but other files"
     queries = replace(train, is_query=np.arange(10) == 7)
     other = replace(train, is_query=np.arange(10) == 8)
-    assert "as many, but other" in describe_change(contents({"test": queries}), contents({"test": other}))
-    rendered = contents({"train": shapes[0]})
-    assert describe_change(rendered, contents({"train": replace(shapes[0], pixels=shapes[0].pixels + 1)})) is None
+    assert "as many, but other" in describe_change(fingerprints({"test": queries}), fingerprints({"test": other}))
+    rendered = fingerprints({"train": shapes[0]})
+    assert describe_change(rendered, fingerprints({"train": replace(shapes[0], pixels=shapes[0].pixels + 1)})) is None
 
 
 def test_other_known_factors_are_a_change(class_folders):
     path = class_folders / "tiny" / "factors.csv"
     rows = [f"class_{label:02d}/{i}.jpg,{'abc'[i % 3]}" for label in range(4) for i in range(5)]
 
-    def contents_with(*lines):
+    def fingerprints_with(*lines):
         path.write_text("\n".join(["image,light", *lines]))
-        return contents_of(class_folders)
+        return fingerprints_of(class_folders)
 
-    before = contents_with(*rows)
-    assert describe_change(before, contents_with(*rows[::-1])) is None
-    others = contents_with(*rows[:-1], "class_03/4.jpg,a")
+    before = fingerprints_with(*rows)
+    assert describe_change(before, fingerprints_with(*rows[::-1])) is None
+    others = fingerprints_with(*rows[:-1], "class_03/4.jpg,a")
     assert describe_change(before, others) == "the known factors in factors.csv are others"
     assert digest(before) != digest(others)
     path.unlink()
-    for pair in ((before, contents_of(class_folders)), (contents_of(class_folders), before)):
+    for pair in ((before, fingerprints_of(class_folders)), (fingerprints_of(class_folders), before)):
         assert describe_change(*pair) == "the known factors in factors.csv are others"
 
 
@@ -188,7 +188,7 @@ def test_a_file_that_has_gone_is_named(class_folders):
     train, _ = datasets.load_dataset("tiny", class_folders)
     (class_folders / "tiny" / "images" / "class_01" / "1.jpg").unlink()
     with pytest.raises(InputError, match=r"cannot read the image .*class_01/1\.jpg \(No such file"):
-        contents({"train": train})
+        fingerprints({"train": train})
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
@@ -340,11 +340,11 @@ def test_an_uncompressed_file_of_the_same_size_is_a_change(class_folders, suffix
         with Image.open(path) as image:
             image.save(path.with_suffix(f".{suffix}"))
         path.unlink()
-    before, path = contents_of(class_folders), class_folders / "tiny" / "images" / "class_01" / f"1.{suffix}"
+    before, path = fingerprints_of(class_folders), class_folders / "tiny" / "images" / "class_01" / f"1.{suffix}"
     size = path.stat().st_size
     Image.new("RGB", (48, 40), "red").save(path)
     assert path.stat().st_size == size
-    assert describe_change(before, contents_of(class_folders)) == "training images: as many, but other files"
+    assert describe_change(before, fingerprints_of(class_folders)) == "training images: as many, but other files"
 
 
 def test_a_run_without_torchcodec_says_so(class_folders, tmp_path):

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import ALONE, parse, read_logs, refused, run, small_flags, write_class_folders
+from conftest import ALONE, CPU_DIGITS, parse, read_logs, refused, run, small_flags, write_class_folders
 from PIL import Image
 
 import auxiliaries
@@ -66,12 +66,12 @@ def test_standardisation_per_class(mode):
     features = (rng.normal(size=(6, 5)) + labels[:, None]).astype(np.float32)
     result = main.standardise_per_class(features, labels, mode)
     for label in range(3):
-        members = features[labels == label]
-        expected = members
+        members = expected = features[labels == label]
+        reference = members if len(members) > 1 else features  # nothing would be left of an image that is alone
         if mode != "no_norm":
-            expected = members - members.mean(0)
+            expected = members - reference.mean(0)
         if mode == "mstd":
-            expected = expected / members.std(0) if len(members) > 1 else np.zeros_like(members)
+            expected = expected / reference.std(0)
         np.testing.assert_allclose(result[labels == label], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -216,6 +216,7 @@ def test_the_shared_embedding_is_scored_and_all_goes_to_a_board_on_request(tiny_
     assert set(board.Tags()["images"]) == {"sample_recoveries", "sample_recoveries_Shared", "mined_clusters"}
 
 
+@CPU_DIGITS
 def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_run):
     first = tiny_run("--seed", 3)
     again = tiny_run("--seed", 3, "--kernels", 2)
@@ -226,6 +227,7 @@ def test_same_seed_same_run_whatever_the_workers_and_another_seed_another(tiny_r
     assert not read_logs(first)["log_train_Class.csv"].equals(read_logs(other)["log_train_Class.csv"])
 
 
+@CPU_DIGITS
 def test_a_cache_changes_no_digit(tiny_run):
     plain, cached = (read_logs(tiny_run(*more)) for more in ((), ("--cache", "ram", "--kernels", 1)))
     for name, table in plain.items():
@@ -247,7 +249,7 @@ def tiny_parts(class_folders, *more):
     train, tests = datasets.load_dataset("tiny", class_folders)
     loaders = datasets.build_loaders(
         train, tests, options.per_task(args), probed=[], batch_size=args.bs, random_pick_p=args.random_cluster_pick_p,
-        img_size=args.img_size, seed=args.seed, n_workers=0, pin_memory=False,
+        flip=args.flip, img_size=args.img_size, seed=args.seed, n_workers=0, pin_memory=False,
     )  # fmt: skip
     torch.manual_seed(0)
     sizes = dict(zip(options.TASKS, args.embed_sizes))
@@ -265,6 +267,57 @@ def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embe
         expected, distances = auxiliaries.kmeans(points, 3, seed=1)
         assert mined.tolist() == expected.tolist()
         np.testing.assert_allclose(squared_distances, distances, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", main.CLUSTER_MODES)
+def test_images_alone_in_their_class_take_no_part_in_the_first_clustering(mode):
+    """20 classes, alternately of 10 images and of 1; features are near one of 8 points, whatever the class."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(20), [10, 1] * 10)
+    kinds = rng.integers(8, size=len(labels))
+    features = (5 * rng.normal(size=(8, 16))[kinds] + rng.normal(size=(len(labels), 16))).astype(np.float32)
+    alone = (labels % 2) == 1
+    left_out = main.left_out_of_mining(labels, mode)
+    assert left_out is None if mode == "no_norm" else left_out.tolist() == alone.tolist()
+    assert main.left_out_of_mining(labels[~alone], mode) is None
+    args = parse("--shared_num_classes", 8)
+    points = main.standardise_per_class(features, labels, mode)
+    mined, squared_distances = main.cluster(args, points, left_out)
+    took_part = np.ones(len(labels), dtype=bool) if mode == "no_norm" else ~alone
+    expected, distances = auxiliaries.kmeans(points[took_part], 8, args.seed)
+    assert mined[took_part].tolist() == expected.tolist()
+    np.testing.assert_array_equal(squared_distances[took_part], distances)
+    assert np.isnan(squared_distances[~took_part]).all()
+    centres = np.stack([points[took_part][expected == c].mean(0) for c in range(8)])
+    nearest = np.square(points[:, None] - centres).sum(2).argmin(1)
+    assert (mined == nearest)[~took_part].all()
+    assert len(set(mined[alone])) > 3
+
+
+def test_a_run_says_how_many_images_took_no_part_in_its_first_clustering(tmp_path, capsys):
+    write_class_folders(tmp_path / "source" / "tiny", per_class=(4, 1, 5, 1, 4, 4, 1, 4))
+    folder = run(small_flags(tmp_path / "source", tmp_path / "results", "--n_epochs", 1))
+    line = "alone in their class: 2 images took no part in this clustering, as the mean of the class would leave"
+    assert capsys.readouterr().out.count(line) == 1
+    assert read_logs(folder)["log_mining.csv"]["Inertia"].notna().all()
+    assert np.load(folder / "mined_labels.npz")["labels"].shape[1] == 11
+    flags = small_flags(tmp_path / "source", tmp_path / "results", "--shared_num_classes", 10)
+    message = "--shared_num_classes 10 is larger than the 9 training images of tiny that are not alone in their class"
+    assert message in refused(capsys, flags)
+    assert not (tmp_path / "results" / "tiny" / "run_1").exists()
+
+
+@pytest.mark.parametrize(("flip", "expected"), [("class", (0.5, 0)), ("both", (0.5, 0.5)), ("none", (0, 0))])
+def test_the_tasks_whose_images_are_flipped(class_folders, flip, expected):
+    _, _, loaders = tiny_parts(class_folders, "--flip", flip)
+    rates = []
+    for task in options.TASKS:
+        transform = loaders.batches.dataset.datasets[task].transform
+        image = torch.arange(32 * 32).reshape(1, 32, 32).expand(3, -1, -1).float()
+        crop = transform.transforms[0] = torch.nn.Identity()
+        mirrored = [bool((transform(image) != crop(image)).any()) for _ in range(200)]
+        rates.append(np.mean(mirrored))
+    assert rates == pytest.approx(expected, abs=0.15)
 
 
 def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatch, capsys):
@@ -532,10 +585,10 @@ def eight_classes(tmp_path):
 def test_classes_held_out_are_scored_and_neither_trained_on_nor_mined(eight_classes, capsys):
     folder = run(eight_classes("--val_classes", 0.5, "--n_epochs", 2, "--eval_every", 1))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[3:6] == [
-        "train: 10 images of 2 classes, class_00 to class_01",
-        "test: 20 images of 4 classes, class_04 to class_07",
-        "Val: 10 images of 2 classes, class_02 to class_03",
+    assert [line.split()[:3] + line.split()[-3:] for line in printed[5:8]] == [
+        ["train", "2", "10", "class_00", "to", "class_01"],
+        ["test", "4", "20", "class_04", "to", "class_07"],
+        ["Val", "2", "10", "class_02", "to", "class_03"],
     ]
     assert len(torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["mined_labels"][0]) == 10
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
@@ -585,9 +638,7 @@ def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(wit
     assert "my runs/demo/page.html" in lines[1]
     assert "demo --task_p 1 0 --adv_weights 0" in lines[2]
     assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
-    history.rows["mining"] = [
-        {"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}
-    ]  # of an earlier version
+    history.rows["mining"] = [{"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}]  # of an earlier version
     assert "mined" not in main.lesson(history).splitlines()[0]
 
 

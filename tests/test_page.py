@@ -196,6 +196,13 @@ def test_a_run_that_has_nothing_yet_has_a_page(tmp_path):
     assert "–" in table.texts["td"]
 
 
+def test_a_page_says_what_of_a_data_set_was_left_out(tmp_path):
+    note = "2 hidden files: images/.DS_Store, images/._a; 1 copy of images beside them: images/<b>.jpg~"
+    parsed, _ = drawn(history_of(tmp_path / "run", flags={"left_out": note}))
+    assert f"left out: {note}" in parsed.texts["div"]
+    assert "1,234 images of 5 classes" in " ".join(parsed.texts["div"])
+
+
 def test_an_index_that_is_not_ours_is_left_alone(tmp_path, caplog):
     (tmp_path / "index.html").write_text("mine")
     for _ in range(2):

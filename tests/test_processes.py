@@ -7,6 +7,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -14,14 +15,15 @@ import pytest
 import torch
 from conftest import (
     ALONE,
+    CPU_DIGITS,
     ROOT,
-    At,
-    act_at,
+    act_in_a_worker,
     as_bitmap,
     assert_equal,
     call_like_new,
     epochs_logged,
     one_thread,
+    parse,
     refused,
     run,
     run_in_process,
@@ -40,8 +42,10 @@ import losses
 import main
 import netlib
 from data.images import ImageSet
+from run import options
 from support import errors, files, processes
 
+pytestmark = pytest.mark.skipif(0 < torch.cuda.device_count() < 3, reason="a GPU for each process: needs three")
 BATCH_SIZE = 12
 CASES = {
     f"{loss}-{sampling}-{'+'.join(directions)}": (loss, sampling, directions)
@@ -57,6 +61,8 @@ CASES = {
         ("proxynca", "distance", []),
     ]
 }
+COMPILED = "triplet-random-Class-Shared"
+"""The case that is computed by a compiled network too."""
 
 
 class SmallNetwork(nn.Module):
@@ -84,8 +90,8 @@ class Recorder(torch.optim.SGD):
         super().step()
 
 
-def gradients(loss, sampling, directions):
-    """Return the gradients of two steps of each task, and the average losses."""
+def gradients(loss, sampling, directions, compiled=False):
+    """Return the gradients of two steps of each task, the average losses, and what surrounds the network."""
     torch.manual_seed(3)
     network, sizes = SmallNetwork(), {"Class": 6, "Shared": 5}
     values = {"margin": 0.2, "beta": 1.2, "beta_lr": 1.0, "nu": 0.1, "proxy_lr": 1.0}
@@ -97,14 +103,26 @@ def gradients(loss, sampling, directions):
     share = processes.shard(BATCH_SIZE)
     batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(4)]
     own = [(images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches]
-    trained = netlib.for_training(network, False, has_unused_heads=not objective.weights)
+    names = list(network.state_dict())
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # C++ takes a minute
+        trained = netlib.for_training(network, compiled, has_unused_heads=not objective.weights)
     optimizer = Recorder([*network.parameters(), *objective.parameters()], lr=1e-2, momentum=0.9)
     optimizer.steps = []
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = [(0, "Class"), (0, "Shared"), (1, "Class"), (1, "Shared")]
     with main.Progress("", 0) as bar:
         averages = main.train_one_epoch(trained, objective, optimizer, scaler, steps, own, "none", bar)
-    return {"steps": optimizer.steps, "averages": averages}
+    assert list(network.state_dict()) == names
+    return {"steps": optimizer.steps, "averages": averages, "around": around(trained)}
+
+
+def around(trained):
+    """Return the classes around a network, the outermost first, and the options of DistributedDataParallel."""
+    found = [type(trained).__name__]
+    if isinstance(trained, nn.parallel.DistributedDataParallel):
+        found += [f"{name}={getattr(trained, name)}" for name in ("broadcast_buffers", "gradient_as_bucket_view")]
+    inner = getattr(trained, "_orig_mod", getattr(trained, "module", None))
+    return found if inner is None else found + around(inner)
 
 
 def features(n_images):
@@ -136,6 +154,8 @@ def scores():
 def computed():
     """Return all that is compared."""
     found = {name: gradients(*case) for name, case in CASES.items()}
+    if processes.world_size() < 3:
+        found["compiled"] = gradients(*CASES[COMPILED], compiled=True)
     found |= {f"{n} images": features(n) for n in (23, 24, 5, 1)}
     return found | {"scores": scores()}
 
@@ -196,17 +216,33 @@ def together(request, tmp_path_factory):
     return [torch.load(path / f"{i}.pt", weights_only=False) for i in range(request.param)]
 
 
+def assert_same_steps(found, expected):
+    """Compare gradients and average losses but for the order of float sums."""
+    assert len(found["steps"]) == 4
+    for step, expected_step in zip(found["steps"], expected["steps"], strict=True):
+        for gradient, value in zip(step, expected_step, strict=True):
+            assert (gradient is None) == (value is None)
+            if value is not None:
+                torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-12)
+    for name, value in expected["averages"].items():
+        assert found["averages"][name] == (None if value is None else pytest.approx(value, rel=1e-10))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_one_process(alone, together, case):
     for found in together:
-        assert len(found[case]["steps"]) == 4
-        for step, expected in zip(found[case]["steps"], alone[case]["steps"], strict=True):
-            for gradient, value in zip(step, expected, strict=True):
-                assert (gradient is None) == (value is None)
-                if value is not None:
-                    torch.testing.assert_close(gradient, value, rtol=1e-5, atol=1e-12)
-        for name, value in alone[case]["averages"].items():
-            assert found[case]["averages"][name] == (None if value is None else pytest.approx(value, rel=1e-10))
+        assert_same_steps(found[case], alone[case])
+
+
+def test_a_compiled_network_has_the_same_gradients_and_is_compiled_as_a_whole(alone, together):
+    options = ["broadcast_buffers=False", "gradient_as_bucket_view=True"]
+    for found in together:
+        assert found[COMPILED]["around"] == ["DistributedDataParallel", *options, "SmallNetwork"]
+        if "compiled" in found:
+            assert found["compiled"]["around"] == ["OptimizedModule", *found[COMPILED]["around"]]
+            assert_same_steps(found["compiled"], alone[COMPILED])
+    assert alone["compiled"]["around"] == ["OptimizedModule", "SmallNetwork"]
+    assert_same_steps(alone["compiled"], alone[COMPILED])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -262,6 +298,7 @@ def test_a_run_mines_the_same_labels_and_scores_alike(runs):
     assert {path.name for path in runs[0].iterdir()} == {path.name for path in runs[1].iterdir()}
 
 
+@CPU_DIGITS
 def test_a_run_is_resumed_by_as_many_processes_exactly_and_by_one(class_folders, tmp_path):
     assert_ended_well(run_in_processes(2, run, flags_of(class_folders, tmp_path / "whole")))
     cut = tmp_path / "cut" / "tiny" / "run"
@@ -297,8 +334,8 @@ def kill(file, signum):
     os.kill(int(file.read_text()), signum)
 
 
-def run_and_kill(argv, folder, told, signum):
-    """Run main as one of several processes; one of them or torchrun gets a signal in the epoch after the first scores.
+def run_and_kill(argv, folder, log, told, signum):
+    """Run main as one of several processes; one of them or torchrun gets a signal in the epoch after a log was written.
 
     A loader's worker of the first process sends it. folder: for the ids of all.
     """
@@ -306,8 +343,7 @@ def run_and_kill(argv, folder, told, signum):
     (folder / f"pid_{rank}").write_text(str(os.getpid()))
     if rank == 0:
         (folder / "pid_torchrun").write_text(str(os.getppid()))
-        act = partial(kill, folder / f"pid_{told}", signum)
-        act_at([At("os.rename", "log_val_Class.csv")], partial(act_at, [At("open", "0.bmp")], act))
+        act_in_a_worker("0.bmp", log, partial(kill, folder / f"pid_{told}", signum))
     run(argv)
 
 
@@ -324,7 +360,8 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
     path = tmp_path / "tiny" / "run"
     as_bitmap(class_folders / "tiny" / "images" / "class_00" / "0.jpg")
     argv = flags_of(class_folders, tmp_path, "--kernels", 2, "--n_epochs", 9000)
-    process = run_in_processes(n_processes, run_and_kill, argv, tmp_path, told, signum)  # waits for all
+    log = path / "log_val_Class.csv"
+    process = run_in_processes(n_processes, run_and_kill, argv, tmp_path, log, told, signum)  # waits for all
     assert process.returncode != 0
     lines = own_lines(process.stderr)
     assert len(lines) == (0 if told == 0 else 1), process.stderr  # the first process speaks, if it can
@@ -380,6 +417,14 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
             with pytest.raises(SystemExit) as stop:
                 run(argv, program)
             assert (stop.value.code, capsys.readouterr().err) == (2, "")
+
+
+def test_a_compiled_network_whose_statistics_are_exchanged_is_warned_of(rank):
+    args = parse("--bs", 12, "--compile")
+    assert not options.doubts(args, n_classes=12)
+    args.bn = "train"
+    (warning,) = options.doubts(args, n_classes=12)
+    assert "--compile --bn train in several processes: SyncBatchNorm" in warning
 
 
 def test_what_ends_any_process_is_left_for_torchruns_report(rank, tmp_path, monkeypatch, capsys):

@@ -11,9 +11,8 @@ from conftest import write_class_folders
 from scipy.io import loadmat, savemat
 
 import datasets
-from data.images import contents
-from data.published import PUBLISHED
-from data.readers import images_below
+from data.files import survey
+from data.published import PUBLISHED, published_info
 from support.errors import InputError
 
 LIST_FILES = {
@@ -101,9 +100,10 @@ def test_images_below_a_folder_are_found_in_linked_folders_too(tmp_path):
     (tmp_path / "mine" / "again").symlink_to(tmp_path / "mine")
     (tmp_path / "mine" / "dead.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "mine" / "pipe.png")
-    found, others, unread = images_below(tmp_path / "mine")
-    assert [os.path.relpath(path, tmp_path / "mine") for path in found] == ["a/1.JPG", "dead.png", "linked/b/3.png"]
-    assert (others, unread) == ([str(tmp_path / "mine" / "notes.txt")], [])
+    found = survey(tmp_path / "mine")
+    assert found.images == ["a/1.JPG", "linked/b/3.png"]
+    assert (found.dead, found.others, found.repeated, found.unread) == (["dead.png"], ["notes.txt"], ["again"], [])
+    assert found.hidden == ["._1.jpg", ".hidden/2.jpg"]
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
@@ -111,7 +111,7 @@ def test_a_missing_folder_is_diagnosed(tmp_path, name):
     (tmp_path / "something").mkdir()
     message = message_of(name, tmp_path)
     assert f"no images of --dataset {name} in --source_path {tmp_path}" in message
-    assert f"looked for  {PUBLISHED[name].layout if name in PUBLISHED else 'images/'}" in message
+    assert f"looked for  {published_info(name).layout} in " in message
     assert f"found       {tmp_path} holds something" in message
     assert "to do       give the folder that holds" in message
     assert ("get it at" in message) == (name in PUBLISHED)
@@ -166,14 +166,17 @@ def test_cars_as_downloads_lay_them_out(tmp_path):
         write_class_folders(tmp_path / half)
         (root / f"cars_{half}").mkdir(parents=True)
         (tmp_path / half / "images" / "class_00").rename(root / f"cars_{half}" / f"cars_{half}")
-    flat = f"{root}/cars_test/cars_test holds images without their classes: put them into {root}/images/<class>"
-    assert flat in message_of("cars196", tmp_path)
+    message = message_of("cars196", tmp_path)
+    assert f"{root}/cars_test, {root}/cars_train hold 2 folders with images (cars_test, cars_train): too few" in message
+    assert message.split("\n")[3].endswith(f"; if not, put the images into {root}/images/<class>/")
     shutil.rmtree(root)
     for half in ("train", "test"):
         (root / "car_data").mkdir(parents=True, exist_ok=True)
         shutil.rmtree(tmp_path / half)
         (write_class_folders(tmp_path / half) / "images").rename(root / "car_data" / half)
-    halves = f"put the class folders of {root}/car_data/test, {root}/car_data/train together in {root}/images; rename"
+    halves = (
+        f"put the class folders of {root}/car_data/test, {root}/car_data/train together in {root}/images, 4 classes"
+    )
     assert halves in message_of("cars196", tmp_path)
 
 
@@ -187,29 +190,6 @@ def test_a_dead_link_is_to_be_mended(tmp_path, dead):
 def test_a_misspelt_data_set_is_told_its_name(tmp_path):
     assert "or is --dataset shapes meant?" in message_of("shape", tmp_path)
     assert "or is --dataset in-shop meant?" in message_of("inshop", tmp_path)
-
-
-def test_folders_that_are_no_classes(tmp_path):
-    images = write_class_folders(tmp_path / "mine", per_class=(2,) * 6) / "images"
-    (images / "empty").mkdir()
-    train, _ = datasets.load_dataset("mine", tmp_path)
-    assert train.warnings == (f"{images}: 1 folders without images are no classes: empty",)
-    (images / "gone").symlink_to(tmp_path / "nowhere")
-    assert f"{images}: 1 dead links: gone; mend or remove" in message_of("mine", tmp_path)
-    images = write_class_folders(tmp_path / "few", per_class=(2, 2, 2)) / "images"
-    message = f"{images}/<class>/<image> holds 3 classes with images; at least 4 are needed"
-    assert message in message_of("few", tmp_path)
-    (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "images").touch()
-    assert f"cannot list the folder {tmp_path}/file/images (Not a directory)" in message_of("file", tmp_path)
-
-
-def test_an_image_that_is_a_dead_link_is_named(tmp_path):
-    folder = write_class_folders(tmp_path / "mine") / "images" / "class_00"
-    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    train, _ = datasets.load_dataset("mine", tmp_path)
-    with pytest.raises(InputError, match=r"cannot read the image .*class_00/gone\.jpg \(No such file"):
-        contents({"train": train})
 
 
 @pytest.mark.parametrize("name", LIST_FILES)
@@ -264,7 +244,7 @@ def test_status_and_ids_are_checked(tmp_path):
     message = "complete rows of image_id class_id super_class_id path (invalid literal for int() with base 10: 'four')"
     assert message in message_of("online_products", tmp_path)
     path.write_text("\n".join(row for row in path.read_text().splitlines() if " 4 1 " not in row and "four" not in row))
-    assert f"{path}: lists 1 classes of a split; at least 2 are needed" in message_of("online_products", tmp_path)
+    assert f"{path}: lists 1 class of a split; at least 2 are needed" in message_of("online_products", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "old"), [("online_products", "3_0.JPG"), ("in-shop", "00_1_front.jpg")])
@@ -311,111 +291,6 @@ def test_classes_of_cars_without_annotations_are_left_out(tmp_path):
     assert f"{path}: cannot be read as the annotations" in message_of("cars196", tmp_path)
 
 
-def write_factors(root, change=lambda lines: lines):
-    """Write a data set of 4 classes of 3 images and its factors.csv, changed; returns the source path."""
-    write_class_folders(root / "mine", per_class=(3,) * 4)
-    lines = ["image,light,held in"]
-    lines += [
-        f"class_{c:02d}/{i}.jpg,{('left', 'right')[i % 2]},{('hand', 'a box')[c % 2]}"
-        for c in range(4)
-        for i in range(3)
-    ]
-    (root / "mine" / "factors.csv").write_text("\n".join(change(lines)) + "\n")
-    return root
-
-
-def test_known_characteristics_are_read_in_any_order(tmp_path):
-    source = write_factors(tmp_path, lambda lines: [lines[0], *lines[:0:-1], ""])
-    train, tests = datasets.load_dataset("mine", source)
-    for images in (train, tests["test"]):
-        assert {name: levels.tolist() for name, levels in images.factors.items()} == {
-            "light": [0, 1, 0] * 2,  # left, right
-            "held in": [1] * 3 + [0] * 3,  # a hand, a box
-        }
-    (tmp_path / "mine" / "factors.csv").unlink()
-    assert datasets.load_dataset("mine", source)[0].factors == {}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda lines: lines[:-2], "2 images have no row: class_03/1.jpg, class_03/2.jpg"),
-        (lambda lines: [*lines, "class_09/1.jpg,left,hand"], "1 rows name no image: class_09/1.jpg"),
-        (
-            lambda lines: [*lines[:4], "class_01/0.jpg,left", "class_01/1.jpg,left,hand,1", *lines[6:]],
-            "2 rows are not as long as the first: class_01/0.jpg, class_01/1.jpg",
-        ),
-        (lambda lines: [*lines, lines[1]], "1 images have several rows: class_00/0.jpg"),
-        (lambda lines: [line.replace("right", "left") for line in lines], "light has one value in all training"),
-        (
-            lambda lines: [*lines[:7], *[line.replace("right", "left") for line in lines[7:]]],
-            "light has one value in all",
-        ),
-        (lambda lines: ["image,light,light", *lines[1:]], "line 1: expected image and a column"),
-        (lambda lines: ["image,light,", *lines[1:]], "line 1: expected image and a column"),
-        (lambda lines: ["image", *[line.split(",")[0] for line in lines[1:]]], "line 1: expected image and a column"),
-        (lambda lines: ["image,light,class", *lines[1:]], "line 1: expected image and a column"),
-        (lambda lines: ["name,light,size", *lines[1:]], "line 1: expected image and a column"),
-        (lambda lines: [], "line 1: expected image and a column"),
-    ],
-)
-def test_faults_of_known_characteristics_are_one_line(tmp_path, change, message):
-    error = message_of("mine", write_factors(tmp_path, change))
-    assert error.startswith(f"{tmp_path}/mine/factors.csv")
-    assert message in error
-    assert "\n" not in error
-
-
-@pytest.mark.parametrize("kind", ["a dead link", "a folder", "no text"])
-def test_a_file_of_factors_that_cannot_be_read_is_not_left_out(tmp_path, kind):
-    path = write_factors(tmp_path) / "mine" / "factors.csv"
-    path.unlink()
-    if kind == "a dead link":
-        path.symlink_to(tmp_path / "nowhere")
-    elif kind == "a folder":
-        path.mkdir()
-    else:
-        path.write_bytes(b"image,light\n\xff\xfe,left\n")
-    assert message_of("mine", tmp_path).startswith(f"{path}: cannot be read (")
-
-
-def test_what_is_no_image_of_a_class_is_counted_and_left_out(tmp_path):
-    images = write_class_folders(tmp_path / "mine", per_class=(3, 3, 3, 3)) / "images"
-    for name in ("class_00/Thumbs.db", "class_01/desktop.ini", "class_01/notes.txt", "class_01/.hidden", "readme.md"):
-        (images / name).touch()
-    for name, copy in {"0.jpg": "front/0.jpg", "1.jpg": "front/deeper/1.jpg", "2.jpg": "../2.jpg"}.items():
-        (images / "class_02" / copy).parent.mkdir(exist_ok=True)
-        (images / "class_02" / copy).write_bytes((images / "class_02" / name).read_bytes())
-    for old, new in {"0.jpg": "bare", "1.jpg": "1.JFIF", "2.jpg": "2.avif"}.items():
-        (images / "class_03" / old).rename(images / "class_03" / new)
-    train, tests = datasets.load_dataset("mine", tmp_path)
-    assert (len(train), len(tests["test"])) == (6, 6)
-    assert train.warnings == (
-        f"{images}: 2 images in subfolders of class folders are left out: in class_02",
-        f"{images}: 1 images beside the class folders are left out: 2.jpg",
-        f"{images}: 3 files with an ending that is not read are left out: class_00/Thumbs.db, class_01/desktop.ini, "
-        "class_01/notes.txt",
-    )
-    assert set(train.warnings) <= set(datasets.count_warnings("mine", train, tests))
-
-
-def test_class_folders_with_images_in_subfolders_only_are_refused(tmp_path):
-    images = write_class_folders(tmp_path / "mine") / "images"
-    (images / "class_01" / "front").mkdir()
-    for path in images.glob("class_01/*.jpg"):
-        path.rename(path.parent / "front" / path.name)
-    assert message_of("mine", tmp_path) == (
-        f"{images}: 1 class folders hold images in subfolders only: class_01; move the images up into the class "
-        f"folders, or the subfolders into {images} if they are the classes"
-    )
-
-
-def test_a_folder_of_the_users_is_not_replaced_by_the_rendered_set(tmp_path):
-    write_class_folders(tmp_path / "shapes")
-    message = message_of("shapes", tmp_path)
-    assert message == f"--dataset shapes: is the built-in set, and {tmp_path}/shapes is a folder of yours: rename that"
-
-
 def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
@@ -424,19 +299,4 @@ def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
     assert lines[2] == f"  found       {tmp_path} holds others, gone, loop"
     write_class_folders(tmp_path / "tiny")
     (tmp_path / "tiny" / "images" / "more").symlink_to("more")
-    assert message_of("tiny", tmp_path).endswith("images: 1 dead links: more; mend or remove them")
-
-
-def test_what_disks_and_file_servers_make_is_no_class_and_errors_say_what_was_left_out(tmp_path):
-    images = write_class_folders(tmp_path / "mine") / "images"
-    for name in ("@eaDir", "lost+found", "class_00/@eaDir"):
-        (images / name).mkdir()
-    (images / "class_00" / "@eaDir" / "0.jpg").write_bytes((images / "class_00" / "0.jpg").read_bytes())
-    assert datasets.load_dataset("mine", tmp_path)[0].warnings == ()
-    for path in images.glob("class_*/*.jpg"):
-        path.rename(path.with_suffix(".heic"))
-    message = message_of("mine", tmp_path)
-    assert "holds 0 classes with images; at least 4 are needed" in message
-    assert "20 files with an ending that is not read are left out: class_00/0.heic" in message
-    (write_class_folders(tmp_path / "other") / "images").rename(tmp_path / "shapes")
-    assert "is the built-in set, and" in message_of("shapes", tmp_path)
+    assert message_of("tiny", tmp_path).endswith("tiny: 1 dead link: images/more; mend or remove them")

@@ -35,7 +35,7 @@ def test_recoveries_show_queries_and_their_nearest_neighbours(tmp_path):
     sheets.draw_recoveries(tmp_path / "sheet.png", images, embeddings, "a title", n_queries=4, n_neighbours=2)
     assert tiles(tmp_path / "sheet.png") == [
         [("query", 0), ("other", 1), ("other", 2)],
-        [("query", 2), ("same", 3), ("other", 4)],
+        [("query", 3), ("same", 2), ("other", 4)],
         [("query", 4), ("same", 5), ("other", 6)],
         [("query", 6), ("other", 5), ("other", 4)],
     ]
@@ -50,6 +50,29 @@ def test_recoveries_search_queries_in_the_gallery_only(tmp_path):
         [("query", 0), ("same", 2), ("other", 3), ("other", 4), ("other", 6)],
         [("query", 1), ("other", 2), ("same", 3), ("same", 4), ("same", 6)],
         [("query", 5), ("same", 4), ("same", 6), ("same", 3), ("other", 2)],
+    ]
+
+
+def test_recoveries_take_queries_that_something_can_be_found_for_unless_there_are_none(tmp_path):
+    embeddings = np.arange(N, dtype=np.float32)[:, None]
+    images = grey_images([0, 1, 2, 2, 3, 4, 5], list("abcdef"))
+    sheets.draw_recoveries(tmp_path / "sheet.png", images, embeddings, "a title", n_neighbours=1)
+    assert tiles(tmp_path / "sheet.png") == [[("query", 2), ("other", 1)], [("query", 3), ("same", 2)]]
+    is_query = np.arange(N) % 2 == 0
+    images = grey_images([0, 0, 1, 2, 3, 3, 0], list("abcd"), is_query=is_query)
+    sheets.draw_recoveries(tmp_path / "sheet.png", images, embeddings, "a title", n_neighbours=1)
+    assert [row[0] for row in tiles(tmp_path / "sheet.png")] == [("query", 0), ("query", 4), ("query", 6)]
+    sheets.draw_recoveries(tmp_path / "sheet.png", grey_images(range(N), list("abcdefg")), embeddings, "a title")
+    assert len(tiles(tmp_path / "sheet.png")) == N
+
+
+def test_images_that_took_no_part_in_a_mining_are_not_shown():
+    clusters, classes = np.array([1, 1, 0, 0, 0, 2]), np.arange(6)
+    distances = np.array([0.2, 0.1, np.nan, 0.4, 0.3, np.nan])
+    shown = sheets.clusters_to_show(clusters, distances, classes, {"light": np.array([0, 0, 1, 1, 0, 1])})
+    assert [(caption.split("\n")[:3], indices.tolist()) for caption, indices in shown] == [
+        (["cluster 0", "2 images", "2 classes"], [4, 3]),
+        (["cluster 1", "2 images", "2 classes"], [1, 0]),
     ]
 
 
@@ -69,7 +92,7 @@ def test_clusters_are_shown_by_the_nearest_image_of_each_class():
     classes = np.array([0, 1, 1, 2, 0, 0, 3])
     shown = sheets.clusters_to_show(clusters, distances, classes, {})
     assert [caption for caption, _ in shown] == [
-        "cluster 7\n4 images\n3 classes", "cluster 2\n2 images\n1 classes", "cluster 5\n1 images\n1 classes"
+        "cluster 7\n4 images\n3 classes", "cluster 2\n2 images\n1 class", "cluster 5\n1 image\n1 class"
     ]  # fmt: skip
     assert [indices.tolist() for _, indices in shown] == [[1, 0, 3], [5], [6]]
     assert sheets.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]

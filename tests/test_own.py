@@ -1,0 +1,554 @@
+"""One's own images in three layouts: what is read, what is left out and named, what is refused."""
+
+import os
+import re
+import shutil
+import subprocess
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import read_logs, run, small_flags, write_class_folders
+from PIL import Image
+
+import datasets
+from data.files import survey
+from data.images import describe_change, fingerprints
+from support.errors import InputError
+
+LAYOUTS = ("images", "train and test", "list of paths", "list of a flat folder", "list with queries")
+
+
+def message_of(source, name="mine"):
+    with pytest.raises(InputError) as error:
+        datasets.load_dataset(name, source)
+    return str(error.value)
+
+
+def write_list(root, *lines, separator=",", encoding="utf-8", newline="\n"):
+    """Write root/images.csv, whose lines are given with commas."""
+    text = newline.join(line.replace(",", separator) for line in lines) + newline
+    (root / "images.csv").write_bytes(text.encode(encoding))
+
+
+def picture(path, kind=None):
+    """Write a small image file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4, 3), len(str(path)) % 250, dtype=np.uint8)).save(path, kind)
+
+
+def write_as(root, layout):
+    """Write the same images and split in a layout; the third image of each class is dark, all others are light."""
+    write_class_folders(root, per_class=(3, 4, 3, 5, 3))
+    images = sorted((root / "images").glob("*/*"))
+    names = {path: f"{path.parent.name}/{path.name}" for path in images}
+    split = {path: "train" if path.parent.name < "class_02" else "test" for path in images}
+    light = {path: "light" if path.name != "2.jpg" else "dark" for path in images}
+    if layout == "images":
+        lines = ["image,light", *(f"{names[path]},{light[path]}" for path in images)]
+        (root / "factors.csv").write_text("\n".join(lines))
+    elif layout == "train and test":
+        lines = ["image,light", *(f"{split[path]}/{names[path]},{light[path]}" for path in images)]
+        for path in images:
+            (root / split[path] / path.parent.name).mkdir(parents=True, exist_ok=True)
+            path.rename(root / split[path] / names[path])
+        shutil.rmtree(root / "images")
+        (root / "factors.csv").write_text("\n".join(lines[:1] + lines[:0:-1]))
+    elif layout == "list of paths":
+        write_list(root, "image,class,light", *(f"{names[p]},{p.parent.name},{light[p]}" for p in reversed(images)))
+    else:
+        flat = {path: path.with_name(f"{path.parent.name}_{path.name}") for path in images}
+        flat = {path: root / new.name for path, new in flat.items()}
+        for path in images:
+            path.rename(flat[path])
+        shutil.rmtree(root / "images")
+        rows = [f"{flat[p].name},{p.parent.name},{split[p].upper()},{light[p]}" for p in images]
+        write_list(root, "image,class,split,light", *rows, separator=";", encoding="utf-16", newline="\r\n")
+    return root
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:4])
+def test_the_same_images_and_split_give_equal_logs_in_every_layout(tmp_path, layout):
+    """Trained on, too, but in another folder the logs of class folders."""
+    logs = []
+    for name in ("images", layout):
+        root = write_as(tmp_path / name / "tiny", name)
+        train, tests = datasets.load_dataset("tiny", root.parent)
+        assert train.factors["light"].tolist() == [1, 1, 0, 1, 1, 0, 1]
+        more = ("--n_epochs", 1, "--eval_every", 1, "--bs", 4)
+        logs.append((train, tests, read_logs(run(small_flags(root.parent, tmp_path / "results", *more)))))
+    (train, tests, plain), (other_train, other_tests, other) = logs
+    assert train.layout != other_train.layout
+    for one, another in ((train, other_train), (tests["test"], other_tests["test"])):
+        assert one.class_names == another.class_names
+        assert one.labels.tolist() == another.labels.tolist()
+    assert list(plain) == list(other)
+    assert all(plain[name].equals(other[name]) for name in plain)
+
+
+def test_the_same_images_in_another_layout_are_no_change(tmp_path):
+    known = []
+    for layout in LAYOUTS[:3]:
+        train, tests = datasets.load_dataset("tiny", write_as(tmp_path / layout / "tiny", layout).parent)
+        known.append(
+            {name: value for name, value in fingerprints({"train": train, **tests}).items() if name != "factors"}
+        )
+    assert describe_change(known[0], known[1]) is describe_change(known[0], known[2]) is None
+
+
+def test_a_list_with_queries_and_a_gallery(tmp_path):
+    root = write_class_folders(tmp_path / "mine", per_class=(2, 2, 3, 3))
+    rows = [f"images/class_{c:02d}/{i}.jpg,{c:03d}" for c, n in enumerate((2, 2, 3, 3)) for i in range(n)]
+    words = ["train"] * 4 + ["Query", " gallery", "VAL", "gallery", "QUERY", "val"]
+    write_list(root, "image,class,split", *(f"{row},{word}" for row, word in zip(rows, words)))
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert train.class_names == ["000", "001"]  # text, not numbers
+    assert tests["test"].class_names == ["002", "003"]
+    assert tests["test"].is_query.tolist() == [True, False, False, True]
+    assert train.left_out == ("2 rows of val: images/class_02/2.jpg, images/class_03/2.jpg",)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with its mark"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "sep=;"])
+def test_a_list_is_read_as_spreadsheets_write_it(tmp_path, encoding, separator):
+    root = tmp_path / "mine"
+    names = {"Zoë/a b.jpg": "NA", "Zoë/c.jpg": "001", "b'1,2;3.jpg": "N/A", "d.jpg": "1"}
+    for name in names:
+        picture(root / unicodedata.normalize("NFD", name))
+    quoted = [f'"{unicodedata.normalize("NFC", name)}"|"{label}"' for name, label in names.items()]
+    mark = "sep=;" if len(separator) > 1 else ""
+    text = "\r\n".join([*filter(None, [mark]), "image|class|", *[f"{line}|" for line in quoted], "||", ""])
+    text = text.replace("|", separator[-1])
+    code, *marked = encoding.split(" with")
+    (root / "images.csv").write_bytes(("\ufeff" * bool(marked) + text).encode(code))
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert [train.class_names, tests["test"].class_names] == [["001", "1"], ["N/A", "NA"]]
+    assert all(os.path.isfile(name) for name in [*train.names, *tests["test"].names])
+    assert train.left_out == ()
+
+
+LINES = (
+    "image,class,split,light",
+    *(f"class_{c:02d}/{i}.jpg,c{c},{'train' if c < 2 else 'test'},{i}" for c in range(4) for i in range(2)),
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "line", "message"),
+    [
+        (
+            1,
+            "name,class,split,light",
+            r"row 1: expected the columns image and class, .*; found 'name,class,split,light'",
+        ),
+        (1, "image,class,light,light", r"row 1: the column 'light' cannot be a characteristic; give each another name"),
+        (1, "image,class,split,Class", r"row 1: the column 'Class' cannot be"),
+        (4, "class_01/0.jpg,c1,train", r"1 row not as long as the first: row 4 \(class_01/0\.jpg\)"),
+        (4, "class_01/0.jpg,c1,train,0,1", r"1 row not as long as the first: row 4"),
+        (4, "class_01/7.jpg,c1,train,0", r"1 of 8 listed images not on disk, .*: row 4 \(class_01/7\.jpg\)"),
+        (4, "/data/0.jpg,c1,train,0", r"an absolute path, where one below .* is expected, in row 4 \(/data/0\.jpg\)"),
+        (4, "C:\\data\\0.jpg,c1,train,0", r"an absolute path, where one below .*"),
+        (4, "class_01\\0.jpg,c1,train,0", r"backslashes in place of slashes in row 4 \(class_01\\0\.jpg\)"),
+        (4, "../images/class_01/0.jpg,c1,train,0", r"1 of 8 listed images not on disk"),
+        (4, "./class_00//1.jpg,c1,train,0", r"an image listed twice in row 3 and row 4 \(class_00/1\.jpg\)"),
+        (4, "class_01/0.jpg, ,train,0", r"no class in row 4 \(class_01/0\.jpg\)"),
+        (4, ",c1,train,0", r"no image in row 4"),
+        (
+            4,
+            "class_01/0.jpg,c1,trian,0",
+            r"a split that is none of train, test, query, gallery and val in row 4 \(trian\)",
+        ),
+        (
+            4,
+            "class_01/0.jpg,c1,query,0",
+            r"the column split holds query, test, train; give train and test, or train, query",
+        ),
+        (4, "class_01/note.txt,c1,train,0", r"a file that is not read as an image in row 4 \(class_01/note\.txt\)"),
+        (4, '"class_01/0.jpg,c1,train,0', r"cannot be read \(unexpected end of data\)"),
+        (4, "class_01/\xe9.jpg,c1,train,0", r"cannot be read \('utf-8' codec .*; save it as CSV in UTF-8"),
+    ],
+)
+def test_faults_of_a_list_are_one_line_with_the_row(tmp_path, row, line, message):
+    root = write_class_folders(tmp_path / "mine", per_class=(2,) * 4)
+    (root / "images" / "class_01" / "note.txt").touch()
+    lines = [*LINES[: row - 1], line, *LINES[row:]]
+    write_list(root, *lines, encoding="latin-1")
+    error = message_of(tmp_path)
+    assert re.match(rf"{re.escape(str(root / 'images.csv'))}(:|,) {message}", error), error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda line: line.replace("test", "train"),
+            "the column split holds train; give train and test, or train, query",
+        ),
+        (lambda line: line.replace("test", "query"), "the column split holds query, train; give train and test, or"),
+        (lambda line: line.replace("c1", "c0"), "1 class to train; at least 2 are needed"),
+        (lambda line: line.replace(",1", ",0"), "light has one value in all training images; leave it out"),
+        (lambda line: re.sub(r",(train|test|split)", "", line).replace("c3", "c2"), "lists 3 classes; at least 4"),
+        (lambda line: line.replace(".jpg", ".jpeg"), "8 of 8 listed images not on disk, neither below"),
+    ],
+)
+def test_faults_of_a_whole_list(tmp_path, change, message):
+    root = write_class_folders(tmp_path / "mine", per_class=(2,) * 4)
+    write_list(root, *map(change, LINES))
+    error = message_of(tmp_path)
+    assert message in error
+    assert error.startswith(str(root / "images.csv"))
+
+
+def test_a_list_and_factors_are_not_read_together(tmp_path):
+    root = write_class_folders(tmp_path / "mine", per_class=(2,) * 4)
+    write_list(root, *LINES)
+    (root / "factors.csv").touch()
+    assert message_of(tmp_path).endswith("factors.csv: is not read beside images.csv; put its columns into images.csv")
+
+
+def test_the_first_layout_counts_and_the_others_are_named(tmp_path):
+    root = write_class_folders(tmp_path / "mine", per_class=(2,) * 5)
+    for split in ("train", "test", "val"):
+        shutil.copytree(root / "images", root / split)
+    train, _ = datasets.load_dataset("mine", tmp_path)
+    assert train.layout.startswith(f"{root}/images/<class>/<image>, ")
+    assert train.layout.endswith("; train and test beside it: not read")
+    assert train.left_out == ("30 images outside images/: test/ (10), train/ (10), val/ (10)",)
+    write_list(root, *(line.replace("class_", "train/class_") for line in LINES))
+    train, _ = datasets.load_dataset("mine", tmp_path)
+    assert train.layout == f"{root}/images.csv, split as its column says; images beside it: not read"
+    assert "32 images not listed in images.csv: images/class_00/0.jpg, " in train.left_out[0]
+    (root / "images.csv").unlink()
+    shutil.rmtree(root / "images")
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert train.left_out == ("10 images outside train/ and test/: val/ (10)",)
+    assert train.class_names == tests["test"].class_names
+    assert "mine, test: 5 classes are trained on too: class_00, class_01, class_02, ..." in datasets.count_warnings(
+        "mine", train, tests
+    )
+
+
+@pytest.mark.parametrize("layout", ["images.csv", "images", "train and test"])
+def test_no_layout_of_ones_own_is_read_under_a_published_or_the_built_in_name(tmp_path, layout):
+    for name in ("in-shop", "shapes"):
+        root = write_class_folders(tmp_path / name, per_class=(2,) * 4)
+        if layout == "train and test":
+            shutil.copytree(root / "images", root / "test")
+            (root / "images").rename(root / "train")
+        elif layout == "images.csv":
+            (root / "images").rename(root / "pictures")
+            write_list(root, *LINES)
+    assert "no images of --dataset in-shop" in message_of(tmp_path, "in-shop")
+    assert "is the built-in set, and" in message_of(tmp_path, "shapes")
+
+
+def messy(root, layout):
+    """Write class folders with all that people's folders hold besides, hidden files too."""
+    write_class_folders(root, per_class=(3,) * 5)
+    images = root / "images"
+    jpeg = (images / "class_00" / "0.jpg").read_bytes()
+    for name in ("class_00/LICENSE", "class_01/Makefile", "class_01/a.heic", "class_02/notes.txt", "README.md"):
+        (images / name).write_text("P6 is what a text may begin with")
+    for name in ("class_00/bare", "class_01/sub.glasses", "class_02/x.jpg~", "class_02/front/0.jpg",
+                 "class_02/a/b/c/1.jpg",
+                 "flat.jpg", "class_00/0.jpg~", "class_00/0.jpg_original", "class_00/0.JPG.bak", "class_01/1.bak",
+                 "class_00/._0.jpg", ".DS_Store", "class_01/Icon\r", "class_03/@eaDir/0.jpg", "../cover.jpg",
+                 "../val/class_09/1.jpg", "../.thumbnails/1.jpg", "../cover.jpg.bak"):  # fmt: skip
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(jpeg)
+    (images / "class_00" / "0.jpg").rename(images / "class_00" / "0.JPG")
+    (images / "empty" / "below").mkdir(parents=True)
+    (images / "again").symlink_to(images / "class_04")
+    (images / "class_03" / "tones.tif").write_bytes(b"II*\0")
+    (images / "class_03" / "raw").write_bytes(b"II*\0")
+    if layout == "images.csv":
+        listed = [path for path in sorted(images.glob("class_0?/?.[jJ]*")) if path.suffix.lower() == ".jpg"]
+        write_list(root, "image,class", *(f"{path.relative_to(images)},{path.parent.name}" for path in listed))
+    return root
+
+
+@pytest.mark.parametrize("layout", ["images", "images.csv"])
+def test_images_and_what_is_left_out_are_all_that_find_finds(tmp_path, layout, capsys):
+    root = messy(tmp_path / "mine", layout)
+    assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    n_read = sum(int(line.split()[2]) for line in lines if line.startswith(("train", "test")))
+    left_out = [line.removeprefix("left out: ") for line in lines if line.startswith("left out: ")]
+    n_left_out = sum(int(line.split()[0]) for line in left_out if "folder" not in line.split(":")[0].split()[1])
+    found = subprocess.run(["find", root, "-type", "f"], capture_output=True, text=True, check=True).stdout
+    n_found = found.replace("Icon\r", "Icon").count("\n")
+    n_aside = 1 if layout == "images.csv" else 0  # the list itself
+    assert n_read + n_left_out == n_found - n_aside, left_out
+    if layout == "images":
+        assert n_read == 15 + 4  # bare, sub.glasses, x.jpg~, tones.tif
+        assert left_out == [
+            "3 images outside images/: cover.jpg, cover.jpg.bak, val/ (1)",
+            "1 folder without images: images/empty",
+            "2 images in subfolders of class folders: images/class_02/a/b/c/1.jpg, images/class_02/front/0.jpg",
+            "1 image beside the class folders: images/flat.jpg",
+            "4 copies of images beside them: images/class_00/0.JPG.bak, images/class_00/0.jpg_original, "
+            "images/class_00/0.jpg~, ...",
+            "6 other files: images/README.md, images/class_00/LICENSE, images/class_01/Makefile, ...",
+            "5 hidden files: .thumbnails/1.jpg, images/.DS_Store, images/class_00/._0.jpg, ...",
+            "1 folder that leads to images read already: images/again",
+        ]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF"])
+def test_a_file_without_an_ending_of_images_is_one_if_it_begins_like_one(tmp_path, kind):
+    picture(tmp_path / "subject0.glasses", kind)
+    picture(tmp_path / "subject0", kind)
+    for other in ("BMP", "TIFF", "PPM"):  # whose first bytes texts and raw files have too
+        picture(tmp_path / f"a.{other.lower()}", other)
+        picture(tmp_path / f"raw.{other}x", other)
+    (tmp_path / "LICENSE").write_text("BM, GIF or P6")
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    found = survey(tmp_path)
+    assert found.images == ["a.bmp", "a.ppm", "a.tiff", "subject0", "subject0.glasses"]
+    assert found.others == ["LICENSE", "photo.heic", "raw.BMPx", "raw.PPMx", "raw.TIFFx"]
+
+
+@pytest.mark.parametrize("layout", ["images", "train and test", "images.csv"])
+def test_dead_links_and_pointers_of_git_lfs_are_counted_and_refused(tmp_path, layout):
+    root = write_class_folders(tmp_path / "mine", per_class=(2,) * 4)
+    first, second = root / "images/class_00/0.jpg", root / "images/class_02/1.jpg"
+    if layout == "images.csv":
+        write_list(root, *LINES)
+    if layout == "train and test":
+        shutil.copytree(root / "images", root / "test")
+        (root / "images").rename(root / "train")
+        first, second = root / "train/class_00/0.jpg", root / "test/class_02/1.jpg"
+    for path in (first, second):
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    message = message_of(tmp_path)
+    assert "2 Git LFS pointers: " in message
+    assert "git lfs pull" in message
+    for path in (first, second):
+        path.unlink()
+        path.symlink_to(tmp_path / "nowhere")
+    message = message_of(tmp_path)
+    if layout == "images.csv":
+        assert "2 of 8 listed images not on disk" in message
+    else:
+        assert "2 dead links: " in message
+    assert all(f"{path.parent.name}/{path.name}" in message for path in (first, second))
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(2,) * 6) / "images"
+    (images / "empty").mkdir()
+    assert datasets.load_dataset("mine", tmp_path)[0].left_out == ("1 folder without images: images/empty",)
+    (images / "gone").symlink_to(tmp_path / "nowhere")
+    (images / "more").symlink_to("more")
+    assert message_of(tmp_path) == f"{tmp_path}/mine: 2 dead links: images/gone, images/more; mend or remove them"
+    images = write_class_folders(tmp_path / "few", per_class=(2, 2, 2)) / "images"
+    for path in images.glob("class_00/*.jpg"):
+        path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+        path.rename(path.with_suffix(".heic"))
+    message = message_of(tmp_path, "few")
+    assert message.startswith(f"{images}/<class>/<image> holds 2 classes with images; at least 4 are needed")
+    assert "left out: 2 other files: images/class_00/0.heic, images/class_00/1.heic" in message
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "images").touch()
+    assert f"cannot list the folder {tmp_path}/file/images (Not a directory)" in message_of(tmp_path, "file")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train/a/1", "test/a/1", "train/b/1"], "images: holds train and test; move both up into"),
+        (
+            ["a/x/1", "a/y/1", "b/z/1", "c/1"],
+            "images: 2 class folders with images in subfolders only: a, b; move the images up into the class folders, "
+            "or the subfolders into {root}/images if they are the classes (3 classes)",
+        ),
+        (
+            ["1", "2"],
+            "images: 2 images without class folders: images/1.gif, images/2.gif; put them into images/<class>/",
+        ),
+    ],
+)
+def test_images_at_another_depth_of_images_are_refused(tmp_path, files, message):
+    for name in files:
+        picture(tmp_path / "mine" / "images" / f"{name}.gif")
+    assert message.format(root=tmp_path / "mine") in message_of(tmp_path)
+
+
+GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", *(f"square/{c}" for c in "hijk")]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (GROUPS, "of {0}/hex, {0}/round, {0}/square, {0}/triangle together in {0}/images, 11 classes"),
+        ([f"g{i}/{c}{i}" for i in range(3) for c in "abc"], "of {0}/g0, {0}/g1, {0}/g2 together in {0}/images, 9 cl"),
+        (["x/g/a", "x/g/b", "x/h/a"], "{0}/x/g, {0}/x/h hold 2 folders with images (a, b): too few if they are"),
+        (["a", "b", "c", "d"], "move or link the class folders from {0} to {0}/images"),
+        (["x/a", "x/b", "x/c", "x/d", "x/e"], "move or link the class folders from {0}/x to {0}/images"),
+        (["a", "b"], "{0} hold 2 folders with images (a, b): too few"),
+        ([""], "{0} holds 2 images without class folders: put them into {0}/images/<class>/, or list them with"),
+        (["all"], "{0}/all holds 2 images without class folders: put them into"),
+        (["train", "test"], "{0} holds 4 images without class folders: put them into {0}/images/<class>/, or list "),
+        (["data/train/a", "data/test/b"], "it lies too deep: move what {0}/data holds to {0}"),
+        (["train/a", "val/a"], "there is no {0}/test; to test on val link it: ln -s val {0}/test"),
+        (["x/train/a", "x/val/a"], "{0}/x/train holds class folders, but there is no {0}/x/test; to test on val link"),
+        (["train/a", "val/a", "test"], "{0}/test holds no class folders with images; rename test, and to test on val"),
+        (["train/a", "test"], "{0}/test holds no class folders with images; put its images into {0}/test/<class>/; or"),
+        (["train/a", "test"], "first half of the classes and test on the rest link it: ln -s train {0}/images"),
+        (["train/a", "train/b"], "there is no {0}/test; to train on the first half of the classes and test on the re"),
+        (["training/a", "test/a"], "{0}/training: the folder to train on has to be called train: link it: ln -s train"),
+        (["train/a", "Test/a"], "{0}/Test: the folder to test on has to be called test: link it: ln -s Test {0}/test"),
+    ],
+)  # fmt: skip
+def test_images_in_no_layout_are_to_be_moved_linked_or_listed(tmp_path, folders, message):
+    for folder in folders:
+        for i in range(2):
+            picture(tmp_path / "mine" / folder / f"{folder.replace('/', '_')}image.{i}", "GIF")
+    assert message.format(tmp_path / "mine") in message_of(tmp_path)
+
+
+def test_advice_done_to_the_letter_keeps_every_class(tmp_path):
+    for folder in GROUPS:
+        for i in range(2):
+            picture(tmp_path / "mine" / folder / f"{i}.png")
+    advice = message_of(tmp_path)
+    groups = re.findall(
+        r"\S+/mine/\w+(?=,| together)", advice.split("put the class folders of ")[1].split(" together")[0] + ","
+    )
+    images = tmp_path / "mine" / "images"
+    images.mkdir()
+    for group in map(Path, groups):
+        for folder in group.iterdir():
+            folder.rename(images / folder.name)
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert f"{len(train.class_names) + len(tests['test'].class_names)} classes" in advice
+    assert len(train) + len(tests["test"]) == 22
+
+
+def test_the_summary_names_classes_of_one_image_and_queries_that_cannot_be_found(tmp_path, capsys):
+    root = write_class_folders(tmp_path / "mine", per_class=(1, 3, 1, 2, 2))
+    assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"layout: {root}/images/<class>/<image>, the first half of the classes trains, the rest tests"
+    assert lines[2:] == [
+        "train             2        4  1, 2, 3; class_00 to class_01",
+        "test              3        5  1, 2, 2; class_02 to class_04",
+        "train: 1 class of one image: class_00",
+        "test: 1 class of one image, which nothing can be found for: class_02",
+    ]
+    words = ["train"] * 4 + ["query", "query", "query", "gallery", "query"]
+    names = [f"class_{c:02d}/{i}.jpg,{c}" for c, n in enumerate((1, 3, 1, 2, 2)) for i in range(n)]
+    write_list(root, "image,class,split", *(f"{name},{word}" for name, word in zip(names, words)))
+    assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "test: 1 class of one image, which nothing can be found for: 2",
+        "test: 3 queries of 2 classes without an image in the gallery, never found: 2, 3",
+    ]
+
+
+def write_factors(root, change=lambda lines: lines):
+    """Write a data set of 4 classes of 3 images and its factors.csv, changed; returns the source path."""
+    write_class_folders(root / "mine", per_class=(3,) * 4)
+    lines = ["image,light,held in"]
+    lines += [
+        f"class_{c:02d}/{i}.jpg,{('left', 'right')[i % 2]},{('hand', 'a box')[c % 2]}"
+        for c in range(4)
+        for i in range(3)
+    ]
+    (root / "mine" / "factors.csv").write_text("\n".join(change(lines)) + "\n")
+    return root
+
+
+def test_known_characteristics_are_read_in_any_order(tmp_path):
+    source = write_factors(tmp_path, lambda lines: [lines[0], *lines[:0:-1], ""])
+    train, tests = datasets.load_dataset("mine", source)
+    for images in (train, tests["test"]):
+        assert {name: levels.tolist() for name, levels in images.factors.items()} == {
+            "light": [0, 1, 0] * 2,  # left, right
+            "held in": [1] * 3 + [0] * 3,  # a hand, a box
+        }
+    assert "known characteristics: light, held in" in datasets.summary_lines(train, tests)
+    (tmp_path / "mine" / "factors.csv").unlink()
+    assert datasets.load_dataset("mine", source)[0].factors == {}
+
+
+def test_known_characteristics_match_in_any_unicode_form_and_may_name_what_is_left_out(tmp_path):
+    root = write_factors(tmp_path) / "mine"
+    (root / "images" / "class_00").rename(root / "images" / unicodedata.normalize("NFD", "Ärger"))
+    (root / "images" / "class_01" / "more").mkdir()
+    shutil.copy(root / "images" / "class_01" / "0.jpg", root / "images" / "class_01" / "more" / "9.jpg")
+    path = root / "factors.csv"
+    path.write_text(path.read_text().replace("class_00", "Ärger") + "class_01/more/9.jpg,left,hand\n")
+    train, _ = datasets.load_dataset("mine", tmp_path)
+    assert train.factors["light"].tolist() == [0, 1, 0] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:-2], "2 images without a row: class_03/1.jpg, class_03/2.jpg"),
+        (lambda lines: [*lines, "class_09/1.jpg,left,hand"], "1 row without an image: class_09/1.jpg"),
+        (
+            lambda lines: [*lines[:4], "class_01/0.jpg,left", "class_01/1.jpg,left,hand,1", *lines[6:]],
+            "2 rows not as long as the first: row 5 (class_01/0.jpg), row 6 (class_01/1.jpg)",
+        ),
+        (lambda lines: [*lines, lines[1]], "1 image with several rows: class_00/0.jpg"),
+        (lambda lines: [line.replace("right", "left") for line in lines], "light has one value in all training"),
+        (
+            lambda lines: [*lines[:7], *[line.replace("right", "left") for line in lines[7:]]],
+            "light has one value in all test images",
+        ),
+        (lambda lines: ["image,light,light", *lines[1:]], "row 1: the column 'light' cannot be a characteristic"),
+        (lambda lines: ["image,light,", *lines[1:]], "row 1: the column '' cannot be a characteristic"),
+        (lambda lines: ["image", *[line.split(",")[0] for line in lines[1:]]], "row 1: expected image and a column"),
+        (lambda lines: ["image,light,class", *lines[1:]], "row 1: the column 'class' cannot be a characteristic"),
+        (lambda lines: ["name,light,size", *lines[1:]], "row 1: expected image and a column"),
+        (lambda lines: [], "row 1: expected image and a column"),
+    ],
+)
+def test_faults_of_known_characteristics_are_one_line(tmp_path, change, message):
+    error = message_of(write_factors(tmp_path, change))
+    assert error.startswith(f"{tmp_path}/mine/factors.csv")
+    assert message in error
+    assert "\n" not in error
+
+
+@pytest.mark.parametrize("kind", ["a dead link", "a folder", "no text"])
+@pytest.mark.parametrize("name", ["factors.csv", "images.csv"])
+def test_a_table_that_cannot_be_read_is_not_left_out(tmp_path, name, kind):
+    path = write_factors(tmp_path) / "mine" / "factors.csv"
+    path.unlink()
+    path = path.with_name(name)
+    if kind == "a dead link":
+        path.symlink_to(tmp_path / "nowhere")
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"image,class\nx,\xff\xfe,left\n")
+    assert message_of(tmp_path).startswith(f"{path}: cannot be read (")
+
+
+def test_what_disks_and_file_servers_make_is_no_class(tmp_path):
+    images = write_class_folders(tmp_path / "mine") / "images"
+    for name in ("@eaDir", "lost+found", "class_00/@eaDir"):
+        (images / name).mkdir()
+    (images / "class_00" / "@eaDir" / "0.jpg").write_bytes((images / "class_00" / "0.jpg").read_bytes())
+    assert datasets.load_dataset("mine", tmp_path)[0].left_out == ("1 hidden file: images/class_00/@eaDir/0.jpg",)
+
+
+def test_linked_folders_count_once_and_where_they_are_read_first(tmp_path):
+    """Class folders may be links into a folder that is read later, or into a hidden one."""
+    pool = write_class_folders(tmp_path / "mine" / "all", per_class=(2,) * 4) / "images"
+    pool.rename(tmp_path / "mine" / "all" / "pool")
+    (tmp_path / "mine" / "images").symlink_to(tmp_path / "mine" / "all" / "pool")
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert (len(train), len(tests["test"]), train.left_out) == (4, 4, ())
+    (tmp_path / "mine" / "all" / "pool").rename(tmp_path / "mine" / ".pool")
+    (tmp_path / "mine" / "images").unlink()
+    (tmp_path / "mine" / "images").mkdir()
+    for folder in (tmp_path / "mine" / ".pool").iterdir():
+        (tmp_path / "mine" / "images" / folder.name).symlink_to(folder)
+    train, tests = datasets.load_dataset("mine", tmp_path)
+    assert (len(train), len(tests["test"]), train.left_out) == (4, 4, ())

@@ -199,6 +199,7 @@ def test_no_data_as_a_user_sees_it(tmp_path):
     [
         ({}, False),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),  # one process in a job for several
+        ({"PMI_SIZE": ""}, False),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"WORLD_SIZE": "2", "RANK": "0"}, True),

@@ -165,7 +165,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
             "run is a run with --bn train, not --bn frozen; --seed 2, not --seed 1; only --gpu",
         ),
         (["--eval_shared"], "run is a run with no --eval_shared, not --eval_shared; only --gpu"),
-        (["--save_path", "elsewhere"], ", not elsewhere; only --gpu"),
+        (["--save_path", "elsewhere"], ", not --save_path elsewhere; only --gpu"),
         (["--n_epochs", "2"], "run is a run with --n_epochs 3, not --n_epochs 2; only --gpu"),
         (["--go_on"], "argument --go_on: not allowed with argument --resume"),
         (["--n_epochs", "4", "--source_path", "/nowhere"], "no images of --dataset tiny in --source_path /nowhere"),

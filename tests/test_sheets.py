@@ -98,7 +98,7 @@ def test_clusters_are_shown_by_the_nearest_image_of_each_class():
     assert sheets.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]
     factors = {"light": np.array([1, 1, 1, 0, 0, 1, 1]), "size": np.array([0, 1, 0, 1, 0, 0, 1])}
     captions = [caption for caption, _ in sheets.clusters_to_show(clusters, distances, classes, factors)]
-    assert captions[2] == "cluster 5\n1 images\n1 classes"  # a single image is alike in everything
+    assert captions[2] == "cluster 5\n1 image\n1 class"  # a single image is alike in everything
     assert [caption.split("\n", 3)[3] for caption in captions[:2]] == [
         "75 % alike in\nlight", "100 % alike in\nsize"
     ]  # fmt: skip

@@ -307,6 +307,7 @@ def test_a_package_that_cannot_be_imported_is_told_from_one_that_is_missing(
 
 def test_a_path_may_begin_with_the_home_folder(class_folders, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(class_folders))
+    (class_folders / "b.pth").touch()
     args = parse("--source_path=~/a", "--save_path=~", "--weights=~/b.pth")
     assert (args.source_path, args.save_path) == (f"{class_folders}/a", str(class_folders))
     assert args.weights == f"{class_folders}/b.pth"

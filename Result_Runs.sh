@@ -75,14 +75,13 @@ ablation.main(main.get_args_parser)' "$@"
         ;;
     all)
         failed=()
-        child=
-        trap 'kill -TERM $child 2>/dev/null || true; wait $child || true; exit 143' TERM
-        trap 'kill -HUP $child 2>/dev/null || true; wait $child || true; exit 129' HUP
-        trap 'wait $child || true; exit 130' INT
+        # $! is the run as soon as it is started; before the first one there is none
+        trap 'kill -TERM ${!:-} 2>/dev/null || true; wait ${!:-} || true; exit 143' TERM
+        trap 'kill -HUP ${!:-} 2>/dev/null || true; wait ${!:-} || true; exit 129' HUP
+        trap 'wait ${!:-} || true; exit 130' INT
         for each in cub200 cars196 online_products in-shop vehicle_id; do
             (run "$each" "$@") &
-            child=$!
-            wait "$child" && continue
+            wait $! && continue
             code=$?
             if ((code > 128)); then exit "$code"; fi # told to stop
             failed+=("$each")

@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ import torch
 from support import processes
 from support.errors import DivergedError, InputError, first_line
 from support.output import log
+
+LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+"""Bytes of a folder's name in which Python's processes can still open sockets for each other."""
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
 """What a run's time is split into; loading is the time that the training steps wait for their batches."""
@@ -227,7 +231,15 @@ def n_cores() -> int:
 
 
 def n_workers(most: int) -> int:
-    """Return how many loader workers this process starts: `most`, but no more than its share of the machine's cores."""
+    """Return how many loader workers this process starts: `most`, but no more than its share of the machine's cores.
+
+    Raises:
+        InputError: there are some, and the name of the folder for temporary files is too long for their sockets.
+    """
+    folder = tempfile.gettempdir()
+    if most and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # they would wait for each other for ever
+        raise InputError(f"--kernels {most}: TMPDIR is too long a name for loader workers ({folder}); shorten it, or "
+                         "give --kernels 0")  # fmt: skip
     return min(most, max(n_cores() // processes.local_world_size(), 1))
 
 

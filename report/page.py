@@ -18,7 +18,7 @@ import jinja2
 from PIL import Image
 
 from data.images import VALIDATION
-from data.published import known_of
+from data.published import published_info
 from report import plots
 from report.compare import setting_flags
 from report.plots import warn, warned
@@ -229,7 +229,7 @@ def draw_index(folder: Path) -> None:
             entries=sorted(zip(entries, sparklines(entries)), key=lambda pair: -(pair[0]["best"] or 0)),
             dataset=dataset,
             test_set=test_set,
-            paper=scores_of(known_of(dataset).scores, test_set),
+            paper=scores_of(published_info(dataset).scores, test_set),
         )
         temporary = folder / ".index.html.tmp"  # in a folder where no other run writes
         temporary.write_bytes(content)

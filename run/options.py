@@ -194,6 +194,8 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
             packages.library_loss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
+    if args.weights and not args.resume and not os.path.isfile(args.weights):
+        parser.error(f"--weights {args.weights}: no such file; give a torchvision state dict (.pth) or a checkpoint")
     samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
     without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
     if without:

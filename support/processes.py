@@ -57,13 +57,13 @@ def is_first() -> bool:
 
 def warning_of_other_tasks() -> str | None:
     """Return a warning where another launcher than torchrun started several tasks, each of which trains a whole run."""
-    n_tasks = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name, "1") != "1"}
+    n_tasks = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name) not in (None, "", "0", "1")}
     if "TORCHELASTIC_RUN_ID" in os.environ or not n_tasks:
         return None
     name, n = next(iter(n_tasks.items()))
     return (
-        f"{name}={n}, but torchrun started none of these tasks: each trains a run of its own, all on the same "
-        "GPU --gpu; one run in several processes is started with torchrun, see docs/distributed.md"
+        f"{name}={n}, but torchrun started none of these tasks: each trains a run of its own; "
+        "one run in several processes is started with torchrun, see docs/distributed.md"
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import tempfile
 import time
 
 import numpy as np
@@ -78,6 +79,10 @@ def test_each_process_has_the_workers_that_are_asked_for_up_to_its_share_of_the_
     for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, str(n_processes))
     assert [auxiliaries.n_workers(n) for n in (0, 1, 8, 100_000)] == expected
+    monkeypatch.setattr(tempfile, "tempdir", "/scratch/" + "x" * 70)
+    assert auxiliaries.n_workers(0) == 0
+    with pytest.raises(InputError, match="--kernels 2: TMPDIR is too long a name for loader workers"):
+        auxiliaries.n_workers(2)
 
 
 def test_kmeans_uses_all_points():

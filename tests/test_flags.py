@@ -199,6 +199,7 @@ def test_no_data_as_a_user_sees_it(tmp_path):
     [
         ({}, False),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, False),  # one process in a job for several
+        ({"PMI_SIZE": ""}, False),
         ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"WORLD_SIZE": "2", "RANK": "0"}, True),
@@ -306,6 +307,7 @@ def test_a_package_that_cannot_be_imported_is_told_from_one_that_is_missing(
 
 def test_a_path_may_begin_with_the_home_folder(class_folders, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(class_folders))
+    (class_folders / "b.pth").touch()
     args = parse("--source_path=~/a", "--save_path=~", "--weights=~/b.pth")
     assert (args.source_path, args.save_path) == (f"{class_folders}/a", str(class_folders))
     assert args.weights == f"{class_folders}/b.pth"

@@ -306,9 +306,12 @@ def test_what_graphs_need_is_named(monkeypatch, tmp_path):
     assert packages.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"
 
 
-def test_a_backend_that_is_not_installed_stops_nothing(tmp_path):
+def test_a_backend_that_is_not_installed_and_a_damaged_matplotlibrc_stop_nothing(tmp_path):
     """Notebooks set MPLBACKEND for all that they start, in whatever environment that is."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "matplotlibrc").write_bytes(b"# caf\xe9\n")  # as an editor on Windows writes it
     environment = os.environ | {"MPLBACKEND": "none_such", "PYTHONPATH": str(ROOT)}
+    environment["MATPLOTLIBRC"] = str(tmp_path / "config")
     program = "from report.plots import *; draw_comparison(Path('plot.png'), {'a': pd.DataFrame([0.5])})"
     subprocess.run([sys.executable, "-c", program], env=environment, cwd=tmp_path, check=True)
     assert (tmp_path / "plot.png").is_file()

@@ -98,18 +98,23 @@ def test_clusters_are_shown_by_the_nearest_image_of_each_class():
     assert sheets.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]
     factors = {"light": np.array([1, 1, 1, 0, 0, 1, 1]), "size": np.array([0, 1, 0, 1, 0, 0, 1])}
     captions = [caption for caption, _ in sheets.clusters_to_show(clusters, distances, classes, factors)]
-    assert captions[2] == "cluster 5\n1 images\n1 classes"  # a single image is alike in everything
+    assert captions[2] == "cluster 5\n1 image\n1 class"  # a single image is alike in everything
     assert [caption.split("\n", 3)[3] for caption in captions[:2]] == [
         "75 % alike in\nlight", "100 % alike in\nsize"
     ]  # fmt: skip
 
 
-def test_a_factor_of_many_levels_is_not_what_small_clusters_have_in_common():
-    """Of three images a third always has the same photo number, which is far more than in all."""
-    clusters, light = np.repeat(np.arange(10), 3), np.array([0, 0, 0, *4 * [1, 1, 0], *5 * [0, 0, 1]])
-    factors = {"photo": np.arange(30), "light": light}
-    shown = sheets.clusters_to_show(clusters, np.zeros(30), np.arange(30), factors)
-    assert [caption.split("\n")[3:] for caption, _ in shown] == [["100 % alike in", "light"], *9 * [[]]]
+def test_captions_name_a_factor_only_where_it_is_more_alike_than_in_random_images():
+    rng = np.random.default_rng(0)
+    factors = {"photo": np.arange(2000) % 50, "light": rng.integers(4, size=2000)}
+    clusters = rng.integers(10, size=2000)
+    clusters[(factors["light"] == 2) & (clusters != 3)] = 4
+    shown = sheets.clusters_to_show(clusters, np.zeros(2000), np.arange(2000), factors)
+    named = {int(caption.split()[1]): caption.split("\n")[3:] for caption, _ in shown}
+    assert named[4][1] == "light"
+    clusters = rng.integers(10, size=2000)
+    shown = sheets.clusters_to_show(clusters, np.zeros(2000), np.arange(2000), factors)
+    assert [caption.split("\n")[3:] for caption, _ in shown] == 10 * [[]]
 
 
 def test_of_many_clusters_the_largest_middle_and_smallest_are_shown():

@@ -458,22 +458,28 @@ def evaluate_epoch(
             run.show(sheets.draw_neighbours(run.history, tests, embeddings), epoch)
 
 
-def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | None) -> Path:
-    """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
+def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
+    """Seed all generators and return the device of the run, set to its precision. Raises InputError for another one."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     capability = auxiliaries.compute_capability(device)
-    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed=stored is not None)
+    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed)
     hint = auxiliaries.precision_hint(capability, args.tf32, args.amp)
     if hint:
         log.info(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     if args.compile:
         netlib.try_compile(device)
-    started = provenance(argv, device, [args.arch, *args.losses])
-    log.info(f"{as_text(started)}\ncommand: {started['command']}")
     if warning := processes.warning_of_other_tasks():
         log.warning(warning)
+    return device
+
+
+def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | None) -> Path:
+    """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
+    device = prepare_device(args, is_resumed=stored is not None)
+    started = provenance(argv, device, [args.arch, *args.losses])
+    log.info(f"{as_text(started)}\ncommand: {started['command']}")
     run = Run(
         options.run_folder(args) if stored is None else stored.folder,
         options.kept(args),

@@ -34,6 +34,7 @@ from conftest import (
     write_class_folders,
 )
 
+from run.history import History
 from support.errors import InputError, first_line, stop_reason
 
 
@@ -134,6 +135,22 @@ def test_a_worker_that_dies_stops_a_run_that_can_go_on(with_bitmap, tmp_path):
     process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, path / "last.pth.tar", die)
     assert process.returncode == 1, process.stderr
     assert_tells_how_to_go_on(process.stderr, ": a loader worker has ended unexpectedly ", path)
+
+
+def fail():
+    raise KeyError("a bug")
+
+
+def test_a_bug_keeps_its_traceback_and_is_followed_by_how_to_resume(class_folders, tmp_path):
+    path, argv = tmp_path / "tiny" / "run", small_flags(class_folders, tmp_path)
+    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv", 2)], fail)
+    assert process.returncode == 1
+    resume = f"last complete epoch saved; resume with: python main.py --resume {path}"
+    assert process.stderr.splitlines()[-2:] == ["KeyError: 'a bug'", resume]
+    assert (path / "log.txt").read_text().splitlines()[-2:] == ["KeyError: 'a bug'", resume]
+    assert History.read(path).reason == "a bug: KeyError, see log.txt"
+    run(["--resume", path])
+    assert History.read(path).state == "finished"
 
 
 def command_line(program, *flags, redirection=""):

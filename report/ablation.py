@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from data.locate import locate
 from data.published import PUBLISHED
 from report.compare import compare_runs
 from run import options
@@ -192,8 +191,6 @@ def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | Non
         setup = subprocess.check_output([*command[:2], "flags", SETUPS[args.dataset]], text=True).split()
     setup += ["--savename", args.savename, *flags]
     base, _ = options.resolve(setup, get_main_parser(), contextlib.ExitStack())  # what it refuses fits no value
-    if args.dataset != "shapes":
-        locate(args.dataset, Path(base.source_path))
     values = {value: value_flags(args.series, value, base) for value in args.values}
     failed = [value for value in values if not fits([*setup, *values[value]], get_main_parser())]
     if len(failed) == len(values):

@@ -17,7 +17,7 @@ from run.checkpoint import LAST, StoredRun
 from run.history import History, Row, file_suffix
 from run.provenance import command
 from support import processes
-from support.errors import DivergedError, InputError, StoppedError, stop_reason
+from support.errors import DivergedError, InputError, StoppedError, ignore_signals, stop_reason
 from support.files import LOCK, locked, make_folder, remove_empty, replaced_file, try_file_system
 from support.output import log, log_to
 
@@ -129,6 +129,7 @@ class Run:
         history = self.history
         history.state = "stopped" if error else "finished"
         if error:
+            ignore_signals()
             history.reason = stop_reason(error) or f"a bug: {type(error).__name__}, see log.txt"
         if not self.is_resumable:
             self._remove()

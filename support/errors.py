@@ -136,10 +136,8 @@ def signals_stop() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         global stop_signal
         stop_signal = signum
-        for other in signals:
-            signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as workers end by the same signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        ignore_signals()
         raise KeyboardInterrupt
 
     before = {signum: signal.signal(signum, stop) for signum in signals}
@@ -149,6 +147,15 @@ def signals_stop() -> Iterator[None]:
         if stop_signal is None:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+
+def ignore_signals() -> None:
+    """Let what ends a program come to its end: the clean-up is not to be interrupted by a signal to stop."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
 
 
 def raise_if_stopped() -> None:
@@ -181,9 +188,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 def end(line: str, code: int) -> None:
     """Log a line as an error and exit."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
+    ignore_signals()  # the line is to be whole, and the only one
     log.error(line)
     try:
         sys.stdout.flush()

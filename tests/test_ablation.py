@@ -320,7 +320,7 @@ def test_a_series_that_is_told_to_stop_ends_its_run_first(folder, signum, code):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert process.returncode == code
-    assert error == f"Result_Runs.sh: stopped by {signum.name}: the same command goes on with the series\n"
+    assert error == f"Result_Runs.sh: stopped by {signum.name}; the same command resumes the series\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])

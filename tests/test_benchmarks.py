@@ -106,4 +106,4 @@ def test_kills(tmp_path):
     argv = small_flags(tmp_path, tmp_path / "results", "--arch", "googlenet", "--n_epochs", 2)
     lines = printed(tmp_path, "kills.py", "--kills", 1, *argv)
     assert re.match(r"\d times SIGKILL, epochs logged at each: \[", lines[-2])  # 0 where it was killed too late
-    assert lines[-1] == "logs, weights, optimiser and random states are bit-identical"
+    assert lines[-1] == "logs, weights, optimiser and random states are bit-identical; no process is left"

@@ -50,6 +50,10 @@ def test_a_run_from_before_a_flag_was_there_counts_at_the_value_it_was_trained_w
     write_run(tmp_path / "runs" / "before", [0.5])
     write_run(tmp_path / "runs" / "after", [0.5], seed=2, flip="class", left_out="1 hidden file: .DS_Store")
     write_run(tmp_path / "runs" / "none", [0.5], flip="none")
+    for name, defaults in (("after", {}), ("none", {"flip": "class"})):
+        run = History.read(tmp_path / "runs" / name)
+        run.defaults = defaults  # known since runs have a run.json
+        run.write_state()
     compare.compare_runs([tmp_path / "runs"], over="flip")
     printed = capsys.readouterr().out
     assert "mean of 2" in printed

@@ -110,7 +110,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp
 def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path, point):
     argv = small_flags(class_folders, tmp_path / "results", "--go_on")
     process = run_in_process(run_and_act, argv, [point], partial(signal.raise_signal, signal.SIGTERM))
-    assert process == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert process == (143, "main.py: stopped by SIGTERM; no epoch was complete: nothing is saved\n")
     assert not (tmp_path / "results").exists()
 
 

@@ -29,7 +29,7 @@ DEFAULTS = {
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
-    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "trial": False, "val_classes": 0.0,
+    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "val_classes": 0.0,
     "select": "test",
     "shared_gradient": "backbone", "flip": "class",
 }  # fmt: skip

@@ -51,7 +51,9 @@ def test_a_gpu_that_pytorch_cannot_use_is_refused_unless_it_is_hidden(visible):
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="is about machines without a GPU")
-def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(class_folders, tmp_path, capsys, monkeypatch):
+def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(
+    class_folders, tmp_path, capsys, caplog, monkeypatch
+):
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -62,9 +64,8 @@ def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(class_folders
     assert not (tmp_path / "results").exists()
     for script in ("echo 'No devices found.'", "echo 'GPU 0: lost'; exit 9"):  # a container with the host's driver only
         program.write_text(f"#!/bin/sh\n{script}\n")
-        capsys.readouterr()
         assert auxiliaries.pick_device(0).type == "cpu"
-        assert capsys.readouterr().out.startswith("device: CPU (no CUDA GPU found: ")
+        assert caplog.messages[-1].startswith("device: CPU (no CUDA GPU found: ")
 
 
 @pytest.mark.parametrize(
@@ -105,10 +106,10 @@ def test_a_gpu_without_kernels_is_refused_with_the_build_that_has_them(capabilit
     ],
 )
 def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_scoring(
-    capability, tf32, amp, lacking, capsys
+    capability, tf32, amp, lacking, caplog
 ):
     scored = auxiliaries.supported_precision(capability, tf32, amp)
-    said = capsys.readouterr().out
+    said = caplog.text
     if not lacking:
         auxiliaries.require_precision(capability, tf32, amp, is_resumed=False)
         assert (scored, said) == ((tf32, amp), "")

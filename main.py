@@ -198,7 +198,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         tests = cached({"train": train, **tests}, processes.local_world_size())
         train = tests.pop("train")
     log.info("\n".join(datasets.summary_lines(train, tests)))
-    for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
+    for warning in [*warnings, *options.warnings_for(args, len(train.class_names))]:
         log.warning(warning)
     n_workers = auxiliaries.n_workers(args.kernels)
     a_process = " in each process" if processes.world_size() > 1 else ""
@@ -220,7 +220,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
 
 def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> netlib.EmbeddingNetwork:
     """Return the network as a new run starts with it; the weights of a resumed run are yet to be restored."""
-    with processes.first_goes_first():  # it downloads the weights
+    with processes.rank_zero_first():  # it downloads the weights
         network = netlib.build_network(
             args.arch,
             {name: task.embed_sizes for name, task in options.per_task(args).items()},
@@ -387,8 +387,8 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
-    resting = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
-    resting += objective.parameters()
+    idle_parameters = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
+    idle_parameters += objective.parameters()
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
@@ -398,7 +398,7 @@ def train_one_epoch(
         terms = objective(task, embeddings, labels)
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
-        auxiliaries.fill_gradients(resting, optimizer)
+        auxiliaries.fill_gradients(idle_parameters, optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()  # here, and not before the next backward pass: the forward pass needs the memory
@@ -482,7 +482,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     log.info(f"{as_text(started)}\ncommand: {started['command']}")
     run = Run(
         options.run_folder(args) if stored is None else stored.folder,
-        options.kept(args),
+        options.stored_flags(args),
         defaults=options.defaults_of_changed(args, get_args_parser()),
         provenance=started,
         stored=stored,

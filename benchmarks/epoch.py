@@ -92,7 +92,7 @@ class Trial:
         self.parts = {"objective": objective, "optimizer": optimizer, "scheduler": scheduler}
         self.run = Run(
             options.run_folder(self.flags),
-            options.kept(self.flags) | {"started_from": "random weights"},
+            options.stored_flags(self.flags) | {"started_from": "random weights"},
             defaults={},
             provenance={"program": "a benchmark"},
             stored=None,

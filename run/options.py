@@ -144,8 +144,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
         n if losses.needs_positives(name) or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
     ]
-    args.k_vals = sorted({1, *(args.k_vals or implied(args)["k_vals"])})
-    args.bn = args.bn or implied(args)["bn"]
+    args.k_vals = sorted({1, *(args.k_vals or dependent_defaults(args)["k_vals"])})
+    args.bn = args.bn or dependent_defaults(args)["bn"]
     check_batches(args, parser)
     return args
 
@@ -223,24 +223,24 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
         )
 
 
-def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
+def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
     """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times, a
     compiled network that exchanges statistics."""
-    doubtful = []
+    warnings = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
-        doubtful.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
+        warnings.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
-        doubtful.append(
+        warnings.append(
             f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
             f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
         )
     if args.compile and args.bn == "train" and processes.world_size() > 1:
-        doubtful.append(
+        warnings.append(
             "--compile --bn train in several processes: SyncBatchNorm, which exchanges statistics, breaks the graph at "
             "each layer, and little is gained"
         )
-    return doubtful
+    return warnings
 
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
@@ -250,15 +250,15 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     }
 
 
-def implied(args: argparse.Namespace) -> dict[str, object]:
+def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
     return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
     """Return the default of each flag of a run whose value differs from it."""
-    defaults = vars(parser.parse_args([])) | implied(args)
-    return {flag: defaults[flag] for flag, value in kept(args).items() if shown(value) != shown(defaults[flag])}
+    defaults = vars(parser.parse_args([])) | dependent_defaults(args)
+    return {flag: defaults[flag] for flag, value in stored_flags(args).items() if shown(value) != shown(defaults[flag])}
 
 
 def makes_setting(flag: str) -> bool:
@@ -273,7 +273,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     return Path(args.save_path) / args.dataset / name
 
 
-def kept(args: argparse.Namespace) -> dict[str, object]:
+def stored_flags(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
     return {flag: value for flag, value in vars(args).items() if flag not in START}
 

@@ -122,7 +122,7 @@ def all_gather(value: Value) -> list[Value]:
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Let the first process of each machine run a block, then the others, who find its files."""
     if local_rank() > 0:
         all_gather(None)

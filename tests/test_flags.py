@@ -53,9 +53,9 @@ def test_a_task_that_never_steps_may_have_any_batches():
 def test_flags_that_train_badly_are_doubted():
     few = "--bs 112 draws 28 times 4 images of a class, and 6 classes train; a smaller batch repeats less"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
-    assert options.doubts(parse("--not_pretrained"), 6) == [slow, few]
-    assert options.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
-    assert options.doubts(parse("--losses", "proxynca", "marginloss"), 6) == []
+    assert options.warnings_for(parse("--not_pretrained"), 6) == [slow, few]
+    assert options.warnings_for(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
+    assert options.warnings_for(parse("--losses", "proxynca", "marginloss"), 6) == []
 
 
 def test_defaults_that_depend_on_other_flags():

@@ -421,9 +421,9 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
 
 def test_a_compiled_network_whose_statistics_are_exchanged_is_warned_of(rank):
     args = parse("--bs", 12, "--compile")
-    assert not options.doubts(args, n_classes=12)
+    assert not options.warnings_for(args, n_classes=12)
     args.bn = "train"
-    (warning,) = options.doubts(args, n_classes=12)
+    (warning,) = options.warnings_for(args, n_classes=12)
     assert "--compile --bn train in several processes: SyncBatchNorm" in warning
 
 

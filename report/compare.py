@@ -116,6 +116,7 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
             runs[resolved] = read_scored(folder)
         except InputError as error:
             print(f"skipped {error}")
+    fill_in_flags(list(runs.values()))
     if not runs:
         holders = sorted({str(path.parents[1]) for root in roots for path in Path(root).glob("*/*/hypa.pkl")})
         hint = f"; runs lie in {first_few(holders)}: give those" if holders else ""
@@ -204,16 +205,9 @@ def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
 
 
 def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
-    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column for each flag.
-
-    A flag that a run does not have, as its program did not, counts at its default.
-    """
+    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column for each flag."""
     names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
-    defaults = {}
-    for run in [run for run in runs if run.written]:
-        defaults |= {flag: value for flag, value in run.flags.items() if flag not in run.defaults} | run.defaults
-    rows = [{flag: shown(run.flags.get(flag, defaults.get(flag))) for flag in names} for run in runs]
-    return pd.DataFrame(rows, columns=list(names), dtype=object)
+    return pd.DataFrame([{flag: shown(run.flags.get(flag)) for flag in names} for run in runs], dtype=object)
 
 
 def seed_of(run: History) -> str:

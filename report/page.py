@@ -30,6 +30,7 @@ from run.history import (
     History,
     Row,
     column,
+    fill_in_flags,
     info_plot,
     memory_text,
     mining_sheet,
@@ -219,6 +220,7 @@ def draw_index(folder: Path) -> None:
             warn(path, "is none of ours and is left alone")
             return
         histories = read_histories(parent)
+        fill_in_flags(histories)
         flags = setting_flags(histories)
         differing = flags.loc[:, flags.nunique() > 1]
         entries = [index_entry(history, row) for history, row in zip(histories, differing.to_dict("records"))]

@@ -27,6 +27,10 @@ LOGS = {
 """The CSV files of a run folder, by the names of their rows in a checkpoint."""
 
 STATE_FILE = "run.json"
+
+NOTES = ("started_from", "images", "left_out")
+"""What is learned at the start of a run and noted with its flags."""
+
 PAPER_NOTE = "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
 
 Row = dict[str, object]
@@ -223,6 +227,15 @@ class History:
             history.epoch = history.rows["train"][-1]["Epochs"] + 1 if history.rows["train"] else 0
             history.state = "finished" if history.epoch >= history.n_epochs else "stopped"
         return history
+
+
+def fill_in_flags(histories: Sequence[History]) -> None:
+    """Give histories the flags that their programs did not have yet, at the default that later ones tell."""
+    defaults = {}
+    for history in [history for history in histories if history.written]:
+        defaults |= {flag: value for flag, value in history.flags.items() if flag not in NOTES} | history.defaults
+    for history in histories:
+        history.flags = {**defaults, **history.flags}
 
 
 NUMBER = (int, float)

@@ -58,7 +58,7 @@ def test_a_run_from_before_a_flag_was_there_counts_at_the_value_it_was_trained_w
     printed = capsys.readouterr().out
     assert "mean of 2" in printed
     over_flip = printed.split("Recall @ 1 over --flip")[1].splitlines()[2:]
-    assert [line.split()[0] for line in over_flip] == ["class", "none"]
+    assert [line.split()[:3] for line in over_flip] == [["class", "0.5000", "+-"], ["none", "0.5000", "0.5000"]]
 
 
 def left_out(printed):

@@ -12,7 +12,7 @@ from scipy import stats
 
 from data.published import published_info
 from report import plots
-from run.history import History, column, scores_of, test_sets_of
+from run.history import History, column, fill_in_flags, scores_of, test_sets_of
 from run.options import PAIRS, makes_setting, shown
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
@@ -205,7 +205,7 @@ def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
 
 
 def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
-    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column for each flag."""
+    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column a flag."""
     names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
     return pd.DataFrame([{flag: shown(run.flags.get(flag)) for flag in names} for run in runs], dtype=object)
 

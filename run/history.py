@@ -191,7 +191,7 @@ class History:
         lines = [
             table.rename_axis(columns="score").to_string(float_format="{:.4f}".format, na_rep="-"),
             *([PAPER_NOTE] if "paper" in table else []),
-            f"started from: {self.flags['started_from']}",
+            f"started from: {self.flags.get('started_from', 'unknown')}",
             f"epochs done: {self.rows['val'][-1]['Epochs'] + 1}",
             f"seconds: {self.seconds:.1f}",
             f"of these: {', '.join(f'{activity} {value:.1f}' for activity, value in spent.items())}",

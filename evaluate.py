@@ -646,6 +646,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
 
 
 @output.logged()
+@errors.signals_stop()
 @errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a run or compare runs, as a command line asks."""
@@ -653,17 +654,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_args(args, parser)
     args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
-    with errors.signals_stop():
-        if args.compare:
-            from report import compare  # so that scoring loads no plotting
+    if args.compare:
+        from report import compare  # so that scoring loads no plotting
 
-            compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
-        elif args.page:
-            draw_page(Path(args.run[0]))
-        elif args.embed is not None:
-            embed_folder(args)
-        else:
-            score_run(args)
+        compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
+    elif args.page:
+        draw_page(Path(args.run[0]))
+    elif args.embed is not None:
+        embed_folder(args)
+    else:
+        score_run(args)
 
 
 if __name__ == "__main__":

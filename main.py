@@ -583,7 +583,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
     argv = sys.argv[1:] if argv is None else argv
     locks = contextlib.ExitStack()
-    with output.logged(), errors.one_line_errors("main.py"), errors.signals_stop(), locks:
+    with output.logged(), errors.signals_stop(), errors.one_line_errors("main.py"), locks:
         args, stored = options.resolve(argv, get_args_parser(), locks)
         with processes.connected():
             return train(args, argv, stored)

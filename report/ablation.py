@@ -175,8 +175,8 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
 
 
 @output.logged()
-@errors.one_line_errors(PROG)
 @errors.signals_stop()
+@errors.one_line_errors(PROG)
 def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks.
 

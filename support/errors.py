@@ -124,14 +124,15 @@ stop_signal: int | None = None
 """The signal that asks this program to stop, if any; see signals_stop."""
 
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)]
+"""Signals that ask a program to stop, and that of a child that has ended, where the system has them."""
+
+
 @contextlib.contextmanager
 def signals_stop() -> Iterator[None]:
     """Raise KeyboardInterrupt on the first of Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C ends the process at once."""
     global stop_signal
-    stop_signal = None
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-        signals.append(signal.SIGHUP)
+    stop_signal, before = None, {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def stop(signum: int, frame: FrameType | None) -> None:
         global stop_signal
@@ -140,7 +141,9 @@ def signals_stop() -> Iterator[None]:
         ignore_signals()
         raise KeyboardInterrupt
 
-    before = {signum: signal.signal(signum, stop) for signum in signals}
+    for signum in SIGNALS[:3]:
+        if signum != getattr(signal, "SIGHUP", None) or before[signum] != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, stop)
     try:
         yield
     finally:

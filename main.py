@@ -512,7 +512,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript)
     device = auxiliaries.pick_device(args.gpu)
     capability = auxiliaries.compute_capability(device)
     auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed=args.resume is not None)
-    hint = auxiliaries.precision_hint(capability, args.tf32, args.amp)
+    hint = None if args.resume else auxiliaries.precision_hint(capability, args.tf32, args.amp)
     if hint:
         print(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)

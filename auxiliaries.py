@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -67,28 +68,37 @@ def pick_device(gpu: int) -> torch.device:
     Raises:
         InputError: there are too few GPUs, or the machine has one that this PyTorch cannot use.
     """
+    with warnings.catch_warnings(record=True) as held_back:  # of several lines, where this refuses a GPU in one
+        device, name = named_device(gpu)
+    for warning in held_back:
+        warnings.warn(warning.message, stacklevel=2)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
+    log.info(f"device: {name}{among}")
+    return device
+
+
+def named_device(gpu: int) -> tuple[torch.device, str]:
+    """Return the device of pick_device and what a run says of it."""
     if not torch.cuda.is_available():
         why = why_no_gpu(reason_without_cuda(), listed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-        log.info(f"device: CPU ({why}){among}")
-        return torch.device("cpu")
+        return torch.device("cpu"), f"CPU ({why})"
     n_gpus = torch.cuda.device_count()
     if gpu + processes.local_world_size() > n_gpus:
         raise InputError(f"--gpu {gpu}: this machine has {n_gpus} GPU(s), numbered from 0; each process takes one")
     device = torch.device("cuda", gpu + processes.local_rank())
     name = torch.cuda.get_device_name(device)
-    require_kernels(name, compute_capability(device), torch.cuda.get_arch_list())
-    torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
-    log.info(f"device: GPU {gpu}, {name}{among}")
-    return device
+    require_kernels(name, torch.cuda.get_device_capability(device), torch.cuda.get_arch_list())
+    return device, f"GPU {gpu}, {name}"
 
 
 def reason_without_cuda() -> str:
-    """Return PyTorch's own reason why it has no CUDA device, one sentence."""
+    """Return the first line of PyTorch's own reason why it has no CUDA device."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
-        return first_line(error).split(". ")[0].rstrip(".")
+        return first_line(error).rstrip(".")
     return "no CUDA device"
 
 
@@ -112,11 +122,14 @@ def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
     Raises:
         InputError: there is a GPU that is not hidden, on which the user would expect the run to be.
     """
-    if visible is not None and visible.strip() in ("", "-1"):
-        return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    setting = "" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}"
+    # CUDA ignores all entries from the first invalid one on, such as -1, or NoDevFiles, which Slurm sets
+    if setting and not re.match(r"\s*(\d|GPU-|MIG-)", visible):
+        return f"{setting} hides all GPUs"
     if gpus:
+        name, under = gpus[0].split(" (UUID")[0], f" with {setting}" if setting else ""
         raise InputError(
-            f"PyTorch {torch.__version__} cannot use {gpus[0].split(' (UUID')[0]} ({reason}); "
+            f"PyTorch {torch.__version__} cannot use {name}{under} ({reason}); "
             "to train on the CPU set CUDA_VISIBLE_DEVICES=''"
         )
     return f"no CUDA GPU found: {reason}"
@@ -124,6 +137,9 @@ def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
 
 def require_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
     """Raise InputError for a GPU that this build of PyTorch has no kernels for.
+
+    This is coarser than PyTorch's own table. A GPU on the processor's chip, such as that of a Jetson board, may need a
+    build for exactly its capability, and passes here without one.
 
     Args:
         name: of the GPU, for the message.
@@ -155,18 +171,20 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Return the compute capability of a GPU, such as (8, 0); None for the CPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """Return the compute capability of an NVIDIA GPU, such as (8, 0); None for the CPU and for GPUs of AMD."""
+    if device.type != "cuda" or torch.version.hip:  # AMD counts otherwise
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def lacking_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) -> list[str]:
     """Return the flags of precision that a device cannot follow, as they are typed.
 
     TF32 and bfloat16 came with compute capability 8.0. PyTorch emulates bfloat16 on older cards, until cuDNN finds no
-    algorithm. CPUs have bfloat16. AMD's cards, whose versions begin at 8, have both.
+    algorithm. CPUs and GPUs of AMD have bfloat16.
 
     Args:
-        capability: of the GPU; None for the CPU.
+        capability: see compute_capability.
         tf32: the flag.
         amp: the flag: none, bf16 or fp16.
     """
@@ -179,7 +197,7 @@ def require_precision(capability: tuple[int, int] | None, tf32: bool, amp: str, 
 
     A new run can do without; one that is resumed needs a device that has it.
     """
-    here = "and this is a CPU" if capability is None else f"and this one has {dotted(capability)}"
+    here = "and this is none" if capability is None else f"and this one has {dotted(capability)}"
     instead = {"--tf32": "leave it out", "--amp bf16": "give --amp fp16"}
     for flag in lacking_precision(capability, tf32, amp):
         what_to_do = "resume the run on such a GPU" if is_resumed else instead[flag]
@@ -191,15 +209,17 @@ def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str
     """Return the flags tf32 and amp to score a stored run with; without what the device lacks, which is said."""
     lacking = lacking_precision(capability, tf32, amp)
     if lacking:
-        log.info(f"embedding in float32, without {' and '.join(lacking)} of the run, which this device does not have")
-    return tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
+        tf32, amp = tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
+        used = "float32" if amp == "none" else amp
+        log.info(f"embedding in {used}, without {' and '.join(lacking)} of the run, which this device does not have")
+    return tf32, amp
 
 
 def precision_hint(capability: tuple[int, int] | None, tf32: bool, amp: str) -> str | None:
     """Return a line on what would make training faster on this device; None where nothing would."""
     if capability is None or capability < AMPERE or tf32 or amp != "none":
         return None
-    return "hint: on this GPU --amp bf16 is several times faster than float32; --tf32 lies between them"
+    return "hint: on this GPU --amp bf16 is usually faster than float32; --tf32 lies between them"
 
 
 def set_precision(device: torch.device, tf32: bool, amp: str) -> None:

@@ -4,13 +4,14 @@ As a command it says what a data set holds, or what is wrong with it, without tr
 """
 
 import functools
+import itertools
 import os
 import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,9 +240,9 @@ def decode_all(loader: DataLoader) -> None:
 
 
 class Pool:
-    """One pool of workers for all that a run loads, so that they start once and not for each pass.
+    """The loader workers of a run. The first pass starts them, all passes use them, and `close` ends them.
 
-    Passes take turns: one that is begun ends the one before. The first one starts the workers.
+    A new pass ends the one before it.
 
     Args:
         datasets: what is loaded, by name.
@@ -250,19 +251,30 @@ class Pool:
     """
 
     def __init__(self, datasets: Mapping[str, Dataset], n_workers: int, pin_memory: bool):
-        self.datasets, self.order = datasets, CurrentOrder()
+        self.dataset, self.batches = NamedDatasets(datasets), iter(())
         self.loader = make_loader(
-            NamedDatasets(datasets),
+            self.dataset,
             n_workers=n_workers,
             pin_memory=pin_memory,
-            batch_sampler=self.order,
+            batch_sampler=self,
             persistent_workers=n_workers > 0,
         )
 
+    def __iter__(self) -> Iterator[list]:
+        """Return the current pass's batches of keys; the loader takes this pool as its batch sampler."""
+        return self.batches
+
     def load(self, batches: Iterable[list]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Begin a pass; return its batches, as make_loader does. batches: of keys (name, item)."""
-        self.order.batches = batches
-        return iter(self.loader)
+        """Begin a pass over batches of keys (name, item) and yield them loaded, as make_loader does.
+
+        Raises:
+            RuntimeError: another pass has begun since.
+        """
+        self.batches = ours = iter(batches)
+        for loaded in self.loader:
+            yield loaded
+            if self.batches is not ours:
+                raise RuntimeError("another pass has begun in this pool and ended this one")
 
     def close(self) -> None:
         """End the workers.
@@ -274,45 +286,37 @@ class Pool:
             self.loader._iterator = None
 
 
-class CurrentOrder(BatchSampler):
-    """The batches of the pass that a Pool loads now."""
-
-    def __init__(self):
-        self.batches: Iterable[list] = []
-
-    def __iter__(self) -> Iterator[list]:
-        return iter(self.batches)
-
-
-class StepLoader:
-    """The batches of an epoch's training steps, in the order that a TaskBatchSampler was set to."""
-
-    def __init__(self, pool: Pool, sampler: TaskBatchSampler):
-        self.pool, self.sampler = pool, sampler
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return self.pool.load(self.sampler)
-
-
-class InOrderLoader:
-    """The images of a data set in order; of several processes each loads whole batches.
+@dataclass(eq=False)
+class Pass:
+    """A loader whose every iteration is a pass of a pool.
 
     Args:
-        pool: loads them.
-        name: of the data set in the pool.
-        batch_size: images in a batch.
+        pool: loads the batches.
+        batches: of keys (name, item).
+        dataset: the images that they are of.
     """
 
-    def __init__(self, pool: Pool, name: str, batch_size: int):
-        self.pool, self.name, self.dataset = pool, name, pool.datasets[name]
-        self.sampler = processes.shard(len(self.dataset), batch_size)
-        self.batches = BatchSampler(self.sampler, batch_size, drop_last=False)
+    pool: Pool
+    batches: Sequence[list] | TaskBatchSampler
+    dataset: Dataset
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return self.pool.load([(self.name, index) for index in batch] for batch in self.batches)
+        return self.pool.load(self.batches)
+
+    @property
+    def sampler(self) -> list:
+        """The keys of all images in order; the name is DataLoader's."""
+        return list(itertools.chain.from_iterable(self.batches))
+
+
+def in_order(pool: Pool, name: str, batch_size: int) -> Pass:
+    """Return a pass over a data set of the pool, image by image; each process loads whole batches of it."""
+    dataset = pool.dataset.datasets[name]
+    keys = [(name, index) for index in processes.shard(len(dataset), batch_size)]
+    return Pass(pool, [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)], dataset)
 
 
 class Loaders(NamedTuple):
@@ -324,10 +328,10 @@ class Loaders(NamedTuple):
 
     pool: Pool
     sampler: TaskBatchSampler
-    batches: StepLoader
-    train: InOrderLoader
-    tests: dict[str, InOrderLoader]
-    probe: InOrderLoader
+    batches: Pass
+    train: Pass
+    tests: dict[str, Pass]
+    probe: Pass
 
     @property
     def images(self) -> ImageSet:
@@ -376,10 +380,10 @@ def build_loaders(
     return Loaders(
         pool=pool,
         sampler=sampler,
-        batches=StepLoader(pool, sampler),
-        train=InOrderLoader(pool, "train", size),
-        tests={name: InOrderLoader(pool, f"tests, {name}", size) for name in tests},
-        probe=InOrderLoader(pool, "probe", size),
+        batches=Pass(pool, sampler, pool.dataset),
+        train=in_order(pool, "train", size),
+        tests={name: in_order(pool, f"tests, {name}", size) for name in tests},
+        probe=in_order(pool, "probe", size),
     )
 
 

@@ -11,7 +11,6 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 import argparse
 import functools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -105,20 +104,22 @@ def on_host(
         batches: each is started by asking for it.
         new_event: of the GPU that computes them, see auxiliaries.gpu_events; None for the CPU.
     """
-    waiting: deque[tuple[dict[str, Tensor], torch.cuda.Event | None]] = deque()
+    previous = None
     for batch in batches:
         copies = {name: values.to("cpu", non_blocking=new_event is not None) for name, values in batch.items()}
-        waiting.append((copies, new_event and auxiliaries.recorded(new_event)))
-        if len(waiting) == 2:
-            yield awaited(*waiting.popleft())
-    while waiting:
-        yield awaited(*waiting.popleft())
+        current = copies, new_event and auxiliaries.recorded(new_event)
+        if previous:
+            yield awaited(*previous)
+        previous = current
+    if previous:
+        yield awaited(*previous)
 
 
 def awaited(copies: Mapping[str, Tensor], event: torch.cuda.Event | None) -> dict[str, np.ndarray]:
     """Return copies on the host as arrays, once the GPU has passed the event behind them."""
-    if event is not None:
-        event.synchronize()
+    if event is None:
+        return {name: values.numpy() for name, values in copies.items()}
+    event.synchronize()
     # Copied once more: what a GPU copies to is page-locked memory, which the next batches are to take again
     return {name: values.numpy().copy() for name, values in copies.items()}
 
@@ -452,7 +453,7 @@ def score_run(args: argparse.Namespace) -> None:
     for path in npz_files.values():
         if path.exists():
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
-    device = auxiliaries.pick_device(args.gpu)
+    device, amp = prepare(flags, args.gpu)
     if dataset == flags["dataset"]:
         then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
@@ -461,7 +462,7 @@ def score_run(args: argparse.Namespace) -> None:
     for name, images in tests.items():
         best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
-        embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device)
+        embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device, amp)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
         of_set = "" if name == "test" else f", {name}"
         n_images = errors.counted(len(images), f"{dataset} image")
@@ -486,6 +487,15 @@ def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) ->
         print(f"{name:<{width}}  {now:<20}  {'' if then is None else then}".rstrip())
 
 
+def prepare(flags: Mapping[str, object], gpu: int) -> tuple[torch.device, str]:
+    """Return the device, and the amp to embed with: that of a run of these flags where the device has it."""
+    device = auxiliaries.pick_device(gpu)
+    capability = auxiliaries.compute_capability(device)
+    tf32, amp = auxiliaries.supported_precision(capability, flags["tf32"], flags["amp"])
+    auxiliaries.set_precision(device, tf32, amp)
+    return device, amp
+
+
 def embed(
     checkpoint: Path,
     stored: Mapping[str, Mapping],
@@ -493,11 +503,12 @@ def embed(
     embedding: str,
     n_workers: int | None,
     device: torch.device,
+    amp: str,
 ) -> np.ndarray:
     """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
 
-    stored: what the checkpoint holds. embedding: Class or Shared. n_workers: of the loader; None: as in the run. Raises
-    InputError and DivergedError.
+    stored: what the checkpoint holds. embedding: Class or Shared. n_workers: of the loader; None: as in the run.
+    device, amp: see prepare. Raises InputError and DivergedError.
     """
     flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
@@ -509,9 +520,6 @@ def embed(
         pin_memory=device.type == "cuda",
     )
     auxiliaries.set_seeds(flags["seed"])
-    capability = auxiliaries.compute_capability(device)
-    tf32, amp = auxiliaries.supported_precision(capability, flags["tf32"], flags["amp"])
-    auxiliaries.set_precision(device, tf32, amp)
     network = netlib.rebuild(stored, checkpoint).to(device)
     return extract_features(network, loader, [embedding], amp)[embedding]
 
@@ -532,7 +540,8 @@ def embed_folder(args: argparse.Namespace) -> None:
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    stored = weights.read_checkpoint(checkpoint)  # what is wrong with it shows before images are decoded
+    stored = weights.read_checkpoint(checkpoint)  # what is wrong with it, or with the GPU, shows before decoding
+    device, amp = prepare(stored["flags"], args.gpu)
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     n_broken = len(paths) - len(sound)
@@ -540,7 +549,7 @@ def embed_folder(args: argparse.Namespace) -> None:
         print(reason)
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
-        embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, auxiliaries.pick_device(args.gpu))
+        embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, device, amp)
         store(Path(args.save_embeddings), embeddings, paths=sound)
     if n_broken:
         of_all = f"{n_broken} of {errors.counted(len(paths), 'image')}"

@@ -464,7 +464,7 @@ def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
     device = auxiliaries.pick_device(args.gpu)
     capability = auxiliaries.compute_capability(device)
     auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed)
-    hint = auxiliaries.precision_hint(capability, args.tf32, args.amp)
+    hint = None if is_resumed else auxiliaries.precision_hint(capability, args.tf32, args.amp)
     if hint:
         log.info(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)

@@ -284,7 +284,10 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
         convert(network)
     trained = network
     if processes.world_size() > 1:
-        # Buffers are equal on all processes already: they were sent once, and what changes them sees the whole batch
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        trained = DistributedDataParallel(network, find_unused_parameters=has_unused_heads, **options)
+        trained = DistributedDataParallel(
+            network, find_unused_parameters=has_unused_heads, gradient_as_bucket_view=True
+        )
+        # DDP has just broadcast the first process's buffers. They stay equal, as all that changes them sees the whole
+        # batch. The constructor's argument of this name is deprecated, and would skip that first broadcast too
+        trained.broadcast_buffers = False
     return torch.compile(trained, dynamic=False) if compiled else trained

@@ -73,6 +73,10 @@ def warned(path: Path) -> Iterator[None]:
     """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
     try:
         yield
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):  # which may die at any time, and ends the run
+            raise
+        warn(path, f"cannot be drawn ({first_line(error)})")
     except OSError as error:
         warn(path, f"cannot be written ({error.strerror or first_line(error)})")
     except Exception as error:

@@ -75,22 +75,15 @@ def end_with(owner: int, signum: int) -> None:
             signal.raise_signal(signum)
 
 
-def end_with_torchrun(has_gpu: bool) -> None:
-    """Let this process end when torchrun, its parent, has died.
-
-    A process that waits in NCCL does not answer SIGTERM and would hold its GPU for as long as TIMEOUT.
-    """
-    end_with(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
-
-
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes, over NCCL for GPUs and Gloo for CPUs."""
+    """Connect the processes, over NCCL for GPUs and Gloo for CPUs. Each ends when torchrun, its parent, has died."""
     if world_size() == 1:
         yield
         return
     has_gpu = torch.cuda.is_available()
-    end_with_torchrun(has_gpu)
+    # A process that waits in NCCL does not answer SIGTERM, and would hold its GPU for as long as TIMEOUT
+    end_with(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield

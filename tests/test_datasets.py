@@ -199,7 +199,8 @@ def test_workers_change_nothing_and_stay_for_all_passes(shapes):
     loaded, workers = [], []
     for n_workers in (0, 2):
         sampler, pool = datasets.TaskBatchSampler(task_samplers()), datasets.Pool(sets, n_workers, pin_memory=False)
-        steps, in_order = datasets.StepLoader(pool, sampler), datasets.InOrderLoader(pool, "test", 10)
+        steps, in_order = datasets.Pass(pool, sampler, flipped), datasets.in_order(pool, "test", 10)
+        assert (len(in_order), len(in_order.sampler)) == (3, 24)
         loaded.append([])
         for epoch in range(2):
             sampler.set_epoch(epoch, labels, [(0, "Shared"), (1, "Class"), (2, "Class")])
@@ -222,6 +223,25 @@ def test_workers_change_nothing_and_stay_for_all_passes(shapes):
         assert (datasets.NamedDatasets(sets)[task, (3, 1, 7)][0] == single[3, 1, 7][0]).all()
 
 
+@pytest.mark.parametrize("n_workers", [0, 2])
+def test_a_pass_does_not_go_on_with_the_batches_of_another(n_workers):
+    numbers = {name: range(first, first + 20) for name, first in (("a", 0), ("b", 100))}
+    pool = datasets.Pool(numbers, n_workers, pin_memory=False)
+    a, b = (datasets.in_order(pool, name, 4) for name in ("a", "b"))
+    first, second = iter(a), iter(b)
+    assert next(first).tolist() == [0, 1, 2, 3]
+    assert next(second).tolist() == [100, 101, 102, 103]
+    with pytest.raises(RuntimeError, match="another pass has begun"):
+        next(first)
+    assert next(second).tolist() == [104, 105, 106, 107]  # has lost nothing
+    again = iter(b)
+    assert next(again).tolist() == [100, 101, 102, 103]
+    with pytest.raises(RuntimeError, match="another pass has begun"):
+        next(second)
+    assert torch.cat(list(a)).tolist() == list(range(20))
+    pool.close()
+
+
 @pytest.mark.parametrize("share", [None, range(4, 9)])
 def test_without_batches_all_images_or_a_share_come_once_in_order(shapes, share):
     test = shapes[1].classes(0, 1)
@@ -237,13 +257,13 @@ def test_broken_image_in_a_loader_is_one_line(class_folders, n_workers):
     broken.write_bytes(b"nothing")
     train, _ = datasets.load_dataset("tiny", class_folders)
     dataset = datasets.ImageDataset(train, datasets.test_transform(32))
-    loader = datasets.make_loader(dataset, n_workers=n_workers, pin_memory=False, batch_size=4)
+    pool = datasets.Pool({"train": dataset}, n_workers, pin_memory=False)
     with pytest.raises(InputError) as error:
-        list(loader)
+        list(datasets.in_order(pool, "train", 4))
+    pool.close()  # the traceback would keep the workers
     reason = stop_reason(error.value)
     assert reason.startswith(f"cannot decode the image {broken} ")
     assert "\n" not in reason
-    error.value.__traceback__ = None  # it keeps the workers until garbage is collected, which would wait 5 s for them
 
 
 class SignalHandlers(torch.utils.data.Dataset):

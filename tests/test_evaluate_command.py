@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import refused, run, run_in_process, small_flags, write_class_folders
+from conftest import CPU_DIGITS, refused, run, run_in_process, small_flags, write_class_folders
 
 import datasets
 import evaluate
@@ -47,6 +47,7 @@ def scored(capsys, *argv):
 SCORES = ["NMI", "F1", *(f"Recall @ {k}" for k in (1, 2, 4, 8)), "mAP @ R", "R-Precision"]
 
 
+@CPU_DIGITS
 @pytest.mark.parametrize("checkpoint", ["checkpoint.pth.tar", "last.pth.tar"])
 def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpoint):
     tables = scored(capsys, stored, *(["--checkpoint", checkpoint] if checkpoint == "last.pth.tar" else []))
@@ -65,12 +66,18 @@ def test_a_stored_run_scores_as_logged_to_the_last_digit(stored, capsys, checkpo
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a device without TF32")
 def test_a_run_with_tf32_is_scored_without_it_where_the_device_has_none(stored, tmp_path, capsys):
     content = torch.load(stored / "last.pth.tar", weights_only=True)
-    content["flags"]["tf32"] = True
-    torch.save(content, tmp_path / "last.pth.tar")
-    run([tmp_path / "last.pth.tar"], evaluate)
-    printed = capsys.readouterr().out
-    assert "float32, without --tf32 of the run, which this device does not have\n" in printed
-    assert "Recall @ 1" in printed
+    images = stored.parent.parent / "source" / "tiny" / "images"
+    for amp, used in (("none", "float32"), ("bf16", "bf16")):
+        content["flags"] |= {"tf32": True, "amp": amp}
+        torch.save(content, tmp_path / "last.pth.tar")
+        for more in ([], ["--embed", images, "--save_embeddings", tmp_path / f"{amp}.npz"]):
+            capsys.readouterr()
+            run([tmp_path / "last.pth.tar", *more], evaluate)
+            lines = capsys.readouterr().out.splitlines()
+            assert [line for line in lines if line.startswith("embedding in")] == [
+                f"embedding in {used}, without --tf32 of the run, which this device does not have"
+            ]  # once for both test sets
+            assert more or len([line for line in lines if line.startswith("Recall @ 1 ")]) == 2
 
 
 def test_what_was_not_logged_stands_alone(stored, capsys):

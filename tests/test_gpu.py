@@ -2,16 +2,16 @@
 
 import importlib.util
 import os
-import re
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import parse, refused, run_in_process, small_flags
+from conftest import parse, refused, run, run_in_process, small_flags
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -23,7 +23,7 @@ import netlib
 from run import options
 from support import processes
 from support.errors import InputError
-from support.output import Progress
+from support.output import Progress, Transcript
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)"
 T4, A100, H200, RTX_5090, GTX_1080_TI = (7, 5), (8, 0), (9, 0), (12, 0), (6, 1)
@@ -31,23 +31,34 @@ WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 
 
 def test_the_suite_is_of_the_cpu():
-    assert (os.environ.get("CUDA_VISIBLE_DEVICES") == "") == (os.environ.get("MIC_TEST_GPU") != "1")
+    if os.environ.get("MIC_TEST_GPU") != "1":
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+        assert not torch.cuda.is_available()
 
 
-@pytest.mark.parametrize("visible", [None, "0", "3,1"])
+@pytest.mark.parametrize("visible", [None, "0", "3,1", "7", " 0,-1", "GPU-8f6d", "MIG-41b3"])
 def test_a_gpu_that_pytorch_cannot_use_is_refused_unless_it_is_hidden(visible):
     gpus = ["GPU 0: NVIDIA GeForce GTX 1080 Ti (UUID: GPU-8f6d)"]
     with pytest.raises(InputError) as error:
         auxiliaries.why_no_gpu(TOO_OLD, gpus, visible)
-    expected = (
-        rf"PyTorch \S+ cannot use GPU 0: NVIDIA GeForce GTX 1080 Ti \({re.escape(TOO_OLD)}\); to train on the CPU "
-    )
-    assert re.fullmatch(expected + "set CUDA_VISIBLE_DEVICES=''", str(error.value))
+    under = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible!r}"
+    expected = f"cannot use GPU 0: NVIDIA GeForce GTX 1080 Ti{under} ({TOO_OLD}); to train on the CPU "
+    assert str(error.value) == f"PyTorch {torch.__version__} {expected}set CUDA_VISIBLE_DEVICES=''"
     assert auxiliaries.why_no_gpu(TOO_OLD, [], visible) == f"no CUDA GPU found: {TOO_OLD}"
-    for hidden in ("", "-1"):
-        assert (
-            auxiliaries.why_no_gpu("No CUDA GPUs are available", gpus, hidden) == "CUDA_VISIBLE_DEVICES hides all GPUs"
-        )
+    for hidden in ("", "-1", "-1,0", "NoDevFiles", "none"):
+        said = f"CUDA_VISIBLE_DEVICES={hidden!r} hides all GPUs"
+        assert auxiliaries.why_no_gpu("No CUDA GPUs are available", gpus, hidden) == said
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])
+def test_the_reason_that_pytorch_gives_is_its_whole_first_line(monkeypatch, error):
+    line = "CUDA unknown error - this may be due to an incorrectly set up environment, e.g. changing env variable A"
+
+    def init():
+        raise error(f"{line}.\nmore")
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert auxiliaries.reason_without_cuda() == line
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="is about machines without a GPU")
@@ -101,6 +112,7 @@ def test_a_gpu_without_kernels_is_refused_with_the_build_that_has_them(capabilit
         (None, True, "none", "--tf32"),
         (T4, False, "fp16", ""),
         (T4, False, "bf16", "--amp bf16"),
+        (None, True, "bf16", "--tf32"),
         (T4, True, "fp16", "--tf32"),
         (A100, True, "bf16", ""),
     ],
@@ -118,8 +130,16 @@ def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_s
     for is_resumed, what_to_do in ((False, instead), (True, "resume the run on such a GPU")):
         with pytest.raises(InputError, match=rf"^{lacking}: needs an NVIDIA GPU .* 8.0 .*; {what_to_do}$"):
             auxiliaries.require_precision(capability, tf32, amp, is_resumed)
-    assert scored == (False, "none" if lacking == "--amp bf16" else amp)
-    assert f"without {lacking} of the run" in said
+    used = "none" if lacking == "--amp bf16" else amp
+    assert scored == (False, used)
+    in_words = {"none": "float32"}.get(used, used)
+    assert said == f"embedding in {in_words}, without {lacking} of the run, which this device does not have\n"
+
+
+def test_a_card_that_lacks_both_precisions_is_said_to_once(capsys):
+    assert auxiliaries.supported_precision(T4, True, "bf16") == (False, "none")
+    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have\n"
+    assert capsys.readouterr().out == said
 
 
 def test_float32_on_a_card_that_has_faster_ones_is_hinted_at():
@@ -133,12 +153,87 @@ def test_float32_on_a_card_that_has_faster_ones_is_hinted_at():
         assert auxiliaries.precision_hint(capability, tf32, amp) is None
 
 
+@pytest.fixture
+def card(monkeypatch):
+    """Lets PyTorch have one GPU of a name, a capability and architectures it was built for, which it may warn of."""
+
+    def install(name, capability, architectures=WHEEL, warning=None):
+        def name_of(_):
+            if warning:
+                warnings.warn(warning, stacklevel=1)
+            return name
+
+        monkeypatch.setattr(torch.cuda, "get_device_name", name_of)
+        answers = {"is_available": True, "device_count": 1, "set_device": None}
+        answers |= {"get_device_capability": capability, "get_arch_list": architectures}
+        for function, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, function, lambda *_, answer=answer: answer)
+
+    return install
+
+
+def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monkeypatch, capsys, recwarn):
+    chosen, device = [], torch.device("cuda", 0)
+    card("NVIDIA H200", H200)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert auxiliaries.pick_device(0) == device
+    assert chosen == [device]
+    assert capsys.readouterr().out == "device: GPU 0, NVIDIA H200\n"
+    assert auxiliaries.compute_capability(device) == H200
+    assert auxiliaries.gpu_events(device) is not None
+    assert not recwarn.list
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert auxiliaries.compute_capability(device) is None
+
+
+def test_what_pytorch_says_of_a_gpu_is_shown_unless_one_line_refuses_it(card, recwarn):
+    card("GTX 1080 Ti", GTX_1080_TI, warning="Found GPU0\nof several lines")
+    with pytest.raises(InputError, match=r"^GTX 1080 Ti: PyTorch \S+ has no kernels"):
+        auxiliaries.pick_device(0)
+    assert not recwarn.list
+    card("NVIDIA H200", H200, warning="Found GPU1\nof several lines")
+    auxiliaries.pick_device(0)
+    assert [str(warning.message) for warning in recwarn.list] == ["Found GPU1\nof several lines"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "more", "printed", "message"),
+    [
+        (("GTX 1080 Ti", GTX_1080_TI), [], [], "error: GTX 1080 Ti: PyTorch "),
+        (("Tesla T4", T4), ["--amp", "bf16"], ["device: GPU 0, Tesla T4"], "error: --amp bf16: needs an NVIDIA GPU of"),
+        (("H200", H200), ["--amp", "bf16"], ["device: GPU 0, H200"], "no images of --dataset"),
+        (("H200", H200), [], ["device: GPU 0, H200", "hint: on this GPU --amp bf16 "], "no images of --dataset"),
+    ],
+)
+def test_a_run_begins_by_what_its_gpu_can_do(card, tmp_path, capsys, installed, more, printed, message):
+    card(*installed)
+    with pytest.raises(SystemExit):
+        run(small_flags(tmp_path, tmp_path / "results", *more))
+    out, error = capsys.readouterr()
+    said = [line for line in out.splitlines() if line.startswith(("device: ", "hint: "))]
+    assert len(said) == len(printed)
+    assert all(line.startswith(start) for line, start in zip(said, printed, strict=True))
+    assert message in error
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_resumed_run_whose_precision_is_settled_gets_no_hint(card, tmp_path, capsys):
+    card("H200", H200)
+    args = parse(*small_flags(tmp_path, tmp_path))
+    args.resume = tmp_path / "run"
+    with pytest.raises(InputError):
+        main.train(args, [], Transcript())
+    out = capsys.readouterr().out
+    assert "device: GPU 0, H200" in out
+    assert "hint" not in out
+
+
 def outlive_torchrun():
     """End as torchrun does where it is killed, but for a process that does not answer SIGTERM, as one in NCCL."""
     ready, tell = os.pipe()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        processes.end_with_torchrun(has_gpu=True)
+        processes.end_with(os.getppid(), signal.SIGKILL)
         os.write(tell, b"ready")
         time.sleep(20)
         os.write(2, b"alive")
@@ -150,6 +245,21 @@ def outlive_torchrun():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
 def test_a_process_that_waits_for_the_others_on_a_gpu_ends_with_torchrun():
     assert run_in_process(outlive_torchrun) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "signum", "backend"), [(True, signal.SIGKILL, "cpu:gloo,cuda:nccl"), (False, signal.SIGTERM, "gloo")]
+)
+def test_processes_of_torchrun_end_with_it_by_what_they_answer(monkeypatch, has_gpu, signum, backend):
+    called = []
+    for name, value in {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(processes, "end_with", lambda *values: called.append(values))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: called.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with processes.connected():
+        assert called == [(os.getppid(), signum), backend]
 
 
 class Gpu:
@@ -252,11 +362,12 @@ class HostWaits(TorchDispatchMode):
         if name == "_local_scalar_dense" and source == "gpu":
             self.found["reads"] += 1
             return 1
-        if name == "nonzero":
-            self.found["sizes"] += 1
+        if name in ("nonzero", "multinomial", "equal"):  # they wait inside
+            self.found["values"] += 1
         is_copy = name in ("_to_copy", "to")  # the latter in inference mode
         if is_copy and (source, target) == ("cpu", "gpu"):
             self.found["to the device"] += 1
+            self.found["to the device, waited for"] += not kwargs.get("non_blocking")
         if is_copy and (source, target) == ("gpu", "cpu"):
             self.found["to the host"] += 1
             with _disable_current_modes():  # a tensor that is no fake
@@ -266,7 +377,7 @@ class HostWaits(TorchDispatchMode):
     @property
     def waits(self):
         """How often the host has waited."""
-        return sum(self.found[what] for what in ("reads", "sizes", "to the host"))
+        return sum(self.found[what] for what in ("reads", "values", "to the host", "to the device, waited for"))
 
 
 class StepCounter(Progress):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from functools import partial
 from unittest import mock
@@ -74,6 +75,7 @@ class SmallNetwork(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         self.heads = nn.ModuleDict({"Class": nn.Linear(8, 6), "Shared": nn.Linear(8, 5)})
+        self.register_buffer("rank", torch.tensor(processes.rank()))
         self.double()
 
     def forward(self, images, outputs):
@@ -104,8 +106,12 @@ def gradients(loss, sampling, directions, compiled=False):
     batches = [(torch.rand(BATCH_SIZE, 3, 6, 6).double(), torch.randint(4, (BATCH_SIZE,))) for _ in range(4)]
     own = [(images[share.start : share.stop], labels[share.start : share.stop]) for images, labels in batches]
     names = list(network.state_dict())
-    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):  # C++ takes a minute
+    compile_fast = mock.patch.object(
+        torch, "compile", partial(torch.compile, backend="aot_eager")
+    )  # C++ takes a minute
+    with compile_fast, warnings.catch_warnings(action="error"):
         trained = netlib.for_training(network, compiled, has_unused_heads=not objective.weights)
+    assert network.rank == 0  # buffers begin as those of the first process
     optimizer = Recorder([*network.parameters(), *objective.parameters()], lr=1e-2, momentum=0.9)
     optimizer.steps = []
     scaler = torch.amp.GradScaler("cpu", enabled=False)

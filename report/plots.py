@@ -73,14 +73,13 @@ def warned(path: Path) -> Iterator[None]:
     """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
     try:
         yield
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):  # which may die at any time, and ends the run
-            raise
-        warn(path, f"cannot be drawn ({first_line(error)})")
-    except OSError as error:
-        warn(path, f"cannot be written ({error.strerror or first_line(error)})")
     except Exception as error:
-        warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
+        if str(error).startswith("DataLoader worker"):  # it may die at any time, and ends the run
+            raise
+        if isinstance(error, OSError):
+            warn(path, f"cannot be written ({error.strerror or first_line(error)})")
+        else:
+            warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
 
 
 def draw_progress(path: Path, history: History, test_set: str) -> None:

@@ -23,7 +23,7 @@ import netlib
 from run import options
 from support import processes
 from support.errors import InputError
-from support.output import Progress, Transcript
+from support.output import Progress
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)"
 T4, A100, H200, RTX_5090, GTX_1080_TI = (7, 5), (8, 0), (9, 0), (12, 0), (6, 1)
@@ -217,15 +217,12 @@ def test_a_run_begins_by_what_its_gpu_can_do(card, tmp_path, capsys, installed, 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_resumed_run_whose_precision_is_settled_gets_no_hint(card, tmp_path, capsys):
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_resumed_run_whose_precision_is_settled_gets_no_hint(card, tmp_path, caplog, is_resumed):
     card("H200", H200)
-    args = parse(*small_flags(tmp_path, tmp_path))
-    args.resume = tmp_path / "run"
-    with pytest.raises(InputError):
-        main.train(args, [], Transcript())
-    out = capsys.readouterr().out
-    assert "device: GPU 0, H200" in out
-    assert "hint" not in out
+    main.prepare_device(parse(*small_flags(tmp_path, tmp_path)), is_resumed)
+    assert "device: GPU 0, H200" in caplog.text
+    assert ("hint" in caplog.text) != is_resumed
 
 
 def outlive_torchrun():

@@ -567,7 +567,7 @@ def draw_page(folder: Path) -> None:
     if not history.written:
         complete_history(history)
     page.draw_plots(history)
-    page.draw_page(history)
+    page.write_page(history)
     page.draw_index(folder.absolute())
     print(f"page: {folder / 'page.html'}")
 

@@ -537,7 +537,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 with run.stopwatch.measure("drawing"):
                     page.draw(run.history)
     finally:
-        page.draw(run.history)  # how it ended, if its folder is still there
+        if run.is_new or run.is_resumable:  # one that is not restored stays as it was
+            page.draw(run.history)  # how it ended, if its folder is still there
     log.info(run.history.summary())
     if args.dataset == "shapes" and mined is not None:
         log.info(lesson(run.history))

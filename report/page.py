@@ -66,7 +66,8 @@ def draw(history: History) -> None:
     plot = info_plot(history.folder, history.test_sets[0]) if history.test_sets else None
     if plot and modified(plot) < modified(shown_log):
         draw_plots(history)
-    draw_page(history)
+    with warned(history.folder / "page.html"):
+        write_page(history)
     if (history.folder / LAST).exists():
         draw_index(history.folder.absolute())
 
@@ -88,37 +89,35 @@ def draw_plots(history: History) -> None:
             plots.draw_probe(path, history)
 
 
-def draw_page(history: History) -> None:
-    """Write page.html in a run folder; what cannot be drawn is a warning."""
+def write_page(history: History) -> None:
+    """Write page.html in a run folder."""
     flags, folder = history.flags, history.folder
-    changed = {flag: (shown(flags[flag]), shown(default)) for flag, default in history.defaults.items()}
-    with warned(folder / "page.html"):
-        files = sorted(os.listdir(folder))
-        slides = mining_slides(history)
-        content = rendered(
-            "page.html",
-            run=history,
-            name=folder.absolute().name,
-            dataset=shown(flags["dataset"]),
-            written=history.written or time.time(),
-            patience=patience(history),
-            panels=[score_panel(history, test_set) for test_set in history.test_sets],
-            image_sets={name: counts for name, counts in history.image_sets.items() if "images" in counts},
-            spent={
-                what: round(100 * part / history.seconds) for what, part in history.spent.items() if history.seconds
-            },
-            memory=memory_text(history.peak_memory) if history.peak_memory else "",
-            slides=slides,
-            strongest=strongest_factor(history),
-            neighbours=neighbours(history),
-            probe=picture(folder / "InfoPlot_Probe.svg", last_values(history.rows["probe"])),
-            changed=changed,
-            others={flag: shown(value) for flag, value in flags.items() if flag not in changed},
-            files=[name for kind in FILES for name in files if re.fullmatch(kind, name)],
-            commands=commands(history),
-            paper_note=PAPER_NOTE,
-        )
-        write_file(folder / "page.html", content)
+    known = {flag: default for flag, default in history.defaults.items() if flag in flags}
+    changed = {flag: (shown(flags[flag]), shown(default)) for flag, default in known.items()}
+    files = sorted(os.listdir(folder))
+    slides = mining_slides(history)
+    content = rendered(
+        "page.html",
+        run=history,
+        name=folder.absolute().name,
+        dataset=shown(flags["dataset"]),
+        written=history.written or max(modified(folder / name) for name in LOGS.values()) / 1e9,
+        patience=patience(history),
+        panels=[score_panel(history, test_set) for test_set in history.test_sets],
+        image_sets={name: counts for name, counts in history.image_sets.items() if "images" in counts},
+        spent={what: round(100 * part / history.seconds) for what, part in history.spent.items() if history.seconds},
+        memory=memory_text(history.peak_memory) if history.peak_memory else "",
+        slides=slides,
+        strongest=strongest_factor(history),
+        neighbours=neighbours(history),
+        probe=picture(folder / "InfoPlot_Probe.svg", last_values(history.rows["probe"])),
+        changed=changed,
+        others={flag: shown(value) for flag, value in flags.items() if flag not in changed},
+        files=[name for kind in FILES for name in files if re.fullmatch(kind, name)],
+        commands=commands(history),
+        paper_note=PAPER_NOTE,
+    )
+    write_file(folder / "page.html", content)
 
 
 def score_panel(history: History, test_set: str) -> dict[str, object]:
@@ -242,9 +241,10 @@ def read_histories(parent: Path) -> list[History]:
     """Return the histories of the runs in a folder; what cannot be read is skipped."""
     histories = []
     for name in sorted(os.listdir(parent)):
-        times = tuple(modified(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"]))
-        history = read_history(parent / name, times) if (parent / name / "hypa.pkl").is_file() else None
-        histories += [history] if history else []
+        with contextlib.suppress(OSError):  # somebody else's
+            times = tuple(modified(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"]))
+            history = read_history(parent / name, times) if (parent / name / "hypa.pkl").is_file() else None
+            histories += [history] if history else []
     return histories
 
 

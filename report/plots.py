@@ -65,7 +65,7 @@ def saved_figure(path: Path, **options) -> Iterator[Figure]:
 @functools.cache
 def warn(path: Path, reason: str) -> None:
     """Log a warning, once per process."""
-    log.warning(f"{path}: {reason}; training goes on without it")
+    log.warning(f"{path}: {reason}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import auxiliaries
-from run.history import History
+from run.history import LOGS, History
 from support import processes, weights
 from support.errors import InputError
 from support.files import locked, replaced_file
@@ -78,16 +78,26 @@ def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
 
 
 def restore_history(history: History, content: Mapping[str, dict]) -> list[np.ndarray]:
-    """Set a history to what a checkpoint holds, and return the mined labels of each mining. Raises InputError."""
-    progress, training = content["progress"], content.get("training", {})
-    history.rows, history.initial_scores = progress["rows"], progress["initial_scores"]
-    history.image_sets = progress["contents"]
-    history.epoch, history.seconds = training.get("epoch", 0), training.get("seconds", 0.0)
-    history.spent = dict(training.get("spent", {}))
-    mined = progress["mined_labels"]
-    if mined is not None and mined.shape[:1] != (len(history.rows["mining"]),):
-        raise InputError(f"{history.folder}: the mined labels of its checkpoint are not those of its minings")
-    return [] if mined is None else list(mined.numpy())
+    """Set a history to what a checkpoint holds.
+
+    Returns:
+        The mined labels (N,) of each mining.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    progress, training = content["progress"], content["training"]
+    try:
+        history.rows, history.initial_scores = progress["rows"], dict(progress["initial_scores"])
+        history.image_sets, history.spent = dict(progress["contents"]), training["spent"] | {}
+        history.epoch, history.seconds = int(training["epoch"]), float(training["seconds"])
+        mined = progress["mined_labels"]
+        minings = [] if mined is None else list(mined.numpy())
+        if len(minings) != len(history.mined_epochs) or history.rows.keys() != LOGS.keys() or history.epoch < 0:
+            raise ValueError("its logs are not whole")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{history.folder / LAST}: no checkpoint of this version of the program ({error})") from error
+    return minings
 
 
 def complete_history(history: History) -> None:
@@ -102,7 +112,8 @@ def complete_history(history: History) -> None:
         history.initial_scores, history.image_sets = (
             content["progress"][part] for part in ("initial_scores", "contents")
         )
-        history.seconds, history.spent = (content["training"][part] for part in ("seconds", "spent"))
+        training = content.get("training", {})
+        history.seconds, history.spent = training.get("seconds", 0.0), training.get("spent", {})
 
 
 def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mapping[str, object]) -> None:

@@ -14,7 +14,7 @@ import auxiliaries
 from data.images import describe_change, digest
 from run import checkpoint
 from run.checkpoint import LAST, StoredRun
-from run.history import History, Row, file_suffix
+from run.history import STATE_FILE, History, Row, file_suffix, read_state
 from run.provenance import command
 from support import processes
 from support.errors import DivergedError, InputError, StoppedError, ignore_signals, stop_reason
@@ -65,7 +65,9 @@ class Run:
             self.minings = checkpoint.restore_history(history, stored.content)
             self.stopwatch.seconds = history.spent
             self.start -= history.seconds
-            self.is_resumable = self.is_finished
+            with contextlib.suppress(InputError):
+                history.peak_memory = read_state(stored.folder / STATE_FILE)["peak_memory"]
+            self.is_resumable = self.is_finished  # there is nothing to restore
         self.history.spent = self.stopwatch.seconds
         self.start_timing()
 
@@ -102,12 +104,15 @@ class Run:
     def _make_folder(self) -> None:
         """Make and lock the folder of a new run, or take that of a run that was killed before its first checkpoint."""
         folder = self.folder
-        if self.may_restart and is_unfinished_start(folder):
+        if self.may_restart and (folder / LOCK).exists():
             self.stack.enter_context(locked(folder))
-            self.made = [folder]
-            for path in [path for path in folder.iterdir() if path.name != LOCK]:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        else:
+            if is_unfinished_start(folder):
+                self.made = [folder]
+                for path in [path for path in folder.iterdir() if path.name != LOCK]:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            else:
+                self.stack.close()
+        if not self.made:
             self.made = make_folder(folder)
             self.history.folder = self.made[-1]
             self.stack.enter_context(locked(self.folder))
@@ -131,10 +136,11 @@ class Run:
         if error:
             ignore_signals()
             history.reason = stop_reason(error) or f"a bug: {type(error).__name__}, see log.txt"
+        resume = f"resume with: {command(['--resume', str(self.folder)], history.provenance[-1])}"
         if not self.is_resumable:
             self._remove()
-            if error and self.is_new and not isinstance(error, InputError):
-                error.add_note("no epoch was complete: nothing is saved")
+            if error and not isinstance(error, InputError):
+                error.add_note("no epoch was complete: nothing is saved" if self.is_new else resume)
             return
         if self.writes:
             with (
@@ -147,8 +153,7 @@ class Run:
         if isinstance(error, DivergedError):
             error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
         elif error:
-            resume = command(["--resume", str(self.folder)], history.provenance[-1])
-            error.add_note(f"last complete epoch saved; resume with: {resume}")
+            error.add_note(f"last complete epoch saved; {resume}")
         if isinstance(error, InputError):  # an image that has gone or broken since
             stopped = StoppedError(str(error))
             stopped.__notes__ = error.__notes__
@@ -248,8 +253,9 @@ class Run:
         history.peak_memory = auxiliaries.peak_memory(network.mean.device)
         if self.writes:
             checkpoint.save(self.folder / LAST, history, self.minings, network, parts)
-            history.write_state()
         self.is_resumable = True
+        if self.writes:
+            history.write_state()
 
     def _update_times(self, epoch: int) -> None:
         """Set the times of the history to now."""
@@ -266,6 +272,8 @@ class Run:
             InputError: they do not fit.
         """
         checkpoint.restore(self.stored.content, network, parts)
+        if self.minings and self.minings[-1].shape != (len(paths),):
+            raise InputError(f"{self.folder / LAST}: its mined labels are not those of these images")
         self.stored = None  # as large as all parts
         if self.writes:
             self._open()
@@ -277,4 +285,10 @@ class Run:
 
 def is_unfinished_start(folder: Path) -> bool:
     """Tell whether a folder is of a run that was killed before its first checkpoint."""
-    return (folder / "hypa.pkl").exists() and (folder / LOCK).exists() and not (folder / LAST).exists()
+    if (folder / LAST).exists() or not (folder / STATE_FILE).exists():
+        return False
+    try:
+        history = History.read(folder)
+    except InputError:
+        return False
+    return (history.epoch, history.state) == (0, "running")

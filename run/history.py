@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pickle
 import time
@@ -219,8 +220,9 @@ class History:
         history = cls(folder, flags, provenance=provenance)
         for name, file in LOGS.items():
             history.rows[name] = read_log(folder / file) if file in names else []
-        if history.rows["val"] and not test_sets_of(history.rows["val"][0]):
-            raise InputError(f"{folder}: {LOGS['val']} holds no Recall @ 1")
+        for row in history.rows["val"]:
+            if not test_sets_of(row) or None in [row[name] for name in row if name.endswith("Recall @ 1")]:
+                raise InputError(f"{folder}: {LOGS['val']} cannot be read (an epoch without Recall @ 1)")
         if STATE_FILE in names:
             vars(history).update(read_state(folder / STATE_FILE))
         else:  # written by an earlier version
@@ -298,6 +300,8 @@ def read_state(path: Path) -> dict[str, object]:
         for name, kind in STATE.items():
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
+        if not math.isfinite(stored["seconds"] + stored["written"]):
+            raise ValueError("its times are no numbers")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
     return {name: stored[name] for name in STATE}

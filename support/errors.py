@@ -154,11 +154,11 @@ def signals_stop() -> Iterator[None]:
 
 def ignore_signals() -> None:
     """Let what ends a program come to its end: the clean-up is not to be interrupted by a signal to stop."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
+    for signum in SIGNALS:
+        if signum == getattr(signal, "SIGCHLD", None):  # PyTorch's handler raises as the other workers end
+            signal.signal(signum, signal.SIG_DFL)
+        elif signum != signal.SIGINT or stop_signal is None:  # after a signal, Ctrl-C ends the process at once
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def raise_if_stopped() -> None:
@@ -211,7 +211,8 @@ def silence(stream: TextIO) -> None:
 
 def set_up_output() -> None:
     """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook, or a caller's
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

@@ -181,9 +181,10 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
+@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
+def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path, redirection):
     flags = (*ALONE, "--n_epochs", 1, "--task_p", 1, 0)
-    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=">&-")
+    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=redirection)
     assert (done.returncode, done.stderr) == (0, "")
     assert "epochs done: 1\n" in (tmp_path / "results" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
 

@@ -376,6 +376,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_in_its_fo
     (tmp_path / "tiny" / "notes" / "hypa.pkl").touch()
     assert run([*argv, "--savename", "notes", "--go_on", "--n_epochs", 1]).name == "notes_1"
     assert [entry.name for entry in (tmp_path / "tiny" / "notes").iterdir()] == ["hypa.pkl"]
+    (path / "last.pth.tar").unlink()  # to save space: what is left of a run is the user's
+    kept = sorted(entry.name for entry in path.iterdir())
+    assert "larger than" in refused(capsys, [*argv, "--go_on", "--bs", 100])
+    assert sorted(entry.name for entry in path.iterdir()) == kept
     killed_run([*argv, "--savename", "other"], At("open", ".last.pth.tar.*.tmp"))
     assert run([*argv, "--savename", "other", "--n_epochs", 1]).name == "other_1"  # a new run takes no folder over
 
@@ -436,6 +440,31 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
     assert History.read(path).reason.startswith("cannot read or write")
     run(["--resume", path])
     assert_same_run(path, expected)
+
+
+def run_on_disk_full_after_the_checkpoint(argv):
+    """Run main where no file can be written once the first last.pth.tar is there."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    run_and_act(argv, [At("os.rename", "last.pth.tar"), At("open", ".run.json.*.tmp")], limit)
+
+
+def test_a_disk_that_is_full_after_the_first_checkpoint_leaves_it(whole, tmp_path):
+    process = run_in_process(run_on_disk_full_after_the_checkpoint, small_flags(whole[0], tmp_path, *BASE))
+    path = tmp_path / "tiny" / "run"
+    reason = f"main.py: stopped: cannot read or write {path}/run.json (File too large)"
+    assert process == (1, f"{reason}; last complete epoch saved; resume with: python main.py --resume {path}\n")
+    run(["--resume", path])
+    assert_same_run(path, whole[1])
+
+
+def test_a_run_that_is_stopped_before_it_is_restored_stays_as_it_was(whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    before = {name: (path / name).read_bytes() for name in ("page.html", "run.json", "hypa.pkl")}
+    argv = ["--resume", path, "--n_epochs", 4]
+    ended = run_in_process(run_and_act, argv, [At("open", "4.bmp")], interrupt)
+    assert ended == (143, f"main.py: stopped by SIGTERM; resume with: python main.py --resume {path}\n")
+    assert {name: (path / name).read_bytes() for name in before} == before
 
 
 def test_a_folder_that_goes_away_is_told(whole, tmp_path):

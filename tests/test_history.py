@@ -86,6 +86,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
         ("hypa.pkl", pickle.dumps({"dataset": "a"})),
         ("log_val_Class.csv", b"Epochs,Recall @ 1\nzero,one\n"),
         ("log_val_Class.csv", b"Epochs,Time\n0,1\n"),
+        ("log_val_Class.csv", b"Epochs,Time,Recall @ 1\n0,1,\n"),
         ("log_train_Class.csv", b""),
         ("run.json", b"{"),
         ("run.json", json.dumps({"state": 1}).encode()),
@@ -94,6 +95,6 @@ def test_what_is_read_is_what_was_written(tmp_path):
 def test_a_damaged_file_is_one_line_that_names_it(tmp_path, name, content):
     written_run(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{tmp_path}: {name} (cannot be read|holds no Recall)") as error:
+    with pytest.raises(InputError, match=f"{tmp_path}: {name} cannot be read") as error:
         History.read(tmp_path)
     assert "\n" not in str(error.value)

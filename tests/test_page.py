@@ -82,7 +82,7 @@ def history_of(folder, n_epochs=4, prefixes=("",), **more):
 
 def drawn(history):
     """Draw the page of a run and the index; return both taken apart."""
-    page.draw_page(history)
+    page.write_page(history)
     page.draw_index(history.folder)
     return Parsed(history.folder / "page.html"), Parsed(history.folder.parent / "index.html")
 
@@ -171,6 +171,10 @@ def test_the_index_reads_the_runs_and_skips_what_is_none(tmp_path):
     for name in ("damaged", "truncated"):
         history_of(tmp_path / name)
     (tmp_path / "damaged" / "run.json").write_text("{")
+    (tmp_path / "endless").mkdir()
+    for file in ("hypa.pkl", "run.json"):
+        text = (tmp_path / "run0" / file).read_bytes()
+        (tmp_path / "endless" / file).write_bytes(text.replace(b'"seconds": 8.0', b'"seconds": 1e999'))
     (tmp_path / "truncated" / "hypa.pkl").write_bytes(b"\x80")
     (tmp_path / "folder" / "hypa.pkl").mkdir(parents=True)
     (tmp_path / "old").mkdir()  # of a version without run.json and page
@@ -215,7 +219,7 @@ def test_what_cannot_be_written_is_a_warning_once(tmp_path, caplog):
     history = history_of(tmp_path / "run")
     (tmp_path / "run/page.html").mkdir()
     for _ in range(2):
-        page.draw_page(history)
+        page.draw(history)
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}/run/page.html: cannot be written (Is a directory)")
 
@@ -237,7 +241,7 @@ def test_what_cannot_be_drawn_is_a_warning_once(tmp_path, caplog):
     assert [line.split(": ")[0].removeprefix(f"{tmp_path}/run/") for line in caplog.messages] == [
         "mined_clusters.png", "sample_recoveries.png", "InfoPlot_Class.svg", "InfoPlot_Probe.svg"
     ]  # fmt: skip
-    assert caplog.messages[0].endswith(": cannot be written (Is a directory); training goes on without it")
+    assert caplog.messages[0].endswith(": cannot be written (Is a directory)")
     assert "cannot be drawn (ValueError: could not convert string to float" in caplog.messages[3]
 
 

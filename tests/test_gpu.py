@@ -121,7 +121,7 @@ def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_s
     capability, tf32, amp, lacking, caplog
 ):
     scored = auxiliaries.supported_precision(capability, tf32, amp)
-    said = caplog.text
+    said = "".join(f"{line}\n" for line in caplog.messages)
     if not lacking:
         auxiliaries.require_precision(capability, tf32, amp, is_resumed=False)
         assert (scored, said) == ((tf32, amp), "")
@@ -136,10 +136,10 @@ def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_s
     assert said == f"embedding in {in_words}, without {lacking} of the run, which this device does not have\n"
 
 
-def test_a_card_that_lacks_both_precisions_is_said_to_once(capsys):
+def test_a_card_that_lacks_both_precisions_is_said_to_once(caplog):
     assert auxiliaries.supported_precision(T4, True, "bf16") == (False, "none")
-    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have\n"
-    assert capsys.readouterr().out == said
+    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have"
+    assert caplog.messages == [said]
 
 
 def test_float32_on_a_card_that_has_faster_ones_is_hinted_at():
@@ -172,13 +172,13 @@ def card(monkeypatch):
     return install
 
 
-def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monkeypatch, capsys, recwarn):
+def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monkeypatch, caplog, recwarn):
     chosen, device = [], torch.device("cuda", 0)
     card("NVIDIA H200", H200)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert auxiliaries.pick_device(0) == device
     assert chosen == [device]
-    assert capsys.readouterr().out == "device: GPU 0, NVIDIA H200\n"
+    assert caplog.messages == ["device: GPU 0, NVIDIA H200"]
     assert auxiliaries.compute_capability(device) == H200
     assert auxiliaries.gpu_events(device) is not None
     assert not recwarn.list

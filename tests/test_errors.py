@@ -147,11 +147,11 @@ def command_line(program, *flags, redirection=""):
 def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
     images = write_class_folders(tmp_path / "Bücher" / "tiny") / "images"
     (images / "class_03").rename(images / "straße")
-    (images / "空").mkdir()  # is warned of
+    (images / "空").mkdir()  # is named as left out
     argv = small_flags(tmp_path / "Bücher", tmp_path / "é", *ALONE, "--n_epochs", 1, "--task_p", 1, 0)
     done = command_line("main.py", *argv)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1 folders without images are no classes: \\u7a7a\n" in done.stdout
+    assert "left out: 1 folder without images: images/\\u7a7a\n" in done.stdout
     assert done.stdout.endswith("\\xe9/tiny/run\n")
     assert "epochs done: 1\n" in (tmp_path / "é" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
 

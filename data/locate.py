@@ -50,8 +50,7 @@ def locate(name: str, source: Path) -> Path:
         f"found       {holds or f'no folder {source}'}",
         f"to do       {advise(published, name, source, candidates, present)}",
     ]
-    if published.url:
-        lines.append(f"get it at   {published.url}")
+    lines += [f"get it at   {published.url}"] if published.url else []
     raise InputError("\n  ".join(lines))
 
 
@@ -127,7 +126,8 @@ def advise_on_split(base: Path, wanted: Path) -> str:
     folders = {name.lower(): name for name in listing(base)[0]}
     train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
     links = {"train": train, "test": test}
-    why = f"{base} holds {first_few(list(filter(None, links.values())))}, but a split has to be called train and test"
+    held = first_few([name for name in links.values() if name])
+    why = f"{base} holds {held}, but these folders have to be called train and test"
     if test is None:
         links, why = {"images": train}, f"{base} holds {train}, but nothing to test on; {HALVES} with this link"
     commands = [

@@ -70,8 +70,7 @@ def read_folders(root: Path, folders: Sequence[str] = ("images",)) -> Splits:
     images.sort(key=lambda image: (image.class_name, image.path))
     factors = {}
     if os.path.lexists(root / "factors.csv"):
-        below = "images/" if "images" in folders else ""
-        factors = read_factors(root / "factors.csv", [image.path.removeprefix(below) for image in images])
+        factors = read_factors(root / "factors.csv", [image.path.removeprefix("images/") for image in images])
     layout = " and ".join(f"{root / folder}/<class>/<image>" for folder in folders)
     return make_splits(root, images, factors, layout, left_out_of_folders(found, folders))
 

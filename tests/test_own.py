@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,7 +372,7 @@ def test_folders_that_are_no_classes(tmp_path):
         (
             ["train/g/a/1", "train/g/b/1", "train/h/c/1", "train/h/c/2", "train/h/1", "train/2", "test/g/d/1"],
             "{0}/test and {0}/train: 3 class folders with images in subfolders only: test/g, train/g, train/h; move "
-            "the images up into the class folders, or the subfolders up into {0}/test and {0}/train if they are the classes (4",
+            "the images up into the class folders, or the subfolders up into {0}/test and {0}/train if they are the",
         ),
         (
             ["train/images/a/1", "train/images/b/1", "test/images/c/1", "test/images/d/1"],
@@ -427,10 +426,10 @@ GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", 
                "their classes in {0}/images.csv, whose first line is image,class"),
         (["all"], "{0}/all holds 2 images without class folders: put the images into"),
         (["data/train/a", "data/test/b"], "it lies too deep: move what {0}/data holds to {0}"),
-        (["train/a", "val/a"], "{0} holds train, val, but a split has to be called train and test: ln -s val {0}/test"),
+        (["train/a", "val/a"], "{0} holds train, val, but these folders have to be called train and test: ln -s val"),
         (["x/train/a", "x/val/a"], "train and test: ln -s x/train {0}/train && ln -s x/val {0}/test"),
-        (["training/a", "test/a"], "{0} holds training, test, but a split has to be called train and test: ln -s trai"),
-        (["train/a", "Test/a"], "{0} holds train, Test, but a split has to be called train and test: ln -s Test {0}"),
+        (["training/a", "test/a"], "{0} holds training, test, but these folders have to be called train and test"),
+        (["train/a", "Test/a"], "{0} holds train, Test, but these folders have to be called train and test"),
         (["Train/g/a", "Test/g/a"], "train and test: ln -s Train {0}/train && ln -s Test {0}/test"),
         (["train/a", "train/b"], "{0} holds train, but nothing to test on; the first half of the classes trains, the "
                                  "rest tests with this link: ln -s train {0}/images"),

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data.files import class_folders
+from data.files import normal_form
 from data.images import NO_TORCHCODEC, ImageSet, Splits
 from data.locate import check_name, locate
 from data.own import layouts_in
@@ -46,7 +47,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
     """
     if name == "shapes":
         folder = Path(source_path) / name
-        if layouts_in(folder) or len(class_folders(folder)) >= 4:
+        if layouts_in(folder):
             raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
     published, root = published_info(name), locate(name, Path(source_path))
@@ -113,8 +114,6 @@ class ClassBalancedBatchSampler(BatchSampler):
         random_pick_p: float = 0.0,
         share: range | None = None,
     ):
-        if batch_size % images_per_class:
-            raise ValueError(f"batch size {batch_size} is not a multiple of {images_per_class} images per class")
         self.batch_size, self.images_per_class = batch_size, images_per_class
         self.seed, self.random_pick_p = seed, random_pick_p
         self.share = range(batch_size) if share is None else share
@@ -388,8 +387,8 @@ def build_loaders(
 
 
 def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
-    """Return a line for counts that differ from the published ones, classes that both train and test, and images that a
-    split lists twice."""
+    """Return a line for counts that differ from the published ones, classes that both train and test or differ in
+    capital letters only, and images that a split lists twice."""
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
@@ -401,13 +400,16 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     for split, images in sets.items():
         both = sorted(set(images.class_names).intersection(train.class_names))
         if both and images is not train:
-            verb = "is" if len(both) == 1 else "are"
-            warnings.append(f"{name}, {split}: {counted(len(both), 'class')} {verb} trained on too: {first_few(both)}")
+            warnings.append(f"{name}, {split}: {counted(len(both), 'class')} also in train: {first_few(both)}")
         n_twice = len(images) - len(set(images.names))
         if n_twice:
-            verb = "is" if n_twice == 1 else "are"
-            of_all = f"{n_twice} of {counted(len(images), 'image')} {verb}"
-            warnings.append(f"{name}, {split}: {of_all} listed before in the same split")
+            warnings.append(f"{name}, {split}: {counted(n_twice, 'image')} listed before in the same split")
+    spellings = defaultdict(set)
+    for class_name in {class_name for images in sets.values() for class_name in images.class_names}:
+        spellings[normal_form(class_name).casefold()].add(class_name)
+    alike = sorted(" and ".join(sorted(names)) for names in spellings.values() if len(names) > 1)
+    if alike:
+        warnings.append(f"{name}: classes that differ in capital letters only: {first_few(alike)}; are they the same?")
     if NO_TORCHCODEC and train.pixels is None:
         warnings.append(f"torchcodec cannot be used ({NO_TORCHCODEC}): Pillow decodes JPEGs, at about half the speed")
     return warnings
@@ -422,43 +424,37 @@ def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
     for split, (classes, n_images, least, median, most, first, last) in split_table(train, tests).items():
         lines.append(f"{split:10} {classes:8} {n_images:8}  {least}, {median}, {most}; {first} to {last}")
     for split, images in {"train": train, **tests}.items():
-        sizes = np.bincount(images.labels)
-        alone = [images.class_names[label] for label in np.flatnonzero(sizes == 1)]
-        if alone:
-            why = "" if images is train else ", which nothing can be found for"
-            lines.append(f"{split}: {counted(len(alone), 'class')} of one image{why}: {first_few(alone)}")
+        sizes, queries, where = np.bincount(images.labels) - 1, images.labels, ""
         if images.is_query is not None:
-            in_gallery = np.unique(images.labels[~images.is_query])
-            labels = images.labels[images.is_query & ~np.isin(images.labels, in_gallery)]
-            lost = [images.class_names[label] for label in np.unique(labels)]
-            if lost:
-                n_queries = f"{counted(len(labels), 'query')} of {counted(len(lost), 'class')}"
-                lines.append(f"{split}: {n_queries} without an image in the gallery, never found: {first_few(lost)}")
+            sizes = np.bincount(images.labels[~images.is_query], minlength=len(images.class_names))
+            queries, where = images.labels[images.is_query], " in the gallery"
+        lost = queries[sizes[queries] == 0]
+        if len(lost):
+            names = first_few([images.class_names[label] for label in np.unique(lost)])
+            where += "" if images is train else " to find"
+            lines.append(f"{split}: {counted(len(lost), 'image')} with no other of the class{where}: {names}")
     if train.factors:
         lines.append(f"known characteristics: {', '.join(train.factors)}")
     return lines + [f"left out: {note}" for note in train.left_out]
 
 
-def split_labels(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[ImageSet, np.ndarray]]:
-    """Return of each split its image set and its labels; queries and gallery are splits of their own."""
-    splits = {"train": (train, train.labels)}
-    for name, images in tests.items():
-        if images.is_query is None:
-            splits[name] = images, images.labels
-        else:
-            splits["query"], splits["gallery"] = (
-                (images, images.labels[chosen]) for chosen in (images.is_query, ~images.is_query)
-            )
-    return splits
-
-
 def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int | str, ...]]:
-    """Return split to (classes, images, least, median and most images of a class, first and last class)."""
+    """Return split to (classes, images, least, median and most images of a class, first and last class).
+
+    Queries and gallery are splits of their own.
+    """
+    labels = {}
+    for split, images in {"train": train, **tests}.items():
+        if images.is_query is None:
+            labels[split] = images, images.labels
+        else:
+            labels["query"] = images, images.labels[images.is_query]
+            labels["gallery"] = images, images.labels[~images.is_query]
     table = {}
-    for split, (images, labels) in split_labels(train, tests).items():
-        found, sizes = np.unique(labels, return_counts=True)
+    for split, (images, chosen) in labels.items():
+        found, sizes = np.unique(chosen, return_counts=True)
         ends = images.class_names[found[0]], images.class_names[found[-1]]
-        table[split] = (len(sizes), len(labels), int(sizes.min()), int(np.median(sizes)), int(sizes.max()), *ends)
+        table[split] = (len(sizes), len(chosen), int(sizes.min()), int(np.median(sizes)), int(sizes.max()), *ends)
     return table
 
 
@@ -482,8 +478,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print what a data set holds, and with --check decode every image; return the exit code."""
     parser = OneLineParser(prog="datasets.py", description="Say what a data set holds, without training.")
     parser.add_argument("name", help="as for main.py --dataset")
-    folder = "folder that holds the dataset folders"
-    parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets", help=folder)
+    parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets", help="where its folder lies")
     parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:

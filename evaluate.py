@@ -11,6 +11,7 @@ python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv 
 import argparse
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from run.checkpoint import complete_history
 from run.history import History, Row, column, file_suffix, scores_of
 from run.options import PATH, whole
 from support import errors, files, output, processes, weights
-from support.errors import DivergedError, InputError, StoppedError
+from support.errors import DivergedError, InputError
 from support.output import Progress, log
 
 PROBE_IMAGES = 1000
@@ -527,36 +528,34 @@ def embed(
 def embed_folder(args: argparse.Namespace) -> None:
     """Store the embeddings of every image below a folder, in any layout, and their paths.
 
-    Raises InputError, and StoppedError after the rest is stored where images cannot be decoded.
+    Exits with code 1 after the rest is stored where something cannot be read. Raises InputError.
     """
     root = Path(args.embed)
     found = survey(root)
-    for names, noun in ((found.others, "other file"), (found.unread, "unreadable folder")):
+    lost = {"dead link": found.dead, "Git LFS pointer": found.pointers, "unreadable folder": found.unread}
+    for noun, names in {"other file": found.others, **lost}.items():
         if names:
             paths = [os.path.join(root, name) for name in names]
             print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
-    names = sorted([*found.images, *found.copies, *found.dead, *found.pointers])  # of the last two it is said why not
-    paths = [os.path.join(root, name) for name in names]
+    paths = [os.path.join(root, name) for name in sorted([*found.images, *found.copies])]
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     stored = weights.read_checkpoint(checkpoint)  # what is wrong with it, or with the GPU, shows before decoding
     device, amp = prepare(stored["flags"], args.gpu)
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
+    lost["broken image"] = broken = [reason for reason in reasons if reason is not None]
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
-    n_broken = len(paths) - len(sound)
-    for reason in filter(None, reasons):
-        print(reason)
+    print(*broken, sep="\n", end="\n" * bool(broken))
     if sound:
         images = ImageSet(sound, np.zeros(len(sound), dtype=np.int64), [""])
         embeddings = embed(checkpoint, stored, images, args.embedding, args.kernels, device, amp)
         store(Path(args.save_embeddings), embeddings, paths=sound)
-    if n_broken:
-        of_all = f"{n_broken} of {errors.counted(len(paths), 'image')}"
-        raise StoppedError(f"{of_all} cannot be decoded and {'was' if n_broken == 1 else 'were'} left out")
-    if found.unread:
-        unread = [os.path.join(root, name) for name in found.unread]
-        raise StoppedError(f"left out {errors.counted(len(unread), 'unreadable folder')}: {errors.first_few(unread)}")
+    missing = ", ".join(errors.counted(len(names), noun) for noun, names in lost.items() if names)
+    if missing:
+        done = f"finished, {errors.counted(len(sound), 'image')} stored" if sound else "nothing to store"
+        print(f"evaluate.py: {done}; left out: {missing}, named above", file=sys.stderr)
+        sys.exit(1)
 
 
 def draw_page(folder: Path) -> None:

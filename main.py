@@ -188,7 +188,8 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         train, tests[VALIDATION] = hold_out_classes(train, args.val_classes)
     too_large = f"is larger than the {len(train)} training images of {args.dataset}"
     if args.bs > len(train):
-        raise InputError(f"--bs {args.bs} {too_large}")
+        fitting = min(24, len(train) // 4 * 4)
+        raise InputError(f"--bs {args.bs} {too_large}; try --bs {fitting} --shared_num_classes {fitting // 4}")
     n_clustered = int((~left_out_of_mining(train.labels, args.cluster_mode)).sum())
     if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
         part = " that are not alone in their class, which alone take part in the first clustering"
@@ -269,12 +270,14 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
     if mode == "no_norm":
         return features
     standardised = np.empty_like(features)
+    mean_of_all = features.mean(0, dtype=np.float64)
+    deviation_of_all = features.std(0, dtype=np.float64) if mode == "mstd" else None
     order = np.argsort(labels, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        reference = features[members] if len(members) > 1 else features
-        centred = features[members] - reference.mean(0, dtype=np.float64)
+        is_alone = len(members) == 1
+        centred = features[members] - (mean_of_all if is_alone else features[members].mean(0, dtype=np.float64))
         if mode == "mstd":
-            deviation = reference.std(0, dtype=np.float64)
+            deviation = deviation_of_all if is_alone else features[members].std(0, dtype=np.float64)
             centred = np.where(deviation > 1e-6, centred / np.maximum(deviation, 1e-6), 0)
         standardised[members] = centred
     return standardised

@@ -10,28 +10,30 @@ frozen, as with pretrained weights: where it trains, several processes need GPUs
 import argparse
 import csv
 import os
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets
+
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 
 
-def images_per_second(n_processes: int, flags: list[str], dataset: str, batch_size: int) -> float:
-    """Return the training throughput of a run, the median over its epochs but the first."""
+def images_per_second(n_processes: int, flags: list[str], dataset: str, n_images: int, batch_size: int) -> float:
+    """Return the throughput of a run on n_images training images, the median over its epochs but the first."""
     launcher = [sys.executable]
     if n_processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     with tempfile.TemporaryDirectory() as folder:
         command = [*launcher, str(MAIN), *flags, "--save_path", folder, "--savename", "run"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // n_processes), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         with open(Path(folder) / dataset / "run" / "log_train_Class.csv", encoding="utf-8") as file:
             seconds = [float(row["Time"]) for row in csv.DictReader(file)]
-    n_images = int(re.search(r"^train: (\d+) images", done.stdout, re.MULTILINE)[1])
     return 2 * batch_size * (n_images // batch_size) / statistics.median(seconds[1:])
 
 
@@ -55,10 +57,11 @@ def main() -> None:
         f"{args.arch}, {args.img_size} px, bs {args.bs}, amp {args.amp}, {args.rounds} rounds: images/s of both tasks"
     )
     print(f"{'BatchNorm':<10}{'1 x 2 threads':>15}{'2 x 1 thread':>15}{'overhead %':>12}   of each round")
+    n_images = len(datasets.load_dataset(args.dataset, args.source_path)[0])
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(args.rounds):
         for n_processes, measured in rates.items():
-            measured.append(images_per_second(n_processes, flags, args.dataset, args.bs))
+            measured.append(images_per_second(n_processes, flags, args.dataset, n_images, args.bs))
     overheads = [100 * (one / two - 1) for one, two in zip(rates[1], rates[2])]
     medians = [statistics.median(values) for values in (rates[1], rates[2], overheads)]
     shown = " ".join(f"{value:.1f}" for value in overheads)

@@ -3,12 +3,12 @@
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.errors import InputError, first_few
+from support.errors import first_few
 
 IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".avif")
 """Endings of images. A file with another ending, or none, is an image if its first bytes say so."""
@@ -16,8 +16,11 @@ IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 """First bytes of JPEG, PNG and GIF. Those of BMP, PNM and TIFF begin texts and raw files of cameras too."""
 
-LONGER_THAN_IMAGE = re.compile(f"(.*(?:{'|'.join(map(re.escape, sorted(IMAGES, key=len, reverse=True)))})).+", re.S)
-"""A path that begins with that of an image."""
+COPY = re.compile(r"(~|_original|\.(bak|old|orig|backup))$")
+"""What a program adds to the name of a copy, in lower case."""
+
+MADE_BY_SYSTEMS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Icon\r")
+"""Names of files and folders that operating systems and file servers make; they count as hidden."""
 
 POINTER, POINTER_SIZE = b"version https://git-lfs", 1024
 """First bytes and largest size of what Git LFS leaves in place of a file that it has not fetched."""
@@ -29,7 +32,7 @@ class Survey:
 
     images: files with an ending of images, and files whose first bytes are those of an image. copies: images without
     an ending of images beside their original, such as x.jpg~ and x.jpg. others: all other files. hidden: hidden files,
-    and files in hidden folders. dead: links that lead nowhere. pointers: images that Git LFS has not fetched. folders:
+    and files in hidden folders. dead: links that lead nowhere. pointers: files that Git LFS has not fetched. folders:
     all folders that are not hidden. repeated: folders that lead to a folder that was read already. unread: folders
     that cannot be read.
     """
@@ -48,109 +51,91 @@ class Survey:
 def survey(root: Path, first: Sequence[str] = ()) -> Survey:
     """Return what lies below a folder.
 
-    Linked folders count, but none is read twice: folders go before links to them, and both before hidden folders.
-
-    first: folders in root that are read with all their links before the others.
+    Args:
+        root: the folder.
+        first: folders in root that are read with the folders that they link to, each by itself, before the others. No
+            other folder is read twice, and of those no links. By default all of root is read with its links.
     """
-    found, seen, links, hidden_folders, unknown = Survey(), set(), [], [], []
-
-    def visit(folder: str, in_hidden: bool) -> None:
-        path = os.path.join(root, folder)
-        real = os.path.realpath(path)
-        if real in seen:
-            found.repeated.append(folder)
-            return
-        seen.add(real)
-        try:
-            entries = list(os.scandir(path))
-        except OSError:
-            found.unread.append(folder)
-            return
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = f"{folder}/{entry.name}" if folder else entry.name
-            if name in first:
+    found, read_before, to_open = Survey(), set(), []
+    for start in (*first, ""):
+        seen, waiting = set() if start else read_before, [start]
+        for folder in waiting:  # grows as it is read: folders nearer to the top go first
+            path = os.path.join(root, folder)
+            real = os.path.realpath(path)
+            if real in seen:
+                found.repeated.append(folder)
                 continue
-            is_link, hides = entry.is_symlink(), in_hidden or is_hidden(entry.name)
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                if hides and not in_hidden:
-                    hidden_folders.append(name)
-                elif is_link:
-                    links.append((name, in_hidden))
-                else:
-                    found.folders.extend([] if in_hidden else [name])
-                    visit(name, in_hidden)
-            elif os.path.isfile(entry.path) if is_link else entry.is_file():  # no pipe, which would be waited for
-                if hides:
-                    found.hidden.append(name)
-                elif has_image_ending(entry.name):
-                    (found.pointers if is_pointer(entry) else found.images).append(name)
-                else:
-                    unknown.append(name)
-            elif is_link and not hides:
-                found.dead.append(name)
-
-    found.folders.extend(first)
-    waiting = [*first, ""]
-    while waiting or hidden_folders:
-        in_hidden = not waiting
-        visit((waiting or hidden_folders).pop(0), in_hidden)
-        while links:
-            name, in_hidden = links.pop(0)
-            found.folders.extend([] if in_hidden else [name])
-            visit(name, in_hidden)
-    named = {name.lower() for name in found.images}
-    with ThreadPoolExecutor() as pool:
-        for name, is_an_image in zip(unknown, pool.map(begins_like_an_image, [os.path.join(root, n) for n in unknown])):
-            kind = found.others if not is_an_image else found.copies if is_copy(name, named) else found.images
-            kind.append(name)
+            seen.add(real)
+            found.folders.extend([folder] if folder and not is_hidden(folder) else [])
+            try:
+                entries = list(os.scandir(path))
+            except OSError:
+                found.unread.append(folder)
+                continue
+            for entry in sorted(entries, key=lambda entry: (is_hidden(entry.name), entry.is_symlink(), entry.name)):
+                name, is_link = f"{folder}/{entry.name}".lstrip("/"), entry.is_symlink()
+                if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
+                    to_open.extend([name] if add_file(found, name, entry) else [])
+                elif name not in first and (start or not first or not is_link):
+                    waiting.append(name)
+        read_before |= seen
+    add_by_first_bytes(found, root, to_open)
     for names in vars(found).values():
         names.sort()
     return found
 
 
+def add_file(found: Survey, name: str, entry: os.DirEntry) -> bool:
+    """Add a file to what was found; return True, and do not, where its first bytes are to say what it is."""
+    is_link = entry.is_symlink()
+    if not (
+        os.path.isfile(entry.path) if is_link else entry.is_file()
+    ):  # a pipe, which would be waited for, is nothing
+        found.dead.extend([name] if is_link and not is_hidden(name) else [])
+    elif is_hidden(name):
+        found.hidden.append(name)
+    elif has_image_ending(name) and entry.stat().st_size >= POINTER_SIZE:
+        found.images.append(name)
+    else:
+        return True
+    return False
+
+
+def add_by_first_bytes(found: Survey, root: Path, names: Sequence[str]) -> None:
+    """Add files that are small, or have no ending of images, to what was found."""
+    with ThreadPoolExecutor() as pool:
+        starts = dict(zip(names, pool.map(head, [os.path.join(root, name) for name in names])))
+    found.pointers.extend(name for name in names if starts[name].startswith(POINTER))
+    found.images.extend(name for name in names if has_image_ending(name) and not starts[name].startswith(POINTER))
+    originals = {name.lower() for name in found.images} | {os.path.splitext(name.lower())[0] for name in found.images}
+    for name in names:
+        if has_image_ending(name) or starts[name].startswith(POINTER):
+            continue
+        original, n_marks = COPY.subn("", name.lower())
+        if not begins_like_an_image(starts[name]):
+            found.others.append(name)
+        else:
+            (found.copies if n_marks and original in originals else found.images).append(name)
+
+
 def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of what a folder holds, folders and others, without hidden ones. Raises InputError."""
+    """Return the sorted names of what a folder holds, folders and others, without hidden ones; none if unreadable."""
     try:
         names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
-    except OSError as error:
-        raise InputError(f"cannot list the folder {folder} ({error.strerror})") from error
-    folders = {name for name in names if os.path.isdir(folder / name)}
-    return sorted(folders), [name for name in names if name not in folders]
-
-
-def readable(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the listing of a folder, or nothing where it cannot be read."""
-    try:
-        return listing(folder)
-    except InputError:
+    except OSError:
         return [], []
+    folders = [name for name in names if os.path.isdir(folder / name)]
+    return folders, [name for name in names if name not in set(folders)]
 
 
 def describe(folder: Path) -> str:
     """Return a few words on what a folder holds."""
-    try:
-        names = sum(listing(folder), [])
-    except InputError as error:
-        return f"what cannot be listed ({error.__cause__.strerror})"
-    return first_few(names, 5) if names else "nothing"
+    return first_few(sum(listing(folder), []), 5) or "nothing that can be listed"
 
 
-def class_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder that hold images and are no run folders."""
-    names = []
-    for name in readable(folder)[0]:
-        files = readable(folder / name)[1]
-        by_ending = any(map(has_image_ending, files))
-        if "hypa.pkl" not in files and (by_ending or any(begins_like_an_image(folder / name / file) for file in files)):
-            names.append(name)
-    return names
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is hidden, or one that operating systems and file servers make."""
-    return name.startswith(".") or name in (
-        "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Icon\r"
-    )  # fmt: skip
+def is_hidden(path: str) -> bool:
+    """Tell whether a path leads to or through a hidden file or folder, or one that systems and file servers make."""
+    return any(name.startswith(".") or name in MADE_BY_SYSTEMS for name in path.split("/"))
 
 
 def has_image_ending(name: str) -> bool:
@@ -158,41 +143,20 @@ def has_image_ending(name: str) -> bool:
     return name.lower().endswith(IMAGES)
 
 
-def begins_like_an_image(path: str | Path) -> bool:
-    """Tell whether a file begins like a JPEG, PNG, GIF, WebP or AVIF; one that cannot be read does not."""
+def head(path: str | Path) -> bytes:
+    """Return the first bytes of a file, nothing where it cannot be read."""
     try:
-        if not os.path.isfile(path):
-            return False
         with open(path, "rb") as file:
-            start = file.read(32)
+            return file.read(32)
     except OSError:
-        return False
+        return b""
+
+
+def begins_like_an_image(start: bytes) -> bool:
+    """Tell whether the first bytes of a file are those of a JPEG, PNG, GIF, WebP or AVIF."""
     is_webp = start[:4] == b"RIFF" and start[8:12] == b"WEBP"
     is_avif = start[4:8] == b"ftyp" and (b"avif" in start[8:] or b"avis" in start[8:])
     return start.startswith(SIGNATURES) or is_webp or is_avif
-
-
-def is_pointer(entry: os.DirEntry) -> bool:
-    """Tell whether a file is a pointer of Git LFS."""
-    try:
-        if entry.stat().st_size >= POINTER_SIZE:
-            return False
-        with open(entry.path, "rb") as file:
-            return file.read(len(POINTER)) == POINTER
-    except OSError:
-        return False
-
-
-def is_copy(path: str, images: Collection[str]) -> bool:
-    """Tell whether an image is a copy beside its original: x.jpg~, x.jpg_original, x.jpg.bak or x.bak beside x.jpg.
-
-    images: the paths with an ending of images, in lower case.
-    """
-    stem, ending = os.path.splitext(path.lower())
-    if ending in (".bak", ".old", ".orig") and any(stem + known in images for known in IMAGES):
-        return True
-    longer = LONGER_THAN_IMAGE.fullmatch(path.lower())
-    return longer is not None and longer[1] in images
 
 
 def normal_form(name: str) -> str:

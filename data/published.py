@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data import readers
 from data.images import Splits
-from data.own import read_class_folders, read_own
+from data.own import read_folders, read_own
 
 K_VALS = (1, 2, 4, 8)
 """The k of Recall@k where none are published."""
@@ -38,7 +38,7 @@ CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
 SIZES = ("0", "64", "128", "256", "512", "1024")
 PUBLISHED = {
     "cub200": Published(
-        read=read_class_folders,
+        read=read_folders,
         archive="CUB_200_2011",
         url="https://www.vision.caltech.edu/datasets/cub_200_2011",
         counts={"all": (200, 11788)},

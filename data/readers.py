@@ -12,14 +12,14 @@ from scipy.io import loadmat
 
 from data.files import describe
 from data.images import ImageSet, Splits
-from data.own import AT_LEAST, read_class_folders
+from data.own import AT_LEAST, read_folders
 from support.errors import InputError, counted, first_few, first_line
 
 
 def read_cars(root: Path) -> Splits:
     """Read CARS196: class folders, or the official archive's car_ims and cars_annos.mat, in its order."""
     if os.path.isdir(root / "images"):
-        return read_class_folders(root)
+        return read_folders(root)
     path = first_existing(root, "cars_annos.mat", "../cars_annos.mat")
     try:
         annotations = loadmat(path, squeeze_me=True)
@@ -101,8 +101,7 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
         table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{expected} ({first_line(error)})") from error
-    is_too_long = (table.dtypes == "uint64").any()  # pandas 2 reads numbers of 2^63 and more
-    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None) or is_too_long:
+    if list(table.columns) != list(columns) or table.empty or table.isna().any(axis=None):
         raise InputError(f"{expected}, found {counted(len(table), 'row')} of {' '.join(table.columns)[:80]!r}")
     return table
 

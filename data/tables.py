@@ -1,101 +1,95 @@
 """CSV files as spreadsheets write them, and the known characteristics in them."""
 
 import codecs
-import csv
 import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from data.files import normal_form
-from support.errors import InputError, counted, first_few
+from support.errors import InputError, counted, first_few, first_line
 
 RESERVED = ("", "class", "Class", "Mined")
 """Names that no characteristic may have, as logs use them for something else."""
 
 
-def read_table(path: Path) -> tuple[list[str], dict[int, list[str]]]:
+def read_table(path: Path, required: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
     """Read a CSV file: UTF-8, or UTF-16 with its mark, with commas, semicolons or tabs.
 
+    Args:
+        path: of the file.
+        required: columns that it has to have, in any case of letters.
+        optional: columns that it may have besides; all others are known characteristics.
+
     Returns:
-        The header, and the cells of the other rows by their number in a spreadsheet, where the header is row 1. Empty
-        rows, and columns at the end that have neither a name nor values, are left out.
+        Texts by column and number of the row in a spreadsheet, where the header is row 1. Spaces around texts, and rows
+        and columns without any text, are left out; cells that a short row lacks are empty.
 
     Raises:
-        InputError: where the file cannot be read, or a row is not as long as the header.
+        InputError: for a file that is no such table.
     """
     try:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
-        first_line, _, below = text.partition("\n")
-        delimiter = max(",;\t", key=first_line.count)
-        if first_line.lower().startswith("sep=") and len(first_line.strip()) == 5:  # for spreadsheets only
-            text, delimiter = below, first_line[4]
-        records = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        # Without empty lines left out, numbers of rows are those of the spreadsheet
+        layout = {"sep": separator, "header": None, "keep_default_na": False, "skip_blank_lines": False}
+        table = pd.read_csv(io.StringIO(text), dtype=str, **layout)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read ({error}); save it as CSV in UTF-8") from error
-    except (OSError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    header, *rows = records or [[]]
-    numbered = {number: row for number, row in enumerate(rows, start=2) if any(row)}
-    while header and not header[-1].strip() and not any(any(row[len(header) - 1 :]) for row in numbered.values()):
-        header = header[:-1]
-    numbered = {n: row if any(row[len(header) :]) else row[: len(header)] for n, row in numbered.items()}
-    uneven = [f"row {n} ({row[0]})" for n, row in numbered.items() if len(row) != len(header)]
-    if uneven:
-        raise InputError(f"{path}: {counted(len(uneven), 'row')} not as long as the first: {first_few(uneven)}")
-    return header, numbered
+        excel = 'save it in UTF-8, in Excel as "CSV UTF-8 (Comma delimited)" and not as "CSV"'
+        raise InputError(f"{path}: cannot be read ({error.reason} for UTF-8); {excel}") from error
+    except (OSError, ValueError) as error:  # of rows that are longer than the first, quotes that do not end, no rows
+        reason = first_line(error).removeprefix("Error tokenizing data. C error: ")
+        raise InputError(f"{path}: cannot be read ({reason})") from error
+    table = table.set_axis(table.index + 1).fillna("").apply(lambda cells: cells.str.strip())
+    table = table.loc[(table != "").any(axis=1), (table != "").any()]
+    names, rows = table.iloc[0].tolist(), table.iloc[1:]
+    columns = [name.lower() if name.lower() in (*required, *optional) else name for name in names]
+    if not set(required) <= set(columns):
+        more = "".join(f", perhaps {name}," for name in optional) + " and known characteristics"
+        raise InputError(f"{path}, row 1: expected {' and '.join(required)}{more}; found {','.join(names)[:80]!r}")
+    for name in columns:
+        if columns.count(name) > 1 or (name in RESERVED and name not in required):
+            raise InputError(f"{path}, row 1: the column {name!r} cannot be read: rename it or leave it out")
+    if rows.empty:
+        raise InputError(f"{path}: has no rows below its header")
+    return rows.set_axis(columns, axis=1)
 
 
-def read_factors(path: Path, names: Sequence[str], left_out: Collection[str]) -> dict[str, np.ndarray]:
+def require(path: Path, fault: str, cells: pd.Series, hint: str = "") -> None:
+    """Raise InputError where rows of a table have a fault. cells: of these rows, by number."""
+    if len(cells):
+        rows = first_few([f"row {n} ({cell})" for n, cell in cells.items()])
+        n_rows = f" ({counted(len(cells), 'row')})" if len(cells) > 3 else ""
+        raise InputError(f"{path}: {fault} in {rows}{n_rows}{hint}")
+
+
+def read_factors(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Read the known characteristics of N images from a factors.csv.
 
     Args:
+        path: of the file.
         names: paths of the images as in the column `image`, in any Unicode normal form.
-        left_out: paths of other files, which may have a row too.
 
     Returns:
         For each other column (N,) int64 levels.
 
     Raises:
-        InputError: for a malformed file, an image without a row, a row without an image.
+        InputError: for a malformed file, or an image without a row or with several.
     """
-    columns, rows = read_table(path)
-    if columns[:1] != ["image"] or len(columns) < 2:
-        raise InputError(
-            f"{path}, row 1: expected image and a column for each characteristic; found {','.join(columns)[:80]!r}"
-        )
-    check_factor_names(path, columns[1:])
-    row_of, by_form, repeated = {}, {}, []
-    for row in rows.values():
-        if row[0] in row_of:
-            repeated.append(row[0])
-        row_of[row[0]] = by_form[normal_form(row[0])] = row
-    found = [row_of.get(name) or by_form.get(normal_form(name)) for name in names]
-    known = {normal_form(name) for name in [*names, *left_out]}
-    faults = {
-        ("image", "with several rows"): repeated,
-        ("image", "without a row"): [name for name, row in zip(names, found) if row is None],
-        ("row", "without an image"): sorted(row[0] for form, row in by_form.items() if form not in known),
-    }
-    for (noun, fault), images in faults.items():
-        if images:
-            raise InputError(f"{path}: {counted(len(images), noun)} {fault}: {first_few(images)}")
-    return levels_of({column: [row[i] for row in found] for i, column in enumerate(columns[1:], start=1)})
+    table = read_table(path, ["image"])
+    keys = table["image"].map(normal_form)
+    require(path, "an image listed twice", table["image"][keys.duplicated(keep=False)])
+    row_of = {key: i for i, key in enumerate(keys)}
+    missing = [name for name in names if normal_form(name) not in row_of]
+    if missing:
+        raise InputError(f"{path}: {counted(len(missing), 'image')} without a row: {first_few(missing)}")
+    return levels_of(table.drop(columns="image").iloc[[row_of[normal_form(name)] for name in names]])
 
 
-def check_factor_names(path: Path, names: Sequence[str]) -> None:
-    """Raise InputError for names of characteristics that are missing, given twice, or taken."""
-    for name in names:
-        if name.strip() in RESERVED or names.count(name) > 1:
-            raise InputError(
-                f"{path}, row 1: the column {name!r} cannot be a characteristic; give each another name, none "
-                "of class, Class and Mined"
-            )
-
-
-def levels_of(values: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """Return characteristics, each N texts, as (N,) int64 levels, numbered in the order of the texts."""
-    return {name: np.unique(texts, return_inverse=True)[1] for name, texts in values.items()}
+def levels_of(table: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Return the columns of a table, N texts each, as (N,) int64 levels, numbered in the order of the texts."""
+    return {name: np.unique(table[name].tolist(), return_inverse=True)[1] for name in table}

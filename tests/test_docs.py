@@ -198,17 +198,21 @@ def test_python_is_found_in_the_docs():
     assert len(RECIPES) == 1
 
 
-def test_the_recipe_for_a_list_makes_one_that_is_read(tmp_path, monkeypatch):
+def test_the_recipe_for_a_list_makes_one_that_is_read(tmp_path, monkeypatch, capsys):
     images = tmp_path / "Datasets" / "mine" / "all"
     images.mkdir(parents=True)
-    for i in range(4):
-        for look in ("glasses", "happy"):
-            Image.new("L", (8, 8), 40 * i).save(images / f"subject{i:02d}.{look}", "GIF")
+    for name in ("Banana", "Red Apple", "Fig", "Kiwi_2"):
+        for ending in ("01.jpg", "02.JPG"):
+            Image.new("L", (8, 8), 40).save(images / f"{name}_{ending}")
+    (images / "._Fig_01.jpg").write_bytes(b"of another system")
+    (images / "cover.jpg").touch()
     monkeypatch.chdir(tmp_path)
-    exec(RECIPES[0], {})
+    for _ in range(2):  # a second time, the list of the first is there
+        exec(RECIPES[0], {})
+        assert capsys.readouterr().out == "8 images, 1 other names: ['all/cover.jpg']\n"
     train, tests = datasets.load_dataset("mine", "Datasets")
-    assert train.class_names + tests["test"].class_names == [f"subject{i:02d}" for i in range(4)]
-    assert train.factors["look"].tolist() == [0, 1, 0, 1]
+    assert (train.class_names, tests["test"].class_names) == (["Banana", "Fig"], ["Kiwi_2", "Red Apple"])
+    assert (len(train), len(tests["test"])) == (4, 4)
 
 
 def test_the_list_in_the_docs_is_read(tmp_path):

@@ -164,12 +164,14 @@ def command_line(program, *flags, redirection=""):
 def test_a_run_prints_and_writes_names_in_any_encoding(tmp_path):
     images = write_class_folders(tmp_path / "Bücher" / "tiny") / "images"
     (images / "class_03").rename(images / "straße")
-    (images / "空").mkdir()  # is warned of
+    (images / "空").mkdir()  # is named as left out
     argv = small_flags(tmp_path / "Bücher", tmp_path / "é", *ALONE, "--n_epochs", 1, "--task_p", 1, 0)
     done = command_line("main.py", *argv)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1 folders without images are no classes: \\u7a7a\n" in done.stdout
+    assert "left out: 1 folder without images: images/\\u7a7a\n" in done.stdout
     assert done.stdout.endswith("\\xe9/tiny/run\n")
+    page = (tmp_path / "é" / "tiny" / "run" / "page.html").read_text(encoding="utf-8")
+    assert "left out: 1 folder without images: images/空" in page
     assert "epochs done: 1\n" in (tmp_path / "é" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
 
 
@@ -323,9 +325,9 @@ def test_a_folder_beside_a_missing_data_set_need_not_be_readable(tmp_path):
     (tmp_path / "birds").mkdir(mode=0)
     done = run_without_rights("datasets.py", "birds", "--source_path", tmp_path)
     assert done.returncode == 2
-    denied, told = "(Permission denied)", done.stderr.splitlines()[2:]
-    assert told[0].startswith(f"  found       {tmp_path}/birds holds what cannot be listed {denied}; {tmp_path} holds ")
-    assert told[1] == f"  to do       cannot list the folder {tmp_path}/birds {denied}: make it readable"
+    told = done.stderr.splitlines()[2:]
+    assert told[0].startswith(f"  found       {tmp_path}/birds holds nothing that can be listed; {tmp_path} holds ")
+    assert told[1] == f"  to do       make the folder {tmp_path}/birds readable"
 
 
 def test_a_comparison_names_runs_that_may_not_be_read_and_leaves_them_out(tmp_path):

@@ -129,6 +129,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
         path.parent.mkdir(parents=True, exist_ok=True)
         is_image = path.stem not in ("broken", "LICENSE")
         path.write_bytes((source / "class_04" / f"{i}.jpg").read_bytes() if is_image else b"no image")
+    (tmp_path / "mine" / "gone.jpg").symlink_to(tmp_path / "nowhere")
     argv = [stored, "--embed", tmp_path / "mine", "--save_embeddings", tmp_path / "e.npz", "--embedding", "Shared"]
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
@@ -136,7 +137,10 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
     printed = capsys.readouterr()
     assert stop.value.code == 1
     assert f"skipped 1 other file: {tmp_path}/mine/a/LICENSE\n" in printed.out
-    assert printed.err.endswith("evaluate.py: stopped: 1 of 4 images cannot be decoded and was left out\n")
+    assert f"skipped 1 dead link: {tmp_path}/mine/gone.jpg\n" in printed.out
+    assert printed.err.endswith(
+        "evaluate.py: finished, 3 images stored; left out: 1 dead link, 1 broken image, named above\n"
+    )
     assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
     with np.load(tmp_path / "e.npz") as kept:
         names = [str(Path(path).relative_to(tmp_path / "mine")) for path in kept["paths"]]
@@ -158,6 +162,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
         run(argv, evaluate)
     assert (stop.value.code, (tmp_path / "f.npz").exists()) == (1, False)
     (tmp_path / "mine" / "c" / "broken.png").unlink()
+    (tmp_path / "mine" / "gone.jpg").unlink()
     argv[2] = tmp_path / "mine"
     run(argv, evaluate)
     assert len(np.load(tmp_path / "f.npz")["paths"]) == 3
@@ -293,6 +298,6 @@ def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, 
     argv = [stored, "--embed", images, "--save_embeddings", tmp_path / "new.npz"]
     process = run_in_process(run_where_a_folder_cannot_be_read, str(images / "class_02"), argv)
     assert (process.returncode, process.stderr) == (
-        1, f"evaluate.py: stopped: left out 1 unreadable folder: {images}/class_02\n"
+        1, "evaluate.py: finished, 15 images stored; left out: 1 unreadable folder, named above\n"
     )  # fmt: skip
     assert len(np.load(tmp_path / "new.npz")["paths"]) == 15

@@ -150,7 +150,7 @@ def spoil_first_image(root):
     [
         (["--dataset", "absent"], None, "no images of --dataset absent in --source_path"),
         (["--dataset", "few"], lambda root: write_class_folders(root / "few", (3, 3, 3)), "at least 4 are needed"),
-        (["--dataset", "tiny", "--bs", "12"], None, "--bs 12 is larger than the 10 training images"),
+        (["--dataset", "tiny", "--bs", "12"], None, "of tiny; try --bs 8 --shared_num_classes 2"),
         (["--dataset", "tiny", "--shared_num_classes", "11"], None, "--shared_num_classes 11 is larger than the 10"),
         (["--dataset", "tiny", "--cache", "ram", "--bs", "12"], spoil_first_image, "--bs 12 is larger than the 10"),
         (["--dataset", "tiny", "--cache", "ram", "--val_classes", "0.5"], spoil_first_image, "--val_classes 0.5: "),

@@ -253,10 +253,15 @@ def test_processes_of_torchrun_end_with_it_by_what_they_answer(monkeypatch, has_
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.setattr(processes, "end_with", lambda *values: called.append(values))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: called.append(backend))
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    with processes.connected():
-        assert called == [(os.getppid(), signum), backend]
+
+    def connect(backend, timeout):
+        called.append(backend)
+        raise ConnectionError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", connect)
+    with pytest.raises(ConnectionError), processes.connected():
+        pass
+    assert called == [(os.getppid(), signum), backend]
 
 
 class Gpu:

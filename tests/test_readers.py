@@ -83,7 +83,7 @@ def test_ids_are_numbers(tmp_path):
     assert [os.path.basename(name) for name in train.names[1:3]] == ["0000002.jpg", "0000003.jpg"]
 
 
-@pytest.mark.parametrize("number", [2**63, 2**64, 10**20, "9" * 5000])
+@pytest.mark.parametrize("number", [2**64, 10**20, "9" * 5000])
 def test_ids_that_are_too_long_do_not_merge(tmp_path, number):
     layouts.LAYOUTS["online_products", "readme"](tmp_path)
     write_ids(tmp_path, 1, number)
@@ -142,6 +142,8 @@ def test_an_archive_is_to_be_unpacked(tmp_path, archive):
     (tmp_path / archive).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / archive).touch()
     assert f"to do       unpack {tmp_path / archive}" in message_of("cub200", tmp_path)
+    write_class_folders(tmp_path / "cub200" / "unpacked")
+    assert f"it lies too deep: move what {tmp_path}/cub200/unpacked holds" in message_of("cub200", tmp_path)
 
 
 def test_class_folders_out_of_place_are_to_be_moved(tmp_path):
@@ -153,13 +155,6 @@ def test_class_folders_out_of_place_are_to_be_moved(tmp_path):
     assert f"move or link the class folders from {root} to {root / 'images'}" in message_of("cub200", tmp_path)
 
 
-def test_class_folders_right_in_the_source_path_are_to_be_moved(tmp_path):
-    for name in ("ant", "bee", "cat", "dog"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1.jpg").touch()
-    assert f"move or link the class folders from {tmp_path} to {tmp_path}/mine/images" in message_of("mine", tmp_path)
-
-
 def test_cars_as_downloads_lay_them_out(tmp_path):
     root = tmp_path / "cars196"
     for half in ("train", "test"):
@@ -167,7 +162,7 @@ def test_cars_as_downloads_lay_them_out(tmp_path):
         (root / f"cars_{half}").mkdir(parents=True)
         (tmp_path / half / "images" / "class_00").rename(root / f"cars_{half}" / f"cars_{half}")
     message = message_of("cars196", tmp_path)
-    assert f"{root}/cars_test, {root}/cars_train hold 2 folders with images (cars_test, cars_train): too few" in message
+    assert f"{root} holds 2 folders with images (cars_test, cars_train): too few" in message
     assert message.split("\n")[3].endswith(f"; if not, put the images into {root}/images/<class>/")
     shutil.rmtree(root)
     for half in ("train", "test"):
@@ -175,7 +170,7 @@ def test_cars_as_downloads_lay_them_out(tmp_path):
         shutil.rmtree(tmp_path / half)
         (write_class_folders(tmp_path / half) / "images").rename(root / "car_data" / half)
     halves = (
-        f"put the class folders of {root}/car_data/test, {root}/car_data/train together in {root}/images, 4 classes"
+        f"put what all 2 folders in {root}/car_data (test, train) hold together in {root}/images: 4 classes, if these"
     )
     assert halves in message_of("cars196", tmp_path)
 

@@ -96,9 +96,12 @@ def test_clusters_are_shown_by_the_nearest_image_of_each_class():
     ]  # fmt: skip
     assert [indices.tolist() for _, indices in shown] == [[1, 0, 3], [5], [6]]
     assert sheets.clusters_to_show(clusters, distances, classes, {}, n_images=2)[0][1].tolist() == [1, 0]
-    factors = {"light": np.array([1, 1, 1, 0, 0, 1, 1]), "size": np.array([0, 1, 0, 1, 0, 0, 1])}
+    factors = {"light": np.array([1, 1, 1, 0, 0, 0, 0]), "size": np.array([0, 1, 2, 3, 0, 0, 1])}
     captions = [caption for caption, _ in sheets.clusters_to_show(clusters, distances, classes, factors)]
     assert captions[2] == "cluster 5\n1 image\n1 class"  # a single image is alike in everything
+    many = [np.repeat(values, 100) for values in (clusters, distances, classes)]
+    factors = {name: np.repeat(levels, 100) for name, levels in factors.items()}
+    captions = [caption for caption, _ in sheets.clusters_to_show(*many, factors)]
     assert [caption.split("\n", 3)[3] for caption in captions[:2]] == [
         "75 % alike in\nlight", "100 % alike in\nsize"
     ]  # fmt: skip

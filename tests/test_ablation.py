@@ -38,6 +38,7 @@ for word in sys.argv[1:]:
     else:
         values.append(float(word) if word.replace(".", "").isdigit() else word)
 flags |= {name: flags[name][0] for name in ("dataset", "seed", "n_epochs", "savename", "save_path")}
+flags["n_epochs"] = int(flags["n_epochs"])
 fails = Path(os.environ["FAILS"])
 if fails.exists():
     name, code = fails.read_text().split()

@@ -93,7 +93,7 @@ def signal_all_in_a_worker(log):
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp_path):
-    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    log = tmp_path / "tiny" / "run" / "last.pth.tar"
     code = f"import runpy, sys, test_errors; test_errors.signal_all_in_a_worker({str(log)!r}); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = small_flags(with_bitmap, tmp_path, "--kernels", 2, "--eval_every", 1)

@@ -492,7 +492,7 @@ def test_training_that_diverges_is_told_with_the_term_and_the_epoch(class_folder
     error = refused(capsys, argv, code=1)
     assert re.search(r"; this was epoch \d; .*last\.pth\.tar is from before it$", error)
     assert "the Class loss is" in error or "features are not finite" in error
-    assert error.endswith("/tiny/run/last.pth.tar is from before that\n")
+    assert error.endswith("/tiny/run/last.pth.tar is from before it\n")
 
 
 def test_best_checkpoint_is_by_recall_at_1(tmp_path):

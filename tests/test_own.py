@@ -100,12 +100,13 @@ def test_a_list_with_queries_and_a_gallery(tmp_path):
     root = write_class_folders(tmp_path / "mine", per_class=(2, 2, 3, 3))
     rows = [f"images/class_{c:02d}/{i}.jpg,{c:03d}" for c, n in enumerate((2, 2, 3, 3)) for i in range(n)]
     words = ["train"] * 4 + ["Query", " gallery", "VAL", "gallery", "QUERY", "val"]
-    write_list(root, "image,class,split", *(f"{row},{word}" for row, word in zip(rows, words)))
+    rows = [f"{row},{word}" for row, word in zip(rows, words)]
+    write_list(root, "image,class,split", *rows, "images/gone.jpg,003,valid")  # need not be there
     train, tests = datasets.load_dataset("mine", tmp_path)
     assert train.class_names == ["000", "001"]  # text, not numbers
     assert tests["test"].class_names == ["002", "003"]
     assert tests["test"].is_query.tolist() == [True, False, False, True]
-    assert train.left_out == ("2 rows of val: images/class_02/2.jpg, images/class_03/2.jpg",)
+    assert train.left_out == ("3 rows of val: images/class_02/2.jpg, images/class_03/2.jpg, images/gone.jpg",)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le with its mark"])
@@ -186,6 +187,10 @@ def test_faults_of_a_list_are_one_line_with_the_row(tmp_path, row, line, message
         (
             lambda line: re.sub(r",(train|test|split)", "", line).replace("c3", "c2"),
             "3 classes with images; at least 4",
+        ),
+        (
+            lambda line: line.replace(",c1,", ",,") + "\n" * (line == LINES[0]),
+            "no class in row 5 (images/class_01/0.jpg), r",
         ),
         (lambda line: line if line == LINES[0] else "", "has no rows below its header"),
         (lambda line: line.replace(".jpg", ".jpeg"), "8 of 8 listed images not on disk in row 2 (class_00/0.jpeg)"),
@@ -418,6 +423,7 @@ GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", 
         (GROUPS, "all 4 folders in {0} (hex, round, square, ...) hold together in {0}/images: 11 classes, if these "),
         (["", *(f"g{i}/{c}{i}" for i in range(3) for c in "abc")], "all 3 folders in {0} (g0, g1, g2) hold together"),
         ([f"person{i}/view{j}" for i in range(6) for j in range(4)], "{0}/images: 4 classes, if these are the class"),
+        ([f"v{i // 2}/images/{i}" for i in range(4)], "all 2 folders in {0} (v0/images, v1/images) hold together in"),
         (["x/g/a", "x/g/b", "x/h/a"], "{0}/x holds 2 folders with images (a, b): too few if they are the classes"),
         (["a", "b", "c", "d"], "move or link the class folders from {0} to {0}/images"),
         (["x/a", "x/b", "x/c", "x/d", "x/e"], "move or link the class folders from {0}/x to {0}/images"),
@@ -631,6 +637,7 @@ def test_linked_folders_count_once_and_where_they_are_read_first(tmp_path):
     pool = write_class_folders(tmp_path / "mine" / "all", per_class=(2,) * 4) / "images"
     pool.rename(tmp_path / "mine" / "all" / "pool")
     (tmp_path / "mine" / "images").symlink_to(tmp_path / "mine" / "all" / "pool")
+    (tmp_path / "mine" / "other").symlink_to(write_class_folders(tmp_path / "outside"))  # not followed
     train, tests = datasets.load_dataset("mine", tmp_path)
     assert (len(train), len(tests["test"]), train.left_out) == (4, 4, ())
     (tmp_path / "mine" / "all" / "pool").rename(tmp_path / "mine" / ".pool")

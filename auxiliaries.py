@@ -7,6 +7,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -19,7 +20,7 @@ import torch
 
 from support import processes
 from support.errors import DivergedError, InputError, first_line
-from support.output import said_each_minute
+from support.output import log
 
 LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 """Bytes of a folder's name in which Python's processes can still open sockets for each other."""
@@ -74,7 +75,7 @@ def pick_device(gpu: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
-    print(f"device: {name}{among}")
+    log.info(f"device: {name}{among}")
     return device
 
 
@@ -210,7 +211,7 @@ def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str
     if lacking:
         tf32, amp = tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
         used = "float32" if amp == "none" else amp
-        print(f"embedding in {used}, without {' and '.join(lacking)} of the run, which this device does not have")
+        log.info(f"embedding in {used}, without {' and '.join(lacking)} of the run, which this device does not have")
     return tf32, amp
 
 
@@ -227,7 +228,7 @@ def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     Warns of a CPU that runs bfloat16 slower than float32.
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
-        print(f"warning: --amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
+        log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
     # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -277,15 +278,15 @@ def kmeans(
         to their centres. The distances of points that took part sum to the inertia; those of the others are NaN.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
-    taking_part = points if left_out is None else points[~left_out]
+    taking_part = points if left_out is None or not left_out.any() else points[~left_out]
     every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(taking_part)}
     clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
         faiss.omp_set_num_threads(n_cores())
-    with said_each_minute(f"clustering {len(points):,} points into {n_clusters:,}"):
-        clustering.train(taking_part)
-        squared_distances, nearest = clustering.index.search(points, 1)
+    log.info(f"clustering {len(taking_part):,} points of {points.shape[1]:,} dimensions into {n_clusters:,}")
+    clustering.train(taking_part)
+    squared_distances, nearest = clustering.index.search(points, 1)
     faiss.omp_set_num_threads(n_threads)
     if left_out is not None:
         squared_distances[left_out] = np.nan
@@ -317,6 +318,19 @@ def recorded(new_event: Callable[[], torch.cuda.Event]) -> torch.cuda.Event:
 def seconds_since(start: float) -> float:
     """Return the seconds since a time of time.monotonic(), as logs hold them."""
     return round(time.monotonic() - start, 2)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Return the most bytes that this process and its GPU have had; Windows does not say the former."""
+    memory = {}
+    with contextlib.suppress(ImportError):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory["process"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    if device.type == "cuda":
+        memory["GPU"] = float(torch.cuda.max_memory_allocated(device))
+    return memory
 
 
 class LossMeter:

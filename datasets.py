@@ -30,7 +30,7 @@ from data.published import published_info
 from data.shapes import render_shapes
 from support import processes
 from support.errors import InputError, OneLineParser, counted, first_few, one_line_errors, set_up_output
-from support.output import Progress
+from support.output import Progress, logged
 
 SCORING_BATCH_SIZE = 112
 """Most images that are embedded at a time: --bs, up to what memory is sure to hold of a batch of several processes."""
@@ -499,5 +499,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     set_up_output()
-    with one_line_errors("datasets.py"):
+    with logged(), one_line_errors("datasets.py"):
         sys.exit(main())

@@ -4,6 +4,7 @@ The probe measures how well classes, mined labels and known factors can be read 
 
 python evaluate.py RUN [--checkpoint FILE] [--embedding Class|Shared] [--save_embeddings FILE.npz]
 python evaluate.py RUN --embed FOLDER --save_embeddings FILE.npz [--embedding Class|Shared]
+python evaluate.py RUN --page
 python evaluate.py --compare RUN [RUN ...] [--over FLAG | --against RUN] [--csv FILE] [--plot FILE]
 """
 
@@ -27,12 +28,12 @@ import netlib
 from data.files import IMAGES, survey
 from data.images import VALIDATION, ImageSet, describe_change, fingerprints, hold_out_classes
 from data.locate import check_name
-from report import compare
-from run import logs
+from run.checkpoint import complete_history
+from run.history import History, Row, column, file_suffix, scores_of
 from run.options import PATH, whole
-from support import errors, files, processes, weights
+from support import errors, files, output, processes, weights
 from support.errors import DivergedError, InputError
-from support.output import Progress
+from support.output import Progress, log
 
 PROBE_IMAGES = 1000
 """Most images of a set that are probed."""
@@ -41,6 +42,7 @@ MODES = {
     "score": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "dataset", "source_path"),
     "embed": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "embed"),
     "compare": ("compare", "over", "against", "csv", "plot"),
+    "page": ("page",),
 }
 """What the command does, and the flags of each."""
 
@@ -422,13 +424,13 @@ def score_sets(
     seed: int,
     device: torch.device,
     with_clustering: bool,
-) -> logs.Row:
+) -> Row:
     """Return the scores of one task's embedding on each test set by itself, by column; see score_set."""
     row = {}
     for name, images in tests.items():
         points = embeddings[name][task]
         scores = score_set(points, images.labels, k_vals, seed, device, images.is_query, with_clustering)
-        row |= {logs.column(name, score): value for score, value in scores.items()}
+        row |= {column(name, score): value for score, value in scores.items()}
     return row
 
 
@@ -448,7 +450,7 @@ def score_run(args: argparse.Namespace) -> None:
     npz_files = {}
     if args.save_embeddings:
         path = Path(args.save_embeddings)
-        npz_files = {name: path.with_stem(path.stem + logs.file_suffix(name)) for name in tests}
+        npz_files = {name: path.with_stem(path.stem + file_suffix(name)) for name in tests}
     for path in npz_files.values():
         if path.exists():
             raise InputError(f"--save_embeddings: {path} exists already; nothing is overwritten")
@@ -457,9 +459,9 @@ def score_run(args: argparse.Namespace) -> None:
         then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
-            print(f"warning: not the images that the run was scored on: {change}; the logged scores are of those")
+            log.warning(f"not the images that the run was scored on: {change}; the logged scores are of those")
     for name, images in tests.items():
-        best = run / f"checkpoint{logs.file_suffix(name)}.pth.tar"
+        best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
         embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device, amp)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
@@ -477,9 +479,9 @@ def score_run(args: argparse.Namespace) -> None:
             store(npz_files[name], embeddings, is_query=is_query, **of_images)
 
 
-def print_scores(scores: Mapping[str, float | None], row: logs.Row, test_set: str) -> None:
+def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) -> None:
     """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
-    logged, width = logs.scores_of(row, test_set), max(map(len, scores))
+    logged, width = scores_of(row, test_set), max(map(len, scores))
     lines = [("score", "now", f"logged in epoch {row['Epochs']}" if row else None)]
     lines += [(name, repr(value), logged.get(name)) for name, value in scores.items()]
     for name, now, then in lines:
@@ -511,7 +513,7 @@ def embed(
     """
     flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
-        print(f"warning: {checkpoint}: the Shared embedding was not trained, it is random")
+        log.warning(f"{checkpoint}: the Shared embedding was not trained, it is random")
     loader = datasets.make_loader(
         datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
         batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
@@ -556,6 +558,19 @@ def embed_folder(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def draw_page(folder: Path) -> None:
+    """Draw page and plots of a stored run anew. Raises InputError."""
+    from report import page  # so that scoring loads no plotting
+
+    history = History.read(folder)
+    if not history.written:
+        complete_history(history)
+    page.draw_plots(history)
+    page.write_page(history)
+    page.draw_index(folder.absolute())
+    print(f"page: {folder / 'page.html'}")
+
+
 def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
     """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
     with files.replaced_file(path) as file:
@@ -586,6 +601,10 @@ def get_args_parser() -> errors.OneLineParser:
     add("--gpu", type=whole(0), metavar="ID", help="GPU to use; without any the CPU (default: 0)")
     add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
 
+    add = parser.add_argument_group("to draw one run").add_argument
+    add("--page", action="store_true", default=None, help="draw page.html and the plots of a stored run anew, such as "
+        "one of an earlier version")
+
     add = parser.add_argument_group("to compare runs").add_argument
     add("--compare", action="store_true", default=None, help="print a table of stored runs, named by what differs: "
         "scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
@@ -603,14 +622,14 @@ def get_args_parser() -> errors.OneLineParser:
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
     """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
-    mode = "compare" if args.compare else "score" if args.embed is None else "embed"
+    mode = next((mode for mode in ("compare", "page", "embed") if getattr(args, mode) is not None), "score")
     for flag, value in vars(args).items():
         if value is not None and flag not in ("run", *MODES[mode]):
             parser.error(f"--{flag}: {'goes only with --compare' if mode == 'score' else f'does not go with --{mode}'}")
     if processes.world_size() > 1:
         parser.error("runs as one process: start it with python, not with torchrun")
     if not args.compare and len(args.run) > 1:
-        parser.error(f"{len(args.run)} runs; give one to score, or --compare for several")
+        parser.error(f"{len(args.run)} runs; give one, or --compare for several")
     if args.against is not None and args.over is not None:
         parser.error("--against: does not go with --over; compare twice")
     if mode == "embed" and args.save_embeddings is None:
@@ -634,6 +653,8 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
         parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 
 
+@output.logged()
+@errors.signals_stop()
 @errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score a run or compare runs, as a command line asks."""
@@ -641,13 +662,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_args(args, parser)
     args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
-    with errors.signals_stop("before it was done"):
-        if args.compare:
-            compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
-        elif args.embed is not None:
-            embed_folder(args)
-        else:
-            score_run(args)
+    if args.compare:
+        from report import compare  # so that scoring loads no plotting
+
+        compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
+    elif args.page:
+        draw_page(Path(args.run[0]))
+    elif args.embed is not None:
+        embed_folder(args)
+    else:
+        score_run(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Triplet samplers, embedding losses and the adversarial term.
+"""Triplet samplers, losses, the adversarial term, and the objective of a training step.
 
 Shapes: a batch holds B embeddings of D dimensions with B integer labels; T triplets are a (T, 3) tensor of batch
-indices (anchor, positive, negative). Everything runs on the tensors' own device without a copy to the host.
+indices (anchor, positive, negative). Nothing here waits for the GPU or branches on the values of a tensor, so that a
+step compiles to one graph. Objective calls the losses in full precision, outside autocast.
 """
 
 import inspect
@@ -12,29 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.packages import LibraryLoss
+from support import packages
 
 DISTANCE_FLOOR = 0.5
 EPSILON = 1e-8
 
 
-def full_precision(values: Tensor) -> Tensor:
-    """Return `values` in float32, or unchanged where they are float64."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def pairwise_squared_distances(embeddings: Tensor) -> Tensor:
-    """Return the (B, B) squared Euclidean distances of (B, D) embeddings, in float32 or better even under autocast."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        embeddings = full_precision(embeddings)
-        squared_norms = embeddings.square().sum(1)
-        return torch.addmm(squared_norms[:, None] + squared_norms, embeddings, embeddings.T, alpha=-2).clamp_(min=0)
+    """Return the (B, B) squared Euclidean distances of (B, D) embeddings."""
+    squared_norms = embeddings.square().sum(1)
+    return torch.addmm(squared_norms[:, None] + squared_norms, embeddings, embeddings.T, alpha=-2).clamp_(min=0)
 
 
-def triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squared distances anchor-positive and anchor-negative, (T,) each, of (T, 3) triplets."""
-    rows = embeddings.index_select(0, triplets.T.reshape(-1)).view(3, -1, embeddings.shape[1])
-    squared = (rows[:1] - rows[1:]).square().sum(2)
+def squared_triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squared distances d_ap^2 and d_an^2, (T,) each, of (T, 3) triplets of (B, D) embeddings."""
+    anchor_positive_negative = embeddings.index_select(0, triplets.T.reshape(-1)).view(3, -1, embeddings.shape[1])
+    squared = (anchor_positive_negative[:1] - anchor_positive_negative[1:]).square().sum(2)
     return squared[0], squared[1]
 
 
@@ -45,21 +39,22 @@ def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Ten
     """
     cumulative = weights.cumsum(1)
     uniform = torch.rand(len(weights), 1, dtype=weights.dtype, device=weights.device, generator=generator)
-    # Kept off the row's total by more than rounding, lest a draw fall behind the last positive weight
+    # Shrink slightly, so that rounding cannot push the draw past the last positive weight
     threshold = uniform * cumulative[:, -1:] * (1 - 2**-20)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
 
 
 def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the (B, B) boolean masks (positive, negative): same label but not the same image, other label."""
+    """Return the (B, B) boolean masks of positives (same label, another image) and negatives (another label)."""
     same = labels[:, None] == labels
     return same ^ torch.eye(len(labels), dtype=torch.bool, device=labels.device), ~same
 
 
 class TripletSampler:
-    """Picks B triplets of a batch; a subclass says how.
+    """Draw one triplet per image of a batch; a subclass says how negatives are drawn.
 
-    generator: on the embeddings' device; None is its default one, which torch.compile(fullgraph=True) needs.
+    Args:
+        generator: on the embeddings' device; None is its default one, which torch.compile(fullgraph=True) needs.
     """
 
     def __init__(self, generator: torch.Generator | None = None):
@@ -68,9 +63,13 @@ class TripletSampler:
     def __call__(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Draw triplets.
 
-        embeddings: (B, D) float, L2-normalised. labels: (B,) int.
-        Returns triplets (B, 3) int64 and valid (B,) bool: False where no such triplet exists, because the batch lacks
-        a positive or a negative. Row i has anchor i (except for RandomSampler).
+        Args:
+            embeddings: (B, D) float, L2-normalised.
+            labels: (B,) int.
+
+        Returns:
+            triplets: (B, 3) int64. Row i has anchor i (except for RandomSampler).
+            valid: (B,) bool, False where the batch holds no positive or no negative of the anchor.
         """
         embeddings = embeddings.detach()
         positive_mask, negative_mask = pair_masks(labels)
@@ -81,20 +80,24 @@ class TripletSampler:
         return torch.stack([anchors, positives, negatives], 1), valid
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
-        """Return (B, B) weights in proportion to which each anchor's negative is drawn, 0 where that is impossible.
+        """Return (B, B) weights, in proportion to which the negative of each anchor is drawn; 0 for what is none.
 
-        positives: (B,) index of each anchor's positive. negative_mask: (B, B) bool.
+        Args:
+            embeddings: (B, D) float, without gradient.
+            positives: (B,) int64, the index of each anchor's positive.
+            negative_mask: (B, B) bool.
         """
         raise NotImplementedError
 
 
 class DistanceWeightedSampler(TripletSampler):
-    """Distance-weighted sampling: negatives with probability proportional to 1 / q(d).
+    """Draw negatives of all distances d with equal probability: each in proportion to 1 / q(d).
 
     q(d) is the density of pairwise distances of points spread uniformly on the unit sphere,
-    log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2/4), so that negatives of all distances are equally likely.
-    d is clamped from below at 0.5, without an upper cut-off.
-    Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 3 and 4.
+    log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2/4). d is clamped from below at 0.5, without an upper cut-off.
+
+    Reference:
+        Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, eq. 3 and 4.
     """
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
@@ -113,9 +116,10 @@ def inverse_density_log_weights(squared_distances: Tensor, dim: int) -> Tensor:
 
 
 class SemihardSampler(TripletSampler):
-    """Semihard negatives: uniform among those with d_ap < d_an < d_ap + margin, else among all negatives.
+    """Draw negatives uniformly from those with d_ap < d_an < d_ap + margin, from all where there is none.
 
-    Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, section 3.2 (there with squared distances).
+    Reference:
+        Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, section 3.2 (there with squared distances).
     """
 
     def __init__(self, margin: float = 0.2, generator: torch.Generator | None = None):
@@ -129,16 +133,16 @@ class SemihardSampler(TripletSampler):
 
 
 def semihard_candidates(distances: Tensor, positives: Tensor, negative_mask: Tensor, margin: float) -> Tensor:
-    """Return the (B, B) mask of negatives farther than the anchor's positive, but by less than the margin."""
-    to_positive = distances.gather(1, positives[:, None])
-    return negative_mask & (distances > to_positive) & (distances < to_positive + margin)
+    """Return the (B, B) mask of negatives with d_ap < d_an < d_ap + margin."""
+    d_ap = distances.gather(1, positives[:, None])
+    return negative_mask & (distances > d_ap) & (distances < d_ap + margin)
 
 
 class RandomSampler(TripletSampler):
-    """B draws, with replacement, from all valid triplets of the batch, each equally likely."""
+    """Draw B times, with replacement, from all triplets of the batch, each with equal probability."""
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See TripletSampler. Rows are invalid only where the batch has no valid triplet at all."""
+        """See TripletSampler. Rows are invalid only where the batch has no triplet at all."""
         positive_mask, negative_mask = pair_masks(labels)
         triplets_per_anchor = positive_mask.sum(1) * negative_mask.sum(1)
         anchors = draw_index(triplets_per_anchor.float().expand(len(labels), -1), self.generator)
@@ -147,10 +151,43 @@ class RandomSampler(TripletSampler):
         return torch.stack([anchors, positives, negatives], 1), triplets_per_anchor[anchors] > 0
 
 
-class TripletBasedLoss(nn.Module):
-    """A loss over triplets that its sampler picks from the batch.
+class Loss(nn.Module):
+    """A loss of a batch of embeddings. A subclass defines `forward`, and LOSSES names it; all else has a default.
 
-    sampler: maps (embeddings, labels) to (triplets, valid), see TripletSampler.
+    It gets by name what its constructor asks for: flags of the task, n_classes, embed_size, or a triplet sampler, see
+    build_loss.
+
+    Attributes:
+        needs_positives: whether a batch has to hold several images of a class.
+        learning_rate: of the loss's own parameters; a loss that has any sets it.
+    """
+
+    needs_positives = False
+    learning_rate: float
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of a batch.
+
+        Args:
+            embeddings: (B, D) float32 (float64 in an objective of float64), L2-normalised.
+            labels: (B,) int64 in [0, n_classes).
+
+        Returns:
+            A scalar; a differentiable zero where the batch holds nothing to learn from.
+        """
+        raise NotImplementedError
+
+    def param_groups(self) -> list[dict]:
+        """Return the optimiser's groups of the loss's own parameters, which have no weight decay."""
+        parameters = list(self.parameters())
+        return [{"params": parameters, "lr": self.learning_rate, "weight_decay": 0.0}] if parameters else []
+
+
+class TripletBasedLoss(Loss):
+    """A loss over the triplets that a sampler picks from the batch; a subclass defines `triplet_loss`.
+
+    Args:
+        sampler: maps (embeddings, labels) to (triplets, valid), see TripletSampler.
     """
 
     needs_positives = True
@@ -159,33 +196,23 @@ class TripletBasedLoss(nn.Module):
         super().__init__()
         self.sampler = sampler
 
-    def forward(self, embeddings: Tensor, labels: Tensor, triplets: Tensor | None = None) -> Tensor:
-        """Return the scalar loss of a batch, at least in float32; a differentiable zero without valid triplets.
-
-        embeddings: (B, D) float, L2-normalised. labels: (B,) int64 class indices.
-        triplets: optional (T, 3) int64 indices (anchor, positive, negative) into the batch, used in place of sampling.
-        """
-        with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = full_precision(embeddings)
-            if triplets is None:
-                triplets, valid = self.sampler(embeddings, labels)
-            else:
-                valid = torch.ones(len(triplets), dtype=torch.bool, device=embeddings.device)
-            return self.triplet_loss(embeddings, labels, triplets, valid)
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """See Loss."""
+        return self.triplet_loss(embeddings, labels, *self.sampler(embeddings, labels))
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
-        """Return the scalar loss of (T, 3) triplets; those that are not valid (T,) take no part."""
+        """Return the scalar loss of (T, 3) triplets, of which those count that are valid, (T,) bool."""
         raise NotImplementedError
-
-    def param_groups(self) -> list[dict]:
-        """Return the optimiser groups of the loss's parameters, without weight decay."""
-        return []
 
 
 class TripletLoss(TripletBasedLoss):
     """Triplet loss: mean of relu(d_ap^2 - d_an^2 + margin).
 
-    Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 2. margin: in units of squared distance.
+    Args:
+        margin: in units of squared distance.
+
+    Reference:
+        Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, eq. 2.
     """
 
     def __init__(self, sampler: TripletSampler, margin: float = 0.2):
@@ -194,20 +221,25 @@ class TripletLoss(TripletBasedLoss):
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
         """See TripletBasedLoss."""
-        to_positive, to_negative = triplet_distances(embeddings, triplets)
-        terms = F.relu(to_positive - to_negative + self.margin) * valid
+        squared_ap, squared_an = squared_triplet_distances(embeddings, triplets)
+        terms = F.relu(squared_ap - squared_an + self.margin) * valid
         return terms.sum() / valid.sum().clamp(min=1)
 
 
 class MarginLoss(TripletBasedLoss):
-    """Margin loss with a trained boundary beta_y per class of the anchor.
+    """Margin loss with a trained boundary beta_y for each class y of the anchor.
 
-    sum(relu(d_ap - beta_y + margin) + relu(beta_y - d_an + margin) + nu beta_y) / n_active with
-    d = sqrt(|x - x'|^2 + 1e-8); n_active counts the non-zero relu terms of both kinds, no division where it is 0.
-    Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, section 4.2.
+    sum(relu(d_ap - beta_y + margin) + relu(beta_y - d_an + margin) + nu beta_y) / n_active, where
+    d = sqrt(|x - x'|^2 + 1e-8) and n_active, at least 1, counts the relu terms of both kinds that are not zero.
 
-    n_classes: labels are in [0, n_classes). margin, beta (initial boundary): distances. beta_lr: learning rate of the
-    boundaries. nu: weight of the boundaries' regularisation.
+    Args:
+        margin: a distance.
+        beta: initial boundary of all classes, a distance.
+        beta_lr: learning rate of the boundaries.
+        nu: weight of the boundaries' regularisation.
+
+    Reference:
+        Wu, Manmatha, Smola, Kraehenbuehl: Sampling Matters in Deep Embedding Learning, ICCV 2017, section 4.2.
     """
 
     def __init__(
@@ -220,72 +252,98 @@ class MarginLoss(TripletBasedLoss):
         nu: float = 0.0,
     ):
         super().__init__(sampler)
-        self.margin, self.beta_lr, self.nu = margin, beta_lr, nu
+        self.margin, self.nu, self.learning_rate = margin, nu, beta_lr
         self.beta = nn.Parameter(torch.full((n_classes,), float(beta)))
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
         """See TripletBasedLoss."""
-        to_positive, to_negative = ((squared + EPSILON).sqrt() for squared in triplet_distances(embeddings, triplets))
-        beta = self.beta.index_select(0, labels.index_select(0, triplets[:, 0]))
-        positive_terms = F.relu(to_positive - beta + self.margin) * valid
-        negative_terms = F.relu(beta - to_negative + self.margin) * valid
+        squared_ap, squared_an = squared_triplet_distances(embeddings, triplets)
+        d_ap, d_an = (squared_ap + EPSILON).sqrt(), (squared_an + EPSILON).sqrt()
+        anchor = triplets[:, 0]
+        beta = self.beta.index_select(0, labels.index_select(0, anchor))
+        positive_terms = F.relu(d_ap - beta + self.margin) * valid
+        negative_terms = F.relu(beta - d_an + self.margin) * valid
         n_active = (positive_terms > 0).sum() + (negative_terms > 0).sum()
         total = (positive_terms + negative_terms).sum()
         if self.nu:
             total = total + self.nu * (beta * valid).sum()
         return total / n_active.clamp(min=1)
 
-    def param_groups(self) -> list[dict]:
-        return [{"params": [self.beta], "lr": self.beta_lr, "weight_decay": 0.0}]
 
-
-class ProxyNCALoss(nn.Module):
+class ProxyNCALoss(Loss):
     """ProxyNCA: mean over the batch of |x - p_y|^2 + logsumexp over c != y of -|x - p_c|^2.
 
     One trained proxy p_c per class; embeddings and proxies are L2-normalised and scaled by 3.
-    Movshovitz-Attias, Toshev, Leung, Ioffe, Singh: No Fuss Distance Metric Learning using Proxies, ICCV 2017, eq. 4.
 
-    n_classes: at least 2; labels are in [0, n_classes). embed_size: D. proxy_lr: learning rate of the proxies.
-    Raises ValueError for fewer than two classes: there would be no negative proxy.
+    Args:
+        proxy_lr: learning rate of the proxies.
+
+    Raises:
+        ValueError: for fewer than two classes, with which there is no negative proxy.
+
+    Reference:
+        Movshovitz-Attias, Toshev, Leung, Ioffe, Singh: No Fuss Distance Metric Learning using Proxies, ICCV 2017,
+        eq. 4.
     """
 
     SCALE = 3.0
-    needs_positives = False
 
     def __init__(self, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()
         if n_classes < 2:
             raise ValueError(f"ProxyNCA needs at least 2 classes, got {n_classes}")
-        self.proxy_lr = proxy_lr
+        self.learning_rate = proxy_lr
         self.proxies = nn.Parameter(torch.randn(n_classes, embed_size) / 8)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = F.normalize(full_precision(embeddings), dim=1)
-            cosines = embeddings @ F.normalize(self.proxies, dim=1).to(embeddings.dtype).T
-            squared = 2 * self.SCALE**2 * (1 - cosines)
-            of_class = labels[:, None]
-            to_others = (-squared).scatter(1, of_class, -torch.inf)
-            return (squared.gather(1, of_class).squeeze(1) + to_others.logsumexp(1)).mean()
+        """See Loss."""
+        cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.proxies, dim=1).T
+        squared = 2 * self.SCALE**2 * (1 - cosines)
+        positive = labels[:, None]  # the index of the proxy of the image's class; the others are negative
+        to_positive = squared.gather(1, positive).squeeze(1)
+        to_negatives = (-squared).scatter(1, positive, -torch.inf)
+        return (to_positive + to_negatives.logsumexp(1)).mean()
 
-    def param_groups(self) -> list[dict]:
-        return [{"params": [self.proxies], "lr": self.proxy_lr, "weight_decay": 0.0}]
+
+class LibraryLoss(Loss):
+    """A loss of the package pytorch-metric-learning, named pml/NAME, see packages.library_loss.
+
+    Args:
+        proxy_lr: learning rate of what the loss trains.
+    """
+
+    def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
+        super().__init__()
+        self.learning_rate = proxy_lr
+        self.loss = packages.library_loss(name, n_classes, embed_size)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """See Loss."""
+        return self.loss(embeddings, labels)
 
 
 def reverse_gradient(values: Tensor) -> Tensor:
-    """Return the same values with a gradient of opposite sign (gradient reversal, Ganin and Lempitsky, ICML 2015)."""
+    """Return the same values, with a gradient of opposite sign.
+
+    Reference:
+        Ganin, Lempitsky: Unsupervised Domain Adaptation by Backpropagation, ICML 2015.
+    """
     return 2 * values.detach() - values
 
 
 class AdversarialLoss(nn.Module):
-    """Adversarial decorrelation of two embeddings, one direction target-source.
+    """Adversarial term that makes a target embedding independent of a source embedding.
 
-    L = - mean over batch and dimensions of (t * normalise(R(s)))^2 with gradient reversal on t and s and a projection
+    - mean over batch and dimensions of (t * normalise(R(s)))^2, with gradient reversal on t and s and a projection
     network R = Linear(D_source, hidden_size), ReLU, Linear(hidden_size, D_target). R learns to correlate the two, the
-    reversed gradients drive the encoders apart. MIC paper, section 3.3.
+    reversed gradients drive the encoders apart.
 
-    lr, weight_decay: of the projection network in the optimiser.
+    Args:
+        lr, weight_decay: of the projection network in the optimiser.
+
+    Reference:
+        Roth, Brattoli, Ommer: MIC: Mining Interclass Characteristics for Improved Metric Learning, ICCV 2019,
+        section 3.3.
     """
 
     def __init__(
@@ -298,25 +356,25 @@ class AdversarialLoss(nn.Module):
         )
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
-        """Return the scalar term of (B, D_target) and (B, D_source) float embeddings; both are L2-normalised here."""
-        with torch.autocast(target.device.type, enabled=False):
-            target, source = (
-                reverse_gradient(F.normalize(full_precision(values), dim=1)) for values in (target, source)
-            )
-            projected = self.projection(source.to(self.projection[0].weight.dtype))
-            return -(target * F.normalize(projected, dim=1)).square().mean()
+        """Return the scalar term of (B, D_target) and (B, D_source) embeddings; both are L2-normalised here."""
+        target = reverse_gradient(F.normalize(target, dim=1))
+        source = reverse_gradient(F.normalize(source, dim=1))
+        return -(target * F.normalize(self.projection(source), dim=1)).square().mean()
 
     def param_groups(self) -> list[dict]:
+        """Return the optimiser's group of the projection network."""
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
 
 class Objective(nn.Module):
-    """What a training step minimises: its task's loss plus the weighted adversarial terms (MIC paper, section 3.3).
+    """What a training step minimises: the loss of its task and the weighted adversarial terms.
 
-    task_losses: the loss of each task. adversaries: direction "target-source" to (term, weight).
+    Args:
+        task_losses: {task: its Loss}.
+        adversaries: {direction "target-source": (term, weight)}.
     """
 
-    def __init__(self, task_losses: Mapping[str, nn.Module], adversaries: Mapping[str, tuple[AdversarialLoss, float]]):
+    def __init__(self, task_losses: Mapping[str, Loss], adversaries: Mapping[str, tuple[AdversarialLoss, float]]):
         super().__init__()
         self.task_losses = nn.ModuleDict(task_losses)
         self.adversaries = nn.ModuleDict({direction: term for direction, (term, _) in adversaries.items()})
@@ -327,53 +385,68 @@ class Objective(nn.Module):
         return list(self.task_losses) if self.adversaries else [task]
 
     def forward(self, task: str, embeddings: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the terms of a step by name, whose sum is its loss.
+        """Return the terms of a step by name; their sum is its loss. All are computed in full precision.
 
-        embeddings: {head: (B, D)} of the task's batch. labels: (B,) int64, of the task.
+        Args:
+            task: the task of the step.
+            embeddings: {head: (B, D)} of its batch.
+            labels: (B,) int64, of the task.
         """
-        terms = {task: self.task_losses[task](embeddings[task], labels)}
-        for direction, adversary in self.adversaries.items():
-            target, source = direction.split("-")
-            terms[direction] = self.weights[direction] * adversary(embeddings[target], embeddings[source])
+        with torch.autocast(labels.device.type, enabled=False):
+            embeddings = {head: full_precision(values) for head, values in embeddings.items()}
+            terms = {task: self.task_losses[task](embeddings[task], labels)}
+            for direction, adversary in self.adversaries.items():
+                target, source = direction.split("-")
+                terms[direction] = self.weights[direction] * adversary(embeddings[target], embeddings[source])
         return terms
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser groups of all losses and terms."""
+        """Return the optimiser's groups of all losses and terms."""
         terms = [*self.task_losses.values(), *self.adversaries.values()]
         return [group for term in terms for group in term.param_groups()]
 
 
+def full_precision(values: Tensor) -> Tensor:
+    """Return values in float32, or unchanged where they are float64."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 SAMPLERS = {"distance": DistanceWeightedSampler, "semihard": SemihardSampler, "random": RandomSampler}
 LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCALoss}
-"""Samplers and losses by flag name; their constructors name the values of build_loss that they need."""
+"""Samplers and losses by the name that --sampling and --losses take; build_loss builds them."""
+
+
+def loss_class(name: str) -> type[Loss]:
+    """Return the class of the loss `name`: of LOSSES, or pml/NAME."""
+    return LibraryLoss if name.startswith("pml/") else LOSSES[name]
 
 
 def takes_sampler(name: str) -> bool:
     """Tell whether the loss `name` works on triplets that a sampler picks."""
-    return name in LOSSES and "sampler" in inspect.signature(LOSSES[name]).parameters
+    return "sampler" in inspect.signature(loss_class(name)).parameters
 
 
 def needs_positives(name: str) -> bool:
-    """Tell whether the loss `name` is of LOSSES and needs several images of a class in a batch."""
-    return name in LOSSES and LOSSES[name].needs_positives
+    """Tell whether the loss `name` needs several images of a class in a batch."""
+    return loss_class(name).needs_positives
 
 
-def build_loss(name: str, sampling: str, **values: float) -> nn.Module:
-    """Build the loss `name` of LOSSES with the sampler `sampling` of SAMPLERS.
+def build_loss(name: str, sampling: str, **values: float) -> Loss:
+    """Build the loss `name`; its constructor and that of its sampler get the values that they name.
 
-    values: n_classes, embed_size and the task's flags, see options.PAIRS; each constructor takes those that it names.
-    A name pml/NAME is a LibraryLoss, without sampler. Raises KeyError for a name that the registries do not hold.
+    Args:
+        name: of LOSSES, or pml/NAME.
+        sampling: of SAMPLERS; has no effect on a loss that takes no sampler.
+        values: n_classes, embed_size and the task's flags, see options.PAIRS.
     """
 
-    def named_by(kind: type) -> dict[str, object]:
-        """Return the values that a constructor names."""
-        return {name: values[name] for name in inspect.signature(kind).parameters if name in values}
+    def built(kind: type, **more: object) -> object:
+        """Call a constructor with the values that it names."""
+        parameters = inspect.signature(kind).parameters
+        return kind(**{key: value for key, value in (values | more).items() if key in parameters})
 
-    if name.startswith("pml/"):
-        return LibraryLoss(name.removeprefix("pml/"), **named_by(LibraryLoss))
-    if takes_sampler(name):
-        values["sampler"] = SAMPLERS[sampling](**named_by(SAMPLERS[sampling]))
-    return LOSSES[name](**named_by(LOSSES[name]))
+    sampler = built(SAMPLERS[sampling]) if takes_sampler(name) else None
+    return built(loss_class(name), sampler=sampler, name=name.removeprefix("pml/"))
 
 
 def build_objective(
@@ -385,8 +458,12 @@ def build_objective(
 ) -> Objective:
     """Build the loss of each task and the adversarial term of each direction that has a weight.
 
-    tasks: the flags of each task, see options.PAIRS. n_classes: of each task. directions: "target-source" to weight.
-    adv_dim: hidden width of the projection networks. lr: their learning rate.
+    Args:
+        tasks: {task: its flags}, see options.PAIRS.
+        n_classes: {task: its number of classes}.
+        directions: {"target-source": weight}.
+        adv_dim: hidden width of the projection networks.
+        lr: their learning rate.
     """
     task_losses, adversaries = {}, {}
     for name, task in tasks.items():

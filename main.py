@@ -6,10 +6,10 @@ The flags, and the algorithm: mining of shared labels, the training epoch, and `
 import argparse
 import contextlib
 import functools
-import itertools
+import shlex
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +25,17 @@ import netlib
 from auxiliaries import seconds_since
 from data.cache import cached
 from data.images import VALIDATION, ImageSet, digest, fingerprints, hold_out_classes
-from data.published import published_info
-from report.epoch import Report, lesson
+from report import page, sheets
 from run import options
+from run.checkpoint import StoredRun
 from run.folder import Run
-from run.logs import losses_line, scores_line
+from run.history import History, Row, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance, warning_of_threads
-from run.trial import Settled, StepTimer, report_lines
-from support import errors, packages, processes
+from support import errors, output, packages, processes
 from support.errors import DivergedError, InputError, OneLineParser, counted
 from support.files import write_file
-from support.output import Progress, Transcript, clock
+from support.output import Progress, clock, log
 
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
@@ -161,9 +160,7 @@ def get_args_parser() -> OneLineParser:
     start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted, "
         f"with its flags; only {options.GIVEN_ANEW} may change")
     start("--go_on", action="store_true", help="resume the run named --savename if it exists, otherwise start it; one "
-        "with other flags is refused, one that was killed before it had stored anything starts anew")
-    start("--trial", action="store_true", help="a short rehearsal of these flags: says how fast each part is, how much "
-        "memory and disk the run needs and how long it will take, and leaves no run folder")
+        "with other flags is refused, one without a complete epoch starts anew")
     add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
         "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
     add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
@@ -193,8 +190,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if args.bs > len(train):
         fitting = min(24, len(train) // 4 * 4)
         raise InputError(f"--bs {args.bs} {too_large}; try --bs {fitting} --shared_num_classes {fitting // 4}")
-    left_out = left_out_of_mining(train.labels, args.cluster_mode)
-    n_clustered = len(train) if left_out is None else int((~left_out).sum())
+    n_clustered = int((~left_out_of_mining(train.labels, args.cluster_mode)).sum())
     if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
         part = " that are not alone in their class, which alone take part in the first clustering"
         n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
@@ -202,12 +198,12 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     if args.cache == "ram":  # takes minutes
         tests = cached({"train": train, **tests}, processes.local_world_size())
         train = tests.pop("train")
-    print(*datasets.summary_lines(train, tests), sep="\n")
-    for warning in [*warnings, *options.doubts(args, len(train.class_names))]:
-        print(f"warning: {warning}")
+    log.info("\n".join(datasets.summary_lines(train, tests)))
+    for warning in [*warnings, *options.warnings_for(args, len(train.class_names))]:
+        log.warning(warning)
     n_workers = auxiliaries.n_workers(args.kernels)
     a_process = " in each process" if processes.world_size() > 1 else ""
-    print(f"loader workers: {n_workers}{a_process} (--kernels {args.kernels}; {auxiliaries.n_cores()} CPU cores)")
+    log.info(f"loader workers: {n_workers}{a_process} (--kernels {args.kernels}; {auxiliaries.n_cores()} CPU cores)")
     return datasets.build_loaders(
         train,
         tests,
@@ -225,7 +221,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
 
 def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> netlib.EmbeddingNetwork:
     """Return the network as a new run starts with it; the weights of a resumed run are yet to be restored."""
-    with processes.first_goes_first():  # it downloads the weights
+    with processes.rank_zero_first():  # it downloads the weights
         network = netlib.build_network(
             args.arch,
             {name: task.embed_sizes for name, task in options.per_task(args).items()},
@@ -290,77 +286,84 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
 def mine_labels(
     args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, is_first_time: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster all training images (MIC paper, section 3.2).
+    """Cluster all training images: first by early features, standardised per class, later by the Shared embedding.
 
-    The first time early features, standardised per class; later the Shared embedding as it is. loader: the training
-    images in order. Returns labels (N,) int64 in [0, --shared_num_classes), and squared distances to the centres (N,),
-    NaN for images that took no part, see left_out_of_mining.
+    Args:
+        loader: the training images in order.
+        is_first_time: whether no labels have been mined yet.
+
+    Returns:
+        Labels (N,) int64 in [0, --shared_num_classes), and squared distances (N,) to the centres, NaN for images that
+        took no part, see left_out_of_mining.
+
+    Reference:
+        MIC paper, section 3.2.
     """
     output = "Early" if is_first_time else "Shared"
     features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
-    if is_first_time and processes.is_first():  # which alone has the features; the others wait for the labels
-        features = standardise_per_class(features, loader.dataset.images.labels, args.cluster_mode)
-    left_out = left_out_of_mining(loader.dataset.images.labels, args.cluster_mode) if is_first_time else None
-    return cluster(args, features, left_out)
-
-
-def left_out_of_mining(labels: np.ndarray, mode: str) -> np.ndarray | None:
-    """Return which images take no part in the first clustering (N,) bool: those alone in their class. None: all do.
-
-    Less the mean of its class such an image is zero, so all of them would make up a cluster. labels: (N,) int in [0,
-    n_classes). mode: see standardise_per_class.
-    """
-    is_alone = (np.bincount(labels) == 1)[labels]
-    return is_alone if mode != "no_norm" and is_alone.any() else None
-
-
-def cluster(
-    args: argparse.Namespace, features: np.ndarray | None, left_out: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster the first process's features (N, D); return labels (N,) and squared distances (N,) on all processes.
-
-    left_out: see auxiliaries.kmeans.
-    """
-    clustered = None
-    if processes.is_first():
+    clustered = left_out = None
+    if processes.is_first():  # it alone has the features; the others wait for the labels
+        if is_first_time:
+            labels = loader.dataset.images.labels
+            features = standardise_per_class(features, labels, args.cluster_mode)
+            left_out = left_out_of_mining(labels, args.cluster_mode)
         clustered = auxiliaries.kmeans(features, args.shared_num_classes, args.seed, left_out=left_out)
     return processes.broadcast(clustered)
+
+
+def left_out_of_mining(labels: np.ndarray, mode: str) -> np.ndarray:
+    """Return which images take no part in the first clustering, (N,) bool: those that are alone in their class.
+
+    Less the mean of its class such an image is zero, so all of them would make up a cluster.
+
+    Args:
+        labels: (N,) int in [0, n_classes).
+        mode: see standardise_per_class; no_norm leaves out none.
+    """
+    return (np.bincount(labels) == 1)[labels] & (mode != "no_norm")
 
 
 def renew_labels(
     args: argparse.Namespace,
     run: Run,
-    report: Report,
     network: netlib.EmbeddingNetwork,
     loader: DataLoader,
     previous: np.ndarray | None,
-    before_epoch: int,
+    epoch: int,
 ) -> np.ndarray:
-    """Return newly mined labels (N,) of the training images; log and draw what was mined.
+    """Mine new labels before an epoch, log and draw them.
 
-    previous: the labels so far, None for the first time. Clusters are numbered anew each time; betas and proxies stay
-    with the number, as published.
+    Clusters are numbered anew each time; betas and proxies stay with the number, as published.
+
+    Args:
+        loader: the training images in order.
+        previous: the labels (N,) so far, None for the first time.
+        epoch: the epoch that begins with the new labels.
+
+    Returns:
+        The labels (N,) int64 of the training images.
     """
     start, images = time.monotonic(), loader.dataset.images
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
-    row = {"Before Epoch": before_epoch, "Time": seconds_since(start)}
+    row = {"Before Epoch": epoch, "Time": seconds_since(start)}
     row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | described
     run.log_mining(row, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
-    print(
-        f"mined for epoch {before_epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
+    log.info(
+        f"mined for epoch {epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
         f"{described['Largest']} images; AMI of the labels with {matches}"
     )
     n_left_out = int(np.isnan(squared_distances).sum())
     if n_left_out:
-        print(
+        log.info(
             f"alone in their class: {counted(n_left_out, 'image')} took no part in this clustering, as the mean of the "
             "class would leave nothing of them; each has the label of the nearest centre"
         )
     with run.stopwatch.measure("drawing"):
-        report.mined(before_epoch, images, mined, squared_distances)
+        if run.writes:
+            run.show(sheets.draw_mining(run.history, images, mined, squared_distances), epoch)
     return mined
 
 
@@ -387,8 +390,8 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
-    resting = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
-    resting += objective.parameters()
+    idle_parameters = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
+    idle_parameters += objective.parameters()
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
@@ -398,7 +401,7 @@ def train_one_epoch(
         terms = objective(task, embeddings, labels)
         scaler.scale(sum(terms.values())).backward()
         processes.share_gradients(objective.parameters())
-        auxiliaries.fill_gradients(resting, optimizer)
+        auxiliaries.fill_gradients(idle_parameters, optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()  # here, and not before the next backward pass: the forward pass needs the memory
@@ -414,24 +417,34 @@ def train_one_epoch(
     return meter.averages(len(steps), TASKS, DIRECTIONS)
 
 
+def score_before_training(
+    args: argparse.Namespace, run: Run, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
+) -> None:
+    """Score the network before training."""
+    with run.stopwatch.measure("evaluation"):
+        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
+        scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
+        scoring["with_clustering"] = not args.fast_eval
+        run.history.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
+    log.info(f"before training  {row_text(run.history.initial_scores)}")
+
+
 def evaluate_epoch(
     args: argparse.Namespace,
     run: Run,
-    report: Report,
     network: netlib.EmbeddingNetwork,
     loaders: datasets.Loaders,
     mined: np.ndarray | None,
     epoch: int,
-    embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Score and probe the test sets' embeddings {name: {task: (N, D)}}, log it, keep the best network, and draw."""
+    """Score and probe the test sets, log it, keep the best network, and draw its nearest neighbours."""
     tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
         start = time.monotonic()
-        embeddings = embeddings or evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
+        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
         run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
         if args.eval_shared:
@@ -444,164 +457,140 @@ def evaluate_epoch(
             run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
     run.keep_best(network)
     with run.stopwatch.measure("drawing"):
-        report.evaluated(tests, embeddings)
-    run.summarise()
+        if run.writes:
+            run.show(sheets.draw_neighbours(run.history, tests, embeddings), epoch)
 
 
-def begin(
-    args: argparse.Namespace, run: Run, report: Report, network: netlib.EmbeddingNetwork, loaders: datasets.Loaders
-) -> np.ndarray | None:
-    """Score the network before training and mine for the first time; return the labels, None where none are mined."""
-    with run.stopwatch.measure("evaluation"):
-        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
-        scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
-        scoring["with_clustering"] = not args.fast_eval
-        run.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
-    print(f"before training  {scores_line(run.initial_scores)}")
-    if args.task_p[1] > 0:
-        return renew_labels(args, run, report, network, loaders.train, previous=None, before_epoch=0)
-    datasets.decode_all(loaders.train)
-    return None
-
-
-def rehearse(
-    args: argparse.Namespace,
-    run: Run,
-    report: Report,
-    trained: nn.Module,
-    parts: Mapping[str, object],
-    loaders: datasets.Loaders,
-) -> None:
-    """Measure the parts of a run of these flags, and print what the whole of it will take (--trial).
-
-    A part of the training images is embedded. Clustering and evaluation take as many random points as there are images.
-    """
-    network, images, rng = parts["network"], loaders.images, np.random.default_rng(args.seed)
-    seconds, timer = {"start": run.seconds}, StepTimer()
-    labels = {"Class": images.labels, "Shared": rng.integers(args.shared_num_classes, size=len(images))}
-    steps = datasets.draw_steps({task: p > 0 for task, p in zip(TASKS, args.task_p)}, 500, args.seed, epoch=0)
-    loaders.sampler.set_epoch(0, labels, steps)
-    fixed = [parts[name] for name in ("objective", "optimizer", "scaler")]
-    with contextlib.suppress(Settled):
-        train_one_epoch(trained, *fixed, steps, loaders.batches, args.amp, timer)
-    seconds["training"] = timer.seconds[-1]
-    batches, n_batches = iter(loaders.train), min(len(loaders.train), 40)
-    for n in (n_batches // 2, n_batches - n_batches // 2):  # the first half fills the queue
-        start = time.perf_counter()
-        embedded = evaluate.extract_features(network, itertools.islice(batches, n), TASKS, args.amp)
-    seconds["embedding"] = (time.perf_counter() - start) / len(embedded["Class"])
-    mined = labels["Shared"] if args.task_p[1] > 0 else None
-    with run.stopwatch.measure("mining"):
-        if mined is not None:
-            squared_distances = cluster(args, rng.normal(size=(len(images), args.embed_sizes[1])))[1]
-            report.mined(0, images, mined, squared_distances)
-            run.log_mining({"Before Epoch": 0, "Time": 0.0}, mined, images.names)
-    run.log("train", {"Epochs": 0, "Time": 0.0, "Class Loss": 0.0})
-    embeddings = {}
-    for name, tests in loaders.test_images.items():
-        embeddings[name] = {task: rng.normal(size=(len(tests), n)) for task, n in zip(TASKS, args.embed_sizes)}
-    evaluate_epoch(args, run, report, network, loaders, mined, min(args.eval_every, args.n_epochs) - 1, embeddings)
-    start = time.perf_counter()
-    run.save(parts, epoch=0)
-    seconds |= {name: run.stopwatch.seconds[name] for name in ("mining", "evaluation", "drawing")}
-    seconds["storing"] = time.perf_counter() - start
-    counts = options.counts(args, len(images), sum(map(len, loaders.test_images.values())))
-    print("\n".join(report_lines(seconds, counts, run.folder, network.mean.device)))
-
-
-def train(args: argparse.Namespace, argv: Sequence[str], transcript: Transcript) -> Path:
-    """Assemble all parts, start or resume the run that `argv` asks for, train it to its end, and return its folder."""
+def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
+    """Seed all generators and return the device of the run, set to its precision. Raises InputError for another one."""
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     capability = auxiliaries.compute_capability(device)
-    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed=args.resume is not None)
-    hint = None if args.resume else auxiliaries.precision_hint(capability, args.tf32, args.amp)
+    auxiliaries.require_precision(capability, args.tf32, args.amp, is_resumed)
+    hint = None if is_resumed else auxiliaries.precision_hint(capability, args.tf32, args.amp)
     if hint:
-        print(hint)
+        log.info(hint)
     auxiliaries.set_precision(device, args.tf32, args.amp)
     if args.compile:
         netlib.try_compile(device)
-    started = provenance(argv, device, [args.arch, *args.losses])
-    print(f"{as_text(started)}\ncommand: {started['command']}")
     if warning := processes.warning_of_other_tasks():
-        print(warning)
+        log.warning(warning)
+    return device
+
+
+def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | None) -> Path:
+    """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
+    device = prepare_device(args, is_resumed=stored is not None)
+    started = provenance(argv, device, [args.arch, *args.losses])
+    log.info(f"{as_text(started)}\ncommand: {started['command']}")
     run = Run(
-        Path(args.resume or options.run_folder(args)),
-        options.kept(args),
-        args.n_epochs,
-        is_resumed=args.resume is not None,
-        may_take_over=args.go_on,
-        paper=published_info(args.dataset).scores,
+        options.run_folder(args) if stored is None else stored.folder,
+        options.stored_flags(args),
+        defaults=options.defaults_of_changed(args, get_args_parser()),
         provenance=started,
-        transcript=transcript,
+        stored=stored,
+        may_restart=args.go_on,
     )
-    report = Report(run, options.defaults(args, get_args_parser()), options.rate_steps(args))
-    if run.is_finished:
-        with run:
-            report.write_page("finished")  # it may have been killed just before
-        print(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
-        return run.folder
-
-    with run, report, contextlib.ExitStack() as at_the_end:
-        loaders = load_data(args, run, pin_memory=device.type == "cuda")
-        at_the_end.callback(loaders.pool.close)
-        images = loaders.images
-        network = build_network(args, run, device)
-        objective = build_objective(args, images, device)
-        optimizer, scheduler = build_optimizer(args, network, objective)
-        scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-        trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
-        parts = {"network": network, "objective": objective, "optimizer": optimizer}
-        parts |= {"scheduler": scheduler, "scaler": scaler}
-
-        if args.trial:
-            try:
-                rehearse(args, run, report, trained, parts, loaders)
-            finally:
-                run.discard()
-            return run.folder
-        if run.is_new:
-            mined = begin(args, run, report, network, loaders)
-            run.save(parts, epoch=0)
-        else:
-            mined = run.restore(parts, images.names)
-            if warning := warning_of_threads(run.provenance):
-                print(warning)
-        report.write_page()
-        print(f"run folder: {run.folder}")
-        for epoch in range(run.epoch, args.n_epochs):
-            start = time.monotonic()
-            steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
-            loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
-            batches = run.stopwatch.loading(loaders.batches, auxiliaries.gpu_events(device))
-            left = functools.partial(run.seconds_left, epoch)
-            progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
-            with run.stopwatch.measure("training"), progress:
-                averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, args.amp, progress)
-            averages["Learning Rate"] = scheduler.get_last_lr()[0]
-            run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
-            said = losses_line(run.rows["train"][-1])
-            if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
-                evaluate_epoch(args, run, report, network, loaders, mined, epoch)
-                said += f"  {scores_line(run.rows['val'][-1])}  (best Recall @ 1: {run.best_line()})"
-            print(f"epoch {epoch}  {said}  {time.monotonic() - start:.1f} s, {clock(run.seconds_left(epoch + 1))} left")
-            if mined is not None and (epoch + 1) % (args.cluster_update_freq + 1) == 0:  # for a longer run, even last
-                mined = renew_labels(args, run, report, network, loaders.train, previous=mined, before_epoch=epoch + 1)
-            scheduler.step()
-            run.save(parts, epoch + 1)
-            report.write_page()
-    print(run.summarise(), end="")
+    try:
+        with run, contextlib.ExitStack() as at_the_end:
+            if run.is_finished:
+                log.info(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
+                return run.folder
+            loaders = load_data(args, run, pin_memory=device.type == "cuda")
+            at_the_end.callback(loaders.pool.close)
+            images = loaders.images
+            network = build_network(args, run, device)
+            objective = build_objective(args, images, device)
+            optimizer, scheduler = build_optimizer(args, network, objective)
+            scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+            trained = netlib.for_training(network, args.compile, has_unused_heads=not objective.adversaries)
+            parts = {"objective": objective, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            mined = None
+            if run.is_new:
+                score_before_training(args, run, network, loaders)
+                if args.task_p[1] == 0:
+                    datasets.decode_all(loaders.train)  # a broken image is bad input; mining would find it
+            else:
+                mined = run.restore(network, parts, images.names)
+                if warning := warning_of_threads(run.history.provenance):
+                    log.warning(warning)
+            log.info(f"run folder: {run.folder}")
+            page.draw(run.history)
+            run.start_timing()
+            for epoch in range(run.epoch, args.n_epochs):
+                if run.history.mining_is_due(epoch):
+                    mined = renew_labels(args, run, network, loaders.train, mined, epoch)
+                start = time.monotonic()
+                steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
+                loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
+                batches = run.stopwatch.loading(loaders.batches, auxiliaries.gpu_events(device))
+                left = functools.partial(run.seconds_left, epoch)
+                progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
+                with run.stopwatch.measure("training"), progress:
+                    averages = train_one_epoch(
+                        trained, objective, optimizer, scaler, steps, batches, args.amp, progress
+                    )
+                averages["Learning Rate"] = scheduler.get_last_lr()[0]
+                run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
+                if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
+                    evaluate_epoch(args, run, network, loaders, mined, epoch)
+                scheduler.step()
+                run.save(network, parts, epoch + 1)
+                log.info(epoch_line(run, epoch, time.monotonic() - start))
+                with run.stopwatch.measure("drawing"):
+                    page.draw(run.history)
+    finally:
+        if run.is_new or run.is_resumable:  # one that is not restored stays as it was
+            page.draw(run.history)  # how it ended, if its folder is still there
+    log.info(run.history.summary())
     if args.dataset == "shapes" and mined is not None:
-        print(lesson(run.rows, run.initial_scores, run.folder))
+        log.info(lesson(run.history))
     return run.folder
+
+
+def epoch_line(run: Run, epoch: int, seconds: float) -> str:
+    """Return what an epoch is told by: its losses, scores if it was scored, seconds, and the time left of the run."""
+    rows, parts = run.history.rows, []
+    if rows["val"] and rows["val"][-1]["Epochs"] == epoch:
+        parts = [row_text(rows["val"][-1]), f"(best Recall @ 1: {run.history.best_line()})"]
+    parts = [f"epoch {epoch}", row_text(rows["train"][-1]), *parts, f"{seconds:.1f} s"]
+    return "  ".join(parts) + f", {clock(run.history.seconds_left)} left"
+
+
+def what_was_mined(row: Row) -> str:
+    """Return which known factor a mining agrees with most; nothing for a row that an older version logged."""
+    agreements = {name.removeprefix("AMI "): value for name, value in row.items() if name.startswith("AMI ")}
+    with_class = agreements.pop("class", 0.0)
+    if not agreements:
+        return ""
+    factor = max(agreements, key=agreements.get)
+    is_clear = agreements[factor] > max(with_class, 0.5)
+    clear = f"the {factor}" if is_clear else f"nothing clear, most the {factor}"
+    return f"; mined: {clear} (AMI of the labels with it {agreements[factor]:z.2f}, with the class {with_class:z.2f})"
+
+
+def lesson(history: History) -> str:
+    """Return the three lines that the demo ends with: what was learned, what to look at, what to try next."""
+    before, after = (row["Recall @ 1"] for row in (history.initial_scores, history.rows["val"][-1]))
+    learned = f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}"
+    return (
+        f"{learned}{what_was_mined(history.rows['mining'][-1])}\n"
+        f"look at: {history.folder / 'page.html'} in a browser; what the images of a mined cluster share is what was "
+        "mined\n"
+        "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
+        "--adv_weights 0; then "
+        f"python evaluate.py --compare {shlex.quote(str(history.folder.parent))}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line, and return the run folder."""
-    with Transcript() as transcript, errors.one_line_errors("main.py"):
-        args = options.resolve(argv, get_args_parser())
-        with errors.signals_stop("nothing had been stored yet"), processes.connected():
-            return train(args, sys.argv[1:] if argv is None else argv, transcript)
+    argv = sys.argv[1:] if argv is None else argv
+    locks = contextlib.ExitStack()
+    with output.logged(), errors.signals_stop(), errors.one_line_errors("main.py"), locks:
+        args, stored = options.resolve(argv, get_args_parser(), locks)
+        with processes.connected():
+            return train(args, argv, stored)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from googlenet import GoogLeNet
 from support import processes, weights
 from support.errors import InputError, first_line
+from support.output import log
 from support.packages import TimmBackbone, create_timm_model, imported_timm, resample_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -172,7 +173,7 @@ def build_network(
         state, fresh = named_as_ours(network, state)
         load_state(network, state, source, arch)
         for task in fresh:
-            print(f"{source}: has no {task} head of size {embed_sizes[task]}; it starts at random")
+            log.info(f"{source}: has no {task} head of size {embed_sizes[task]}; it starts at random")
     return network.to(memory_format=torch.channels_last)
 
 

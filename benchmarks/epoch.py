@@ -1,15 +1,15 @@
 """What an epoch costs beside training and embedding, at the size of CUB200-2011: scoring, drawing, logs, checkpoints.
 
-    python benchmarks/epoch.py [--epochs 100] [--seconds 10] [--images 11788] [--arch resnet50] [--runs 20]
+    python benchmarks/epoch.py [--epochs 100] [--images 11788] [--arch resnet50] [--runs 20] [--factors 0] [--sets 1]
 
 A run of so many epochs is made without training: images, embeddings and scores are generated, the weights are random,
-all else is what main.py does after an epoch. Half of the images train, in 100 classes, half test; labels are mined
-after every fourth epoch. seconds: what training and embedding are said to take in each epoch; drawing keeps to a share
-of the run. runs: other runs in the index of the data set.
+all else is what main.py does in an epoch. Half of the images train, in 100 classes, half test; labels are mined before
+every fourth epoch. runs: other runs in the index of the data set. factors: known characteristics. sets: test sets.
 """
 
 import argparse
 import contextlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -29,14 +29,15 @@ import losses
 import main as program
 import netlib
 from data.images import ImageSet
-from report.epoch import Report
+from report import page, sheets
 from run import options
 from run.folder import Run
-from support.output import Transcript
+from run.history import column
 
 SCORES = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8", "mAP @ R", "R-Precision"]
 LOSSES = ["Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss", "Learning Rate"]
 N_CLASSES, N_CLUSTERS = 100, 30
+IGNORED = shutil.ignore_patterns("*.tar", "*.png", "*.jpg", ".lock")
 
 
 def generate_images(folder: Path, n_images: int) -> ImageSet:
@@ -72,31 +73,31 @@ class Trial:
         self.args, self.seconds = args, {}
         flags = f"--dataset cub200 --arch {args.arch} --not_pretrained --n_epochs {args.epochs} --savename run"
         parser = program.get_args_parser()
-        self.flags = options.resolve([*flags.split(), "--save_path", str(folder / "runs")], parser)
+        self.flags, _ = options.resolve(
+            [*flags.split(), "--save_path", str(folder / "runs")], parser, contextlib.ExitStack()
+        )
         self.train, self.test = (generate_images(folder, args.images // 2) for _ in range(2))
+        self.names = ["test"] if args.sets == 1 else [f"Set {i + 1}" for i in range(args.sets)]
         self.embeddings = {"Class": generate_embeddings(self.test.labels, 1)}
         self.mined = np.random.default_rng(2).integers(0, N_CLUSTERS, len(self.train))
         self.embeddings["Shared"] = generate_embeddings(np.resize(self.mined, len(self.test)), 3)
         tasks, sizes = options.per_task(self.flags), {"Class": 128, "Shared": 128}
-        network = netlib.build_network(args.arch, sizes, pretrained=False, freeze_batchnorm=True)
+        self.network = netlib.build_network(args.arch, sizes, pretrained=False, freeze_batchnorm=True)
         classes = {"Class": N_CLASSES, "Shared": N_CLUSTERS}
         objective = losses.build_objective(tasks, classes, {"Class-Shared": 2500.0}, 512, 1e-5)
-        optimizer, scheduler = program.build_optimizer(self.flags, network, objective)
-        for parameter in [*network.parameters(), *objective.parameters()]:
+        optimizer, scheduler = program.build_optimizer(self.flags, self.network, objective)
+        for parameter in [*self.network.parameters(), *objective.parameters()]:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # from now on it has moments
-        self.parts = {"network": network, "objective": objective, "optimizer": optimizer, "scheduler": scheduler}
+        self.parts = {"objective": objective, "optimizer": optimizer, "scheduler": scheduler}
         self.run = Run(
             options.run_folder(self.flags),
-            options.kept(self.flags) | {"started_from": "random weights"},
-            args.epochs,
-            is_resumed=False,
-            may_take_over=False,
-            paper={},
+            options.stored_flags(self.flags) | {"started_from": "random weights"},
+            defaults={},
             provenance={"program": "a benchmark"},
-            transcript=Transcript(),
+            stored=None,
+            may_restart=False,
         )
-        self.report = Report(self.run, options.defaults(self.flags, parser), rate_steps=[args.epochs // 2])
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -105,74 +106,71 @@ class Trial:
         yield
         self.seconds.setdefault(part, []).append(time.perf_counter() - start)
 
-    def mine(self, before_epoch: int) -> None:
+    def mine(self, epoch: int) -> None:
         """Do what comes with a mining, embedding apart."""
         run, images = self.run, self.train
         with self.timed("clustering"):
-            mined, distances = auxiliaries.kmeans(generate_embeddings(self.mined, before_epoch), N_CLUSTERS, 1)
+            mined, distances = auxiliaries.kmeans(generate_embeddings(self.mined, epoch), N_CLUSTERS, 1)
             described = evaluate.describe_clusters(mined, N_CLUSTERS, images.labels, {}, self.mined)
+            described |= {f"AMI factor {i}": 0.5 for i in range(self.args.factors)}
         with self.timed("logs"):
-            run.log_mining({"Before Epoch": before_epoch, "Time": 1.0} | described, mined, images.names)
-        with self.timed("sheet of a mining"), run.stopwatch.measure("drawing"):
-            self.report.mined(before_epoch, images, mined, distances)
+            run.log_mining({"Before Epoch": epoch, "Time": 1.0} | described, mined, images.names)
+        with self.timed("sheet of a mining"):
+            sheets.draw_mining(run.history, images, mined, distances)
 
     def epoch(self, epoch: int) -> None:
         """Do what comes with an epoch, training and embedding apart."""
-        run, tests, embeddings = self.run, {"test": self.test}, {"test": self.embeddings}
+        run, tests = self.run, dict.fromkeys(self.names, self.test)
+        embeddings = dict.fromkeys(self.names, self.embeddings)
         chosen = evaluate.probe_subset(self.test.labels, seed=1)
         probed = {task: points[chosen] for task, points in self.embeddings.items()}
+        if run.history.mining_is_due(epoch):
+            self.mine(epoch)
         with self.timed("scoring"):
             evaluate.score_sets("Class", embeddings, tests, [1, 2, 4, 8], 1, torch.device("cpu"), with_clustering=True)
         with self.timed("probe"):
             labels = {"Class": self.test.labels[chosen], "Mined": self.mined[chosen]}
             probe = evaluate.probe_scores(probed, labels)
+            for i in range(self.args.factors):
+                probe |= {f"factor {i} {what}": 0.5 for what in ("from Class", "from Shared", "by chance")}
         with self.timed("logs"):
             run.log("train", generate_row(epoch, LOSSES))
-            run.log("val", generate_row(epoch, SCORES))
+            run.log("val", generate_row(epoch, [column(name, score) for name in self.names for score in SCORES]))
             run.log("probe", {"Epochs": epoch, "Time": 1.0} | probe)
         with self.timed("checkpoint of the best epoch, or none"):
-            run.keep_best(self.parts["network"])
-        with self.timed("plots and sheets"), run.stopwatch.measure("drawing"):
-            self.report.evaluated(tests, embeddings)
-        with self.timed("summary"):
-            run.summarise()
-        if (epoch + 1) % 4 == 0:
-            self.mine(epoch + 1)
-        with self.timed("checkpoint of the epoch"):
-            run.save(self.parts, epoch + 1)
-        with self.timed("page and index"):
-            self.report.write_page()
-        run.start -= self.args.seconds  # as if it had trained
+            run.keep_best(self.network)
+        with self.timed("sheets of neighbours"):
+            sheets.draw_neighbours(run.history, tests, embeddings)
+        with self.timed("checkpoint of the epoch, state and summary"):
+            run.save(self.network, self.parts, epoch + 1)
+        with self.timed("plots, page and index"):
+            page.draw(run.history)
 
 
 def main() -> None:
     """Make the run and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--images", type=int, default=11_788)
     parser.add_argument("--arch", default="resnet50")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--factors", type=int, default=0)
+    parser.add_argument("--sets", type=int, default=1)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), args)
-        with trial.run, trial.report:
-            trial.mine(0)
-            trial.run.save(trial.parts, 0)
-            trial.report.write_page()
-            page = (trial.run.folder / "page.html").read_bytes()
+        with trial.run:
+            trial.epoch(0)
             for i in range(args.runs):
-                other = trial.run.folder.with_name(f"run {i}")
-                other.mkdir()
-                (other / "page.html").write_bytes(page)
+                shutil.copytree(trial.run.folder, trial.run.folder.with_name(f"run {i}"), ignore=IGNORED)
             trial.seconds.clear()
-            for epoch in range(args.epochs):
+            for epoch in range(1, args.epochs):
                 trial.epoch(epoch)
-    print(f"{args.images} images, {args.arch}, {args.epochs} epochs of {args.seconds:g} s; {args.runs} other runs\n")
+    print(f"{args.images} images, {args.arch}, {args.epochs} epochs; {args.runs} other runs\n")
     print("| part | median s | most s | times | s an epoch |\n|---|---|---|---|---|")
     total = 0.0
     for part, seconds in trial.seconds.items():
-        mean = sum(seconds) / args.epochs
+        mean = sum(seconds) / (args.epochs - 1)
         total += mean
         print(f"| {part} | {statistics.median(seconds):.3f} | {max(seconds):.3f} | {len(seconds)} | {mean:.3f} |")
     print(f"| all | | | | {total:.2f} |")

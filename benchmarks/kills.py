@@ -1,11 +1,12 @@
-"""Kill a run at random times, resume it each time, and compare its end with that of an uninterrupted run.
+"""Stop a run at random times, resume it each time, and compare its end with that of an uninterrupted run.
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--dataset shapes] [--n_epochs 12] [flags of main.py]
+    python benchmarks/kills.py [--kills 30] [--signal KILL] [--seed 0] [--dataset shapes] [--n_epochs 12] [more flags]
 
-The run mines after every second epoch and is small enough for a CPU. It is sent SIGKILL after a random time, uniform up
-to what the uninterrupted run took for its start and one and a half epochs (sooner where it would end before it was
-killed often enough), and resumed; after the last kill it may end. Logs (but for times), weights, optimiser and random
-states are compared bit for bit.
+The run mines before every second epoch and is small enough for a CPU. It is sent the signal (KILL, TERM, INT, HUP)
+after a random time, uniform up to what the uninterrupted run took for its start and one and a half epochs (sooner where
+it would end before it was stopped often enough), and resumed; after the last signal it may end. Logs (but for times),
+weights, optimiser and random states are compared bit for bit. A run that is stopped by another signal than KILL must
+end with exit code 128 + N, and no process may be left. More flags are passed on to main.py.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -40,57 +42,60 @@ def finish(process: subprocess.Popen) -> None:
         sys.exit(f"main.py ended with exit code {process.returncode}: {error}")
 
 
-def kill(process: subprocess.Popen, folder: Path, rng: random.Random, times: tuple[float, float], n_rows: int) -> bool:
-    """Kill the process after a random time, within an epoch once the log has n_rows; tell whether it was alive.
+class Wait(NamedTuple):
+    """How long to wait before a signal: at most, and once the run has come far enough, in seconds."""
 
-    times: longest time to wait, and that of an epoch, in seconds.
-    """
-    longest, epoch = times
-    end, is_due = time.perf_counter() + rng.uniform(0, longest), False
+    longest: float
+    epoch: float
+    rng: random.Random
+
+
+def stop(process: subprocess.Popen, folder: Path, args: argparse.Namespace, wait: Wait, n_rows: int) -> bool:
+    """Send the signal after a random time, within an epoch once the log has n_rows; tell whether it ended the run."""
+    end, is_due = time.perf_counter() + wait.rng.uniform(0, wait.longest), False
     while process.poll() is None and time.perf_counter() < end:
         time.sleep(0.02)
         if not is_due and epochs_logged(folder) >= n_rows:
-            is_due, end = True, min(end, time.perf_counter() + rng.uniform(0, epoch))
-    process.kill()
-    return process.wait() == -signal.SIGKILL
+            is_due, end = True, min(end, time.perf_counter() + wait.rng.uniform(0, wait.epoch))
+    process.send_signal(args.signal)
+    _, error = process.communicate()
+    code = process.returncode
+    if code not in (0, -args.signal, 128 + args.signal) or (code == -args.signal and error):
+        sys.exit(f"main.py ended with exit code {code}: {error}")
+    return code != 0
 
 
-def run_whole(flags: list[str], folder: Path, n_epochs: int) -> tuple[float, float]:
-    """Make the uninterrupted run; return the longest time to wait before a kill, and that of an epoch, in seconds."""
+def run_whole(flags: list[str], folder: Path, args: argparse.Namespace) -> Wait:
+    """Make the uninterrupted run; return how long to wait before a signal."""
     began = time.perf_counter()
     finish(start(*flags, folder.name))
     seconds = time.perf_counter() - began
-    epoch = sum(pd.read_csv(path)["Time"].sum() for path in folder.glob("*.csv")) / n_epochs
-    longest = seconds - (n_epochs - 1.5) * epoch
-    print(f"uninterrupted: {seconds:.0f} s; kills after up to {longest:.1f} s", flush=True)
-    return longest, epoch
+    epoch = sum(pd.read_csv(path)["Time"].sum() for path in folder.glob("*.csv")) / args.n_epochs
+    longest = seconds - (args.n_epochs - 1.5) * epoch
+    print(f"uninterrupted: {seconds:.0f} s; signals after up to {longest:.1f} s", flush=True)
+    return Wait(longest, epoch, random.Random(args.seed))
 
 
-def run_killed(
-    flags: list[str], folder: Path, rng: random.Random, times: tuple[float, float], n_epochs: int, n_kills: int
-) -> None:
-    """Make the run that is killed and resumed; one that was killed before it had stored anything starts anew."""
-    done, early = [], 0
+def run_stopped(flags: list[str], folder: Path, wait: Wait, args: argparse.Namespace) -> None:
+    """Make the run that is stopped and resumed; one that has no complete epoch yet starts anew, with --go_on."""
+    done = []
     while True:
-        can_resume = (folder / "last.pth.tar").exists()
-        if folder.exists() and not can_resume:
-            folder.rename(folder.with_name(f"killed_early_{early}"))
-            early += 1
-        process = start("--resume", str(folder)) if can_resume else start(*flags, folder.name)
-        n_rows = n_epochs * (len(done) + 1) // (n_kills + 1) + 1
-        if len(done) == n_kills or not kill(process, folder, rng, times, n_rows):
+        process = start(*flags, folder.name, "--go_on")
+        n_rows = args.n_epochs * (len(done) + 1) // (args.kills + 1) + 1
+        if len(done) == args.kills or not stop(process, folder, args, wait, n_rows):
             break
         done.append(epochs_logged(folder))
     finish(process)
-    if len(done) < n_kills:
-        print(f"the run ended after {len(done)} kills; give a larger --n_epochs for {n_kills}")
-    print(f"{len(done)} kills, epochs logged at each: {done}; {early} of them before anything was stored")
+    if len(done) < args.kills:
+        print(f"the run ended after {len(done)} signals; give a larger --n_epochs for {args.kills}")
+    print(f"{len(done)} times {args.signal.name}, epochs logged at each: {done}")
 
 
 def main() -> None:
     """Run the trial and print what it found; the exit code is 1 where the ends differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="how often the run is killed")
+    parser.add_argument("--kills", type=int, default=30, help="how often the run is stopped")
+    parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default="KILL", help="how")
     parser.add_argument("--dataset", default="shapes", help="as for main.py")
     parser.add_argument("--n_epochs", type=int, default=12, help="epochs of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
@@ -99,13 +104,15 @@ def main() -> None:
         flags = ["--dataset", args.dataset, "--n_epochs", str(args.n_epochs), *FLAGS.split(), *more]
         flags += ["--save_path", name, "--savename"]
         whole, killed = (Path(name) / args.dataset / run for run in ("whole", "killed"))
-        times = run_whole(flags, whole, args.n_epochs)
-        run_killed(flags, killed, random.Random(args.seed), times, args.n_epochs, args.kills)
+        run_stopped(flags, killed, run_whole(flags, whole, args), args)
         try:
             assert_same_run(killed, whole)
         except AssertionError as error:
             sys.exit(f"the ends differ: {error}")
-    print("logs, weights, optimiser and random states are bit-identical")
+        left = subprocess.run(["pgrep", "-f", name], capture_output=True, text=True).stdout.split()
+        if left:
+            sys.exit(f"processes are left: {' '.join(left)}")
+    print("logs, weights, optimiser and random states are bit-identical; no process is left")
 
 
 if __name__ == "__main__":

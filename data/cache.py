@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data.images import ImageSet, image_size, read_image
 from support.errors import InputError
+from support.output import log
 
 
 def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -42,7 +43,7 @@ def cached(image_sets: Mapping[str, ImageSet], n_copies: int = 1) -> dict[str, I
             raise InputError(
                 f"--cache ram: the decoded images take {size}, but only {free / 1e9:.1f} GB are free: leave it out"
             )
-        print(f"--cache ram: the decoded images take {size} of memory")
+        log.info(f"--cache ram: the decoded images take {size} of memory")
         for split in paths:
             pixels[split] = image_views(np.empty(n_bytes[split], np.uint8), sizes[split])
             jobs = pool.map(decode_into, pixels[split], paths[split])

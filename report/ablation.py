@@ -6,6 +6,7 @@ bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more f
 import argparse
 import contextlib
 import glob
+import logging
 import math
 import os
 import signal
@@ -16,16 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from data.locate import locate
-from data.published import PUBLISHED
 from report.compare import compare_runs
 from run import options
 from run.options import PATH, whole
-from support.errors import InputError, Interrupted, OneLineParser, one_line_errors, signals_stop
+from support import errors, output
+from support.errors import InputError, OneLineParser
 from support.files import locked
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = ("cub200", "cars196", "online_products", "in-shop", "vehicle_id")
 SETUPS = {**{name: name for name in PUBLISHED}, "shapes": "demo"}
 """Data sets with a set-up in Result_Runs.sh, and its name."""
 
@@ -129,10 +130,11 @@ def train(words: Sequence[str]) -> int:
     process = subprocess.Popen(words)
     try:
         code = process.wait()
-    except Interrupted as stop:
-        if stop.signum != signal.SIGINT:  # Ctrl-C reaches the run by itself
-            process.send_signal(stop.signum)
+    except KeyboardInterrupt as stop:
+        if errors.stop_signal not in (None, signal.SIGINT):  # Ctrl-C reaches the run by itself
+            process.send_signal(errors.stop_signal)
         process.wait()
+        stop.add_note("the same command resumes the series")
         raise
     return code if code >= 0 else 128 - code
 
@@ -154,11 +156,13 @@ def is_being_trained(folder: Path) -> bool:
 
 def fits(words: Sequence[str], parser: OneLineParser) -> bool:
     """Tell whether main.py takes a command line, which says why not."""
+    logging.disable(logging.INFO)  # what the run says too
     try:
-        with contextlib.redirect_stdout(None):  # notes, which the run prints too
-            return bool(options.resolve(words, parser))
+        return bool(options.resolve(words, parser, contextlib.ExitStack()))
     except SystemExit:
         return False
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]], table: str) -> None:
@@ -170,8 +174,9 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
     compare_runs(runs, over=SERIES[series][0], against=against, csv=f"{table}.csv", plot=f"{table}.svg")
 
 
-@one_line_errors(PROG)
-@signals_stop("the same command goes on with the series")
+@output.logged()
+@errors.signals_stop()
+@errors.one_line_errors(PROG)
 def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks.
 
@@ -185,9 +190,7 @@ def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | Non
         command = ["bash", str(ROOT / PROG), SETUPS[args.dataset]]
         setup = subprocess.check_output([*command[:2], "flags", SETUPS[args.dataset]], text=True).split()
     setup += ["--savename", args.savename, *flags]
-    base = options.resolve(setup, get_main_parser())  # what it refuses fits no value
-    if args.dataset != "shapes":
-        locate(args.dataset, Path(base.source_path))
+    base, _ = options.resolve(setup, get_main_parser(), contextlib.ExitStack())  # what it refuses fits no value
     values = {value: value_flags(args.series, value, base) for value in args.values}
     failed = [value for value in values if not fits([*setup, *values[value]], get_main_parser())]
     if len(failed) == len(values):

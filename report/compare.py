@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ from scipy import stats
 
 from data.published import published_info
 from report import plots
-from run.logs import StoredRun, best_index, column, read_run, scores_of, test_sets_of
-from run.options import LATER_FLAGS, PAIRS, makes_setting, shown
+from run.history import History, column, fill_in_flags, scores_of, test_sets_of
+from run.options import PAIRS, makes_setting, shown
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
 from support.files import replaced_file
@@ -28,8 +28,8 @@ class Setting:
 
     name: str
     flags: dict[str, str]
-    runs: list[StoredRun]
-    counted: dict[str, StoredRun]
+    runs: list[History]
+    counted: dict[str, History]
 
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
         """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
@@ -43,7 +43,7 @@ class Setting:
     def curve(self, test_set: str) -> pd.DataFrame:
         """Return Recall@1 of the runs that count, (epochs that all of them have scored, runs)."""
         by_seed = {
-            seed: {row["Epochs"]: row[column(test_set, "Recall @ 1")] for row in run.rows}
+            seed: {row["Epochs"]: row[column(test_set, "Recall @ 1")] for row in run.rows["val"]}
             for seed, run in self.counted.items()
         }
         return pd.DataFrame(by_seed).dropna().sort_index()
@@ -104,7 +104,7 @@ def compare_runs(
         print(f"plot: {plot}")
 
 
-def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
+def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
     """Return the runs in some folders, or in folders of runs, by their resolved paths; what cannot be read is named.
 
     Raises InputError where nothing can be read.
@@ -113,15 +113,23 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, StoredRun]:
     runs = {}
     for resolved, folder in {Path(os.path.realpath(folder)): folder for folder in folders}.items():
         try:
-            run = read_run(folder)
-            runs[resolved] = replace(run, flags=LATER_FLAGS | run.flags)
+            runs[resolved] = read_scored(folder)
         except InputError as error:
             print(f"skipped {error}")
+    fill_in_flags(list(runs.values()))
     if not runs:
         holders = sorted({str(path.parents[1]) for root in roots for path in Path(root).glob("*/*/hypa.pkl")})
         hint = f"; runs lie in {first_few(holders)}: give those" if holders else ""
         raise InputError(f"--compare: no run to read among {', '.join(map(str, roots))}{hint}")
     return runs
+
+
+def read_scored(folder: Path) -> History:
+    """Return the history of a run that has been scored. Raises InputError."""
+    history = History.read(folder)
+    if not history.rows["val"]:
+        raise InputError(f"{folder}: no epoch has been scored yet")
+    return history
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -135,30 +143,30 @@ def run_folders(root: Path) -> list[Path]:
     return [path for path in inside if os.path.isdir(path)] or [root]
 
 
-def parts_of(runs: Sequence[StoredRun]) -> list[tuple[str, str, list[Setting]]]:
+def parts_of(runs: Sequence[History]) -> list[tuple[str, str, list[Setting]]]:
     """Return each data set, test set of it, and the settings scored on that."""
     parts: dict[tuple[str, str], list[Setting]] = {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         for setting in settings_of([run for run in runs if run.flags["dataset"] == dataset]):
-            for test_set in test_sets_of(setting.runs[0].rows[0]):
+            for test_set in test_sets_of(setting.runs[0].rows["val"][0]):
                 parts.setdefault((dataset, test_set), []).append(setting)
     return [(dataset, test_set, settings) for (dataset, test_set), settings in parts.items()]
 
 
-def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
+def settings_of(runs: Sequence[History]) -> list[Setting]:
     """Return the settings of the runs on a data set.
 
     Finished runs count for means and differences, of each seed the first by name; the others are named. So are versions
     of the program and of packages where the runs of a setting come from several.
     """
     settings = []
-    groups = grouped(runs, [described(run) for run in runs])
+    groups = [(flags, [runs[i] for i in members]) for flags, members in grouped(setting_flags(runs))]
     for name, (flags, members) in zip(setting_names(groups), groups):
-        counted: dict[str, StoredRun] = {}
+        counted: dict[str, History] = {}
         for run in sorted(members, key=lambda run: run.folder.name):
-            done, seed = run.rows[-1]["Epochs"] + 1, seed_of(run)
-            if done != run.flags.get("n_epochs", done):
-                print(f"left out of the means: {run.folder}, {done} of {run.flags['n_epochs']} epochs")
+            done, seed = run.rows["val"][-1]["Epochs"] + 1, seed_of(run)
+            if done != run.n_epochs:
+                print(f"left out of the means: {run.folder}, {done} of {run.n_epochs} epochs")
             elif seed in counted:
                 print(f"left out of the means: {run.folder}, repeats seed {seed} of {counted[seed].folder}")
             else:
@@ -172,7 +180,7 @@ def settings_of(runs: Sequence[StoredRun]) -> list[Setting]:
     return settings
 
 
-def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[StoredRun]]]) -> list[str]:
+def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]]) -> list[str]:
     """Name settings, each given by the flags in which they differ and its runs.
 
     Runs of a series, whose folders' names differ in _seedN only, are called by the rest of that name, without the
@@ -187,32 +195,30 @@ def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[StoredRun]]
     return [name if name and names.count(name) == 1 else full for name, full in zip(names, by_flags)]
 
 
-def grouped(
-    runs: Sequence[StoredRun], descriptions: Sequence[Mapping[str, str]]
-) -> list[tuple[dict[str, str], list[StoredRun]]]:
-    """Group runs that are described alike; return for each group those of its entries in which groups differ."""
-    table = pd.DataFrame(list(descriptions), dtype=object).fillna("None")
-    table = table.loc[:, table.nunique() > 1]
-    if table.empty:
-        return [({}, list(runs))]
-    groups = [members for _, members in table.groupby(list(table), sort=False)]
-    return [(members.iloc[0].to_dict(), [runs[i] for i in members.index]) for members in groups]
+def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
+    """Group runs by their flags, a row each; return of each group the flags in which groups differ, and its rows."""
+    flags = flags.loc[:, flags.nunique() > 1]
+    if flags.empty:
+        return [({}, list(flags.index))]
+    groups = [members for _, members in flags.groupby(list(flags), sort=False)]
+    return [(members.iloc[0].to_dict(), list(members.index)) for members in groups]
 
 
-def described(run: StoredRun, left_out: Sequence[str] = ()) -> dict[str, str]:
-    """Return the flags that make a run's setting, as they are typed."""
-    return {name: shown(value) for name, value in run.flags.items() if makes_setting(name) and name not in left_out}
+def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
+    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column a flag."""
+    names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
+    return pd.DataFrame([{flag: shown(run.flags.get(flag)) for flag in names} for run in runs], dtype=object)
 
 
-def seed_of(run: StoredRun) -> str:
+def seed_of(run: History) -> str:
     """Return the seed of a run as text, empty where it has none."""
     return shown(run.flags.get("seed", ""))
 
 
-def scores_at(run: StoredRun, test_set: str, at: str) -> tuple[int, dict[str, float]]:
+def scores_at(run: History, test_set: str, at: str) -> tuple[int, dict[str, float]]:
     """Return the "best" or the "last" scored epoch of a run, and its scores on a test set."""
-    index = best_index(run.rows, test_set, run.flags.get("select", "test")) if at == "best" else -1
-    return run.rows[index]["Epochs"], scores_of(run.rows[index], test_set)
+    row = run.rows["val"][run.best_index(test_set) if at == "best" else -1]
+    return row["Epochs"], scores_of(row, test_set)
 
 
 def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, test_set: str) -> pd.DataFrame:
@@ -227,7 +233,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
             for run in setting.runs:
                 epoch, scores = scores_at(run, test_set, at)
                 row = head | {"run": run.folder.name, "seed": seed_of(run), "epoch": epoch}
-                row["epochs done"] = run.rows[-1]["Epochs"] + 1
+                row["epochs done"] = run.rows["val"][-1]["Epochs"] + 1
                 row["left out"] = None if setting.counted.get(seed_of(run)) is run else "yes"
                 rows.append(row | scores)
             summary = summary_rows(setting, base, paper, test_set, at)
@@ -293,7 +299,7 @@ def points_to_draw(
     return points
 
 
-def ablated_value(run: StoredRun, flag: str) -> str:
+def ablated_value(run: History, flag: str) -> str:
     """Return a run's value of a flag as it is typed, None where it has no such flag; of a pair that of the Shared task.
 
     A run without the Shared task has a Shared embedding of size 0.
@@ -314,22 +320,19 @@ def ablation_lines(
     which are named by these flags behind the prefix.
     """
 
-    def describe(run: StoredRun, *left_out: str) -> dict[str, str]:
-        """Return what a run's line is for: its other flags, and the Class task's value of this one."""
-        of_class = {f"{flag} of Class": shown(run.flags[flag][0])} if flag in PAIRS and flag in run.flags else {}
-        return described(run, (flag, *left_out)) | of_class
-
     runs = [run for setting in settings for run in setting.counted.values()]
+    flags = setting_flags(runs).drop(columns=flag, errors="ignore")
+    if flag in PAIRS:  # the Shared task's value is the one that varies
+        flags[f"{flag} of Class"] = [shown(run.flags[flag][0]) if flag in run.flags else "None" for run in runs]
     # A run without the Shared task, of an embedding of size 0, belongs to every line
-    without = [run for run in runs if flag == "embed_sizes" and ablated_value(run, flag) == "0"]
-    runs = [run for run in runs if run not in without] or without
+    without = [i for i, run in enumerate(runs) if flag == "embed_sizes" and ablated_value(run, flag) == "0"]
+    alike = flags.drop(columns=["task_p", "adv_weights"], errors="ignore")
     lines: dict[str, dict[str, list[float]]] = {}
-    for flags, members in grouped(runs, [describe(run) for run in runs]):
-        mining = ("task_p", "adv_weights")
-        members += [r for r in without if r not in members and describe(r, *mining) == describe(members[0], *mining)]
+    for differing, members in grouped(flags.drop(index=without) if len(without) < len(runs) else flags):
+        members += [i for i in without if i not in members and alike.loc[i].equals(alike.loc[members[0]])]
         for at in ("best", "last"):
-            points = lines.setdefault(prefix + " ".join([*map(" ".join, flags.items()), at, "epoch"]), {})
-            for run in members:
+            points = lines.setdefault(prefix + " ".join([*map(" ".join, differing.items()), at, "epoch"]), {})
+            for run in [runs[i] for i in members]:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
     paper = published_info(dataset).ablations.get(flag, {})

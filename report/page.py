@@ -1,16 +1,16 @@
-"""A run on one page, page.html in its folder.
+"""A run on one page, page.html in its folder, and the runs of a data set in a table, index.html above their folders.
 
-It is complete by itself: a browser opens it from the disk, and asks for nothing but the run's own pictures.
+Both are complete by themselves: a browser opens them from the disk, and asks for nothing but the runs' own pictures.
 """
 
 import contextlib
 import functools
+import math
 import os
 import re
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,12 +18,29 @@ import jinja2
 from PIL import Image
 
 from data.images import VALIDATION
-from report.charts import Chart, chart, finite, look_of, points_of, thinned
-from report.plots import COLOURS
-from run.logs import LOGS, Row, best_index, column, file_suffix, scores_of, test_sets_of
-from run.options import makes_setting, shown
+from data.published import published_info
+from report import plots
+from report.compare import setting_flags
+from report.plots import warn, warned
+from run.checkpoint import LAST
+from run.history import (
+    LOGS,
+    PAPER_NOTE,
+    STATE_FILE,
+    History,
+    Row,
+    column,
+    fill_in_flags,
+    info_plot,
+    memory_text,
+    mining_sheet,
+    neighbour_sheet,
+    scores_of,
+)
+from run.options import shown
 from run.provenance import command
-from support.errors import first_line
+from support import processes
+from support.errors import InputError
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
@@ -33,54 +50,251 @@ FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(In
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]
 """What a page links to where it exists, as regular expressions."""
 
+MARKER = b'<meta name="generator" content="MIC">'
+"""Tells an index.html of ours from one of the user's."""
 
-@dataclass(frozen=True)
-class RunView:
-    """What a page shows of a run at one moment.
 
-    flags: of the run, plain values, with what was noted beside them (started_from, images). defaults: of the program's
-    flags. rows: of each log, see logs.LOGS. paper: published scores by column, may be empty. provenance: of each
-    start of the run, {what: value}. state: running, finished or stopped. reason: why it stopped. epoch: epochs done.
-    seconds: spent so far; spent: by activity. seconds_left: None where not known yet. contents: of the image sets, see
-    data/images.py.
+def draw(history: History) -> None:
+    """Draw what is new of a run: its plots after an evaluation, its page, and the index of the runs beside it.
+
+    Before the first evaluation the plots show the losses, and before the first checkpoint there is no index. Does
+    nothing where the run folder has gone, and in processes that are not the first. What cannot be drawn is a warning.
     """
+    if not processes.is_first() or not history.folder.is_dir():
+        return
+    shown_log = history.folder / LOGS["val" if history.rows["val"] else "train"]
+    plot = info_plot(history.folder, history.test_sets[0]) if history.test_sets else None
+    if plot and modified(plot) < modified(shown_log):
+        draw_plots(history)
+    with warned(history.folder / "page.html"):
+        write_page(history)
+    if (history.folder / LAST).exists():
+        draw_index(history.folder.absolute())
 
-    folder: Path
-    flags: Mapping[str, object]
-    defaults: Mapping[str, object]
-    rows: Mapping[str, Sequence[Row]]
-    initial_scores: Row
-    paper: Mapping[str, float]
-    provenance: Sequence[Mapping[str, str]]
-    state: str
-    reason: str
-    epoch: int
-    seconds: float
-    seconds_left: float | None
-    spent: Mapping[str, float]
-    contents: Mapping[str, Mapping[str, object]]
 
-    @functools.cached_property
-    def test_sets(self) -> list[str]:
-        """The names of the test sets with scores, the classes held out last."""
-        names = test_sets_of(self.rows["val"][-1] if self.rows["val"] else self.initial_scores)
-        return sorted(names, key=lambda name: name == VALIDATION)
+def modified(path: Path) -> int:
+    """Return when a file was written last, 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
-    @functools.cached_property
-    def files(self) -> set[str]:
-        """What lies in the run folder, and in its folder of mined clusters."""
-        files = set(os.listdir(self.folder))
-        return files | ({f"mined/{name}" for name in os.listdir(self.folder / "mined")} if "mined" in files else set())
 
-    def best(self, test_set: str) -> Row:
-        """Return the row of "val" of a test set's best epoch, empty before the first evaluation."""
-        rows = self.rows["val"]
-        return rows[best_index(rows, test_set, str(self.flags.get("select", "test")))] if rows else {}
+def draw_plots(history: History) -> None:
+    """Draw InfoPlot_Class.svg of each test set and InfoPlot_Probe.svg; what cannot be drawn is a warning."""
+    for test_set in [name for name in history.test_sets if name != VALIDATION] if history.rows["train"] else []:
+        path = info_plot(history.folder, test_set)
+        with warned(path):
+            plots.draw_progress(path, history, test_set)
+    path = history.folder / "InfoPlot_Probe.svg"
+    if history.rows["probe"]:
+        with warned(path):
+            plots.draw_probe(path, history)
 
-    @property
-    def mined_before(self) -> list[int]:
-        """The epochs that began with new mined labels."""
-        return [row["Before Epoch"] for row in self.rows["mining"]]
+
+def write_page(history: History) -> None:
+    """Write page.html in a run folder."""
+    flags, folder = history.flags, history.folder
+    known = {flag: default for flag, default in history.defaults.items() if flag in flags}
+    changed = {flag: (shown(flags[flag]), shown(default)) for flag, default in known.items()}
+    files = sorted(os.listdir(folder))
+    slides = mining_slides(history)
+    content = rendered(
+        "page.html",
+        run=history,
+        name=folder.absolute().name,
+        dataset=shown(flags["dataset"]),
+        written=history.written or max(modified(folder / name) for name in LOGS.values()) / 1e9,
+        patience=patience(history),
+        panels=[score_panel(history, test_set) for test_set in history.test_sets],
+        image_sets={name: counts for name, counts in history.image_sets.items() if "images" in counts},
+        spent={what: round(100 * part / history.seconds) for what, part in history.spent.items() if history.seconds},
+        memory=memory_text(history.peak_memory) if history.peak_memory else "",
+        slides=slides,
+        strongest=strongest_factor(history),
+        neighbours=neighbours(history),
+        probe=picture(folder / "InfoPlot_Probe.svg", last_values(history.rows["probe"])),
+        changed=changed,
+        others={flag: shown(value) for flag, value in flags.items() if flag not in changed},
+        files=[name for kind in FILES for name in files if re.fullmatch(kind, name)],
+        commands=commands(history),
+        paper_note=PAPER_NOTE,
+    )
+    write_file(folder / "page.html", content)
+
+
+def score_panel(history: History, test_set: str) -> dict[str, object]:
+    """Return the table of a test set's scores and the plot of its run."""
+    rows, index = history.rows["val"], history.best_index(test_set)
+    table = history.score_table(test_set)
+    table["gap"] = table["best"].astype(float) - table["paper"]
+    return {
+        "name": {"test": "Test classes", VALIDATION: "Training classes held out (Val)"}.get(test_set, test_set),
+        "scores": table[["before", "best", "last", "paper", "gap"]].T.to_dict(),
+        "best": None if index is None else rows[index]["Epochs"],
+        "last": rows[-1]["Epochs"] if rows else None,
+        "has_paper": bool(table["paper"].notna().any()),
+        "plot": picture(info_plot(history.folder, test_set), last_values(history.rows["train"], rows)),
+    }
+
+
+def last_values(*logs: Sequence[Row]) -> str:
+    """Return the last values of some logs in words, for those who cannot see their plot."""
+    values = {name: value for rows in logs for name, value in (rows[-1] if rows else {}).items()}
+    texts = [f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "Time"]
+    return f"Over the epochs, at the last: {', '.join(texts)}"
+
+
+def picture(path: Path, words: str) -> dict[str, object] | None:
+    """Return a picture in a run folder as the page shows it, None where there is none. words: in its place."""
+    if not path.exists():
+        return None
+    size = None
+    if path.suffix != ".svg":
+        with contextlib.suppress(OSError, ValueError), Image.open(path) as image:  # the browser sees for itself
+            size = image.size
+    folder = "mined/" if path.parent.name == "mined" else ""
+    return {"url": url(folder + path.name), "words": words, "size": size}
+
+
+def mining_slides(history: History) -> list[dict[str, object]]:
+    """Return what the page's slider shows of each mining, oldest first."""
+    rows, slides = history.rows["mining"], []
+    agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
+    for row in rows:
+        epoch = row["Before Epoch"]
+        facts = {name.replace("AMI ", "AMI with "): number_text(row.get(name), "z.3f") for name in agreements}
+        for name in ("Clusters", "Smallest", "Median", "Largest"):
+            facts[name if name == "Clusters" else f"{name} cluster"] = number_text(row.get(name), "g")
+        words = f"Clusters mined before epoch {epoch}: a row for each, with the images nearest to its centre"
+        sheet = picture(mining_sheet(history.folder, epoch), words)
+        slides.append({"epoch": epoch, "sheet": sheet, "facts": list(facts.items())})
+    return slides
+
+
+def strongest_factor(history: History) -> str:
+    """Return the known factor that the labels mined last agree with most, empty where there is none."""
+    last = history.rows["mining"][-1] if history.rows["mining"] else {}
+    factors = {name[4:]: value for name, value in last.items() if name.startswith("AMI ") and name != "AMI class"}
+    return max(factors, key=factors.get, default="")
+
+
+def neighbours(history: History) -> dict[str, list[dict[str, object]]]:
+    """Return the sheets of nearest neighbours that there are, {test set: sheets by the Class and Shared embedding}."""
+    sets = {}
+    for name in history.test_sets:
+        for task in ("Class", "Shared"):
+            words = f"Images of {name}, each in a row with its nearest neighbours by the {task} embedding"
+            sheet = picture(neighbour_sheet(history.folder, name, task), words)
+            if sheet:
+                sets.setdefault(name, []).append({"task": task} | sheet)
+    return sets
+
+
+def commands(history: History) -> dict[str, str]:
+    """Return what can be done with the run, {in words: command line}."""
+    folder, parent = (shlex.quote(str(path)) for path in (history.folder.absolute(), history.folder.absolute().parent))
+    start = history.provenance[-1] if history.provenance else {}
+    more = ["--n_epochs", str(2 * history.n_epochs)] if history.state == "finished" else []
+    resume = command(["--resume", str(history.folder.absolute()), *more], start)
+    what = {"running": "Resume it, should it be interrupted", "stopped": "Resume it"}.get(history.state, "Train longer")
+    return {
+        what: resume,
+        "Score it": f"python evaluate.py {folder}",
+        "Embed other images": f"python evaluate.py {folder} --embed FOLDER --save_embeddings new.npz",
+        "Compare all runs beside it": f"python evaluate.py --compare {parent}",
+    }
+
+
+def patience(history: History) -> float:
+    """Return the seconds of silence after which a running run is likely to have been killed."""
+    return max(SILENCE, 3 * history.seconds / history.epoch) if history.epoch else FIRST_SILENCE
+
+
+def draw_index(folder: Path) -> None:
+    """Write index.html beside a run folder; what cannot be drawn is a warning.
+
+    An index.html that is not ours is left alone. Of two runs that write it at once the last one wins.
+    """
+    parent, path = folder.parent, folder.parent / "index.html"
+    with warned(path):
+        if path.exists() and MARKER not in path.read_bytes()[: 2**16]:
+            warn(path, "is none of ours and is left alone")
+            return
+        histories = read_histories(parent)
+        fill_in_flags(histories)
+        flags = setting_flags(histories)
+        differing = flags.loc[:, flags.nunique() > 1]
+        entries = [index_entry(history, row) for history, row in zip(histories, differing.to_dict("records"))]
+        dataset = shown(histories[0].flags["dataset"]) if histories else parent.name
+        test_set = entries[0]["test_set"] if entries else "test"
+        content = rendered(
+            "index.html",
+            entries=sorted(zip(entries, sparklines(entries)), key=lambda pair: -(pair[0]["best"] or 0)),
+            dataset=dataset,
+            test_set=test_set,
+            paper=scores_of(published_info(dataset).scores, test_set),
+        )
+        temporary = folder / ".index.html.tmp"  # in a folder where no other run writes
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+
+
+def read_histories(parent: Path) -> list[History]:
+    """Return the histories of the runs in a folder; what cannot be read is skipped."""
+    histories = []
+    for name in sorted(os.listdir(parent)):
+        with contextlib.suppress(OSError):  # somebody else's
+            times = tuple(modified(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"]))
+            history = read_history(parent / name, times) if (parent / name / "hypa.pkl").is_file() else None
+            histories += [history] if history else []
+    return histories
+
+
+@functools.lru_cache(maxsize=4096)
+def read_history(folder: Path, times: tuple[int, ...]) -> History | None:
+    """Return the history in a run folder, None where it cannot be read. times: of its files, for the cache."""
+    try:
+        return History.read(folder)
+    except InputError:
+        return None
+
+
+def index_entry(history: History, differences: dict[str, str]) -> dict[str, object]:
+    """Return what the index shows of a run. differences: its flags in which the runs differ."""
+    name, rows = history.folder.name, history.rows["val"]
+    test_set = history.test_sets[0] if history.test_sets else "test"
+    recall, index = column(test_set, "Recall @ 1"), history.best_index(test_set)
+    curve = [(row["Epochs"], row[recall]) for row in rows]
+    nmi = [row[column(test_set, "NMI")] for row in rows if finite(row.get(column(test_set, "NMI"))) is not None]
+    return {
+        "name": name,
+        "page": f"{name}/page.html" if (history.folder / "page.html").exists() else f"{name}/",
+        "test_set": test_set,
+        "run": history,
+        "patience": patience(history),
+        "best": None if index is None else rows[index][recall],
+        "last": curve[-1][1] if curve else None,
+        "nmi": nmi[-1] if nmi else None,
+        "seed": shown(history.flags.get("seed", "")),
+        "curve": curve[:: max(1, len(curve) // 60)],
+        "differences": ", ".join(f"{flag} {value}" for flag, value in differences.items()),
+    }
+
+
+def sparklines(entries: Sequence[dict[str, object]]) -> list[str]:
+    """Return the Recall@1 of each run as an SVG path on 100 x 24 units, all on one scale."""
+    epochs = [epoch for entry in entries for epoch, _ in entry["curve"]]
+    recalls = [recall for entry in entries for _, recall in entry["curve"]]
+    last, low = max(epochs, default=0) or 1, min(recalls, default=0)
+    height = (max(recalls, default=0) - low) or 1
+    paths = []
+    for entry in entries:
+        places = [(100 * epoch / last, 22 - 20 * (recall - low) / height) for epoch, recall in entry["curve"]]
+        paths.append("L".join(f"{x:.1f} {y:.1f}" for x, y in places))
+    return paths
+
+
+def finite(value: object) -> float | None:
+    """Return a number, or None for what was left out: None, NaN, or infinite."""
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def number_text(value: object, form: str = ".4f") -> str:
@@ -100,148 +314,14 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
+def moment(seconds: float) -> str:
+    """Return a time since 1970 as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
 def url(path: str) -> str:
     """Return a relative path, of any bytes, as a link."""
     return quote(os.fsencode(path))
-
-
-def score_panel(view: RunView, name: str) -> dict[str, object]:
-    """Return the table of a test set's scores, Recall@k first, and their chart."""
-    best, rows = view.best(name), view.rows["val"]
-    whole_rows = [view.initial_scores, best, rows[-1] if rows else {}, view.paper]
-    columns = [scores_of(row, name) for row in whole_rows]
-    _, at_best, at_last, paper = columns
-    scores = sorted(columns[0] | at_last, key=lambda score: not score.startswith("Recall"))
-    gaps = {s: at_best[s] - paper[s] for s in paper if finite(at_best.get(s)) is not None}
-    lines = {score: (look_of(i), points_of(rows, column(name, score))) for i, score in enumerate(scores)}
-    star = (best["Epochs"], at_best["Recall @ 1"]) if rows else None
-    return {
-        "name": {"test": "Test classes", VALIDATION: "Training classes held out (Val)"}.get(name, name),
-        "scores": {score: [of.get(score) for of in columns] + [gaps.get(score)] for score in scores},
-        "best": best.get("Epochs"),
-        "last": whole_rows[2].get("Epochs"),
-        "has_paper": bool(paper),
-        "chart": chart("Scores" if name == "test" else f"Scores, {name}", lines, marks=view.mined_before, best=star),
-    }
-
-
-def training_charts(view: RunView) -> list[Chart]:
-    """Return a chart for each part of the loss and for the learning rate."""
-    rows = view.rows["train"]
-    names = [name for name in (rows[-1] if rows else {}) if name.endswith("Loss") and name != "Train Loss"]
-    lines = {name: look_of(i) for i, name in enumerate(names)} | {"Learning Rate": "plain"}
-    charts = [chart(name, {name: (look, points_of(rows, name))}, marks=view.mined_before)
-              for name, look in lines.items()]  # fmt: skip
-    return [made for made in charts if made]
-
-
-def probe_charts(view: RunView) -> list[Chart]:
-    """Return a chart for each kind of label that is probed; test images are thin lines in the chart of their kind."""
-    rows = view.rows["probe"]
-    kinds = [name.removesuffix(" by chance") for name in (rows[-1] if rows else {}) if name.endswith(" by chance")]
-    prefixes = [f"{name.capitalize()} " for name in view.test_sets]
-    charts = []
-    for kind in (kind for kind in kinds if kind not in [prefix + other for prefix in prefixes for other in kinds]):
-        lines = {}
-        for prefix in ("", *prefixes):
-            what, thin = (f", {prefix.strip().lower()}", " thin") if prefix else ("", "")
-            for task, look in (("Class", "c0 dashed"), ("Shared", "c1")):
-                lines[f"from {task}{what}"] = (look + thin, points_of(rows, f"{prefix}{kind} from {task}"))
-        lines["by chance"] = ("plain dotted", points_of(rows, f"{kind} by chance"))
-        title = {"Class": "The class", "Mined": "The mined label"}.get(kind, kind)
-        note = f"wanted low from {'Shared' if kind == 'Class' else 'Class'}"
-        charts.append(chart(title, lines, note=note, bounds=(0, 1)))
-    return [made for made in charts if made]
-
-
-def mining_slides(view: RunView) -> tuple[list[dict[str, object]], Chart | None]:
-    """Return what the slider shows of each mining, oldest first, and a chart of what the mined labels agree with."""
-    rows = view.rows["mining"]
-    agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
-    labels = {name: name.replace("AMI ", "AMI with ") for name in agreements}
-    lines = {}
-    for i, name in enumerate(agreements):
-        points = points_of(rows, name, "Before Epoch")
-        lines[labels[name]] = (look_of(i), [(epoch, round(value, 4) + 0.0) for epoch, value in points])  # no -0
-    slides, first, last = [], min(view.mined_before, default=0), max(view.mined_before, default=0)
-    for row in rows:
-        epoch = row["Before Epoch"]
-        picture = f"mined/before_epoch_{epoch:04}.jpg"
-        if picture not in view.files and epoch == last:
-            picture = "mined_clusters.png"
-        facts = [(label, number_text(row.get(name), "z.3f")) for name, label in labels.items()]
-        for name in ("Clusters", "Smallest", "Median", "Largest"):
-            facts.append((name if name == "Clusters" else f"{name} cluster", number_text(row.get(name), "g")))
-        words = f"Clusters mined before epoch {epoch}: a row for each, with the images nearest to its centre"
-        slide = {"epoch": epoch, "url": url(picture) if picture in view.files else "", "alt": words, "facts": facts}
-        slides.append(slide | {"left": 100 * (epoch - first + 0.5) / (last - first + 1)})  # as in the chart
-    return slides, chart("Mined labels", lines, bounds=(0, 1))
-
-
-def strongest_factor(view: RunView) -> str:
-    """Return the known factor that the labels mined last agree with most, empty where there is none."""
-    last = view.rows["mining"][-1] if view.rows["mining"] else {}
-    factors = {name[4:]: value for name, value in last.items() if name.startswith("AMI ") and name != "AMI class"}
-    return max(factors, key=factors.get, default="")
-
-
-def size_of(picture: Path) -> tuple[int, int] | None:
-    """Return width and height of a picture, None for one that cannot be read: the browser sees for itself."""
-    try:
-        with Image.open(picture) as image:
-            return image.size
-    except (OSError, ValueError):
-        return None
-
-
-def neighbours(view: RunView) -> dict[str, list[dict[str, object]]]:
-    """Return the sheets of nearest neighbours that there are, {test set: sheets by the Class and Shared embedding}."""
-    sets = {}
-    for name in view.test_sets:
-        for task, middle in (("Class", ""), ("Shared", "_Shared")):
-            file = f"sample_recoveries{middle}{file_suffix(name)}.png"
-            if file in view.files:
-                words = f"Images of {name}, each in a row with its nearest neighbours by the {task} embedding"
-                sheet = {"task": task, "url": url(file), "alt": words, "size": size_of(view.folder / file)}
-                sets.setdefault(name, []).append(sheet)
-    return sets
-
-
-def commands(view: RunView) -> dict[str, str]:
-    """Return what can be done with the run, {in words: command line}."""
-    folder, parent = (shlex.quote(str(path)) for path in (view.folder.absolute(), view.folder.absolute().parent))
-    start = view.provenance[-1] if view.provenance else {}
-    goes_on = {"running": "Go on, should it be interrupted", "stopped": "Go on where it stopped"}
-    more = [] if view.state in goes_on else ["--n_epochs", str(2 * int(view.flags["n_epochs"]))]
-    return {
-        goes_on.get(view.state, "Train longer"): command(["--resume", str(view.folder.absolute()), *more], start),
-        "Score it": f"python evaluate.py {folder}",
-        "Embed other images": f"python evaluate.py {folder} --embed FOLDER --save_embeddings new.npz",
-        "Compare all runs beside it": f"python evaluate.py --compare {parent}",
-    }
-
-
-def summary(view: RunView, written: float) -> dict[str, object]:
-    """Return what the index shows of a run, plain values. written: time of its page, seconds since 1970."""
-    name = view.test_sets[0] if view.test_sets else "test"
-    recalls = points_of(view.rows["val"], column(name, "Recall @ 1"))
-    clusterings = points_of(view.rows["val"], column(name, "NMI"))
-    return {
-        "dataset": shown(view.flags.get("dataset", "")),
-        "test_set": name,
-        "state": view.state,
-        "epoch": view.epoch,
-        "n_epochs": int(view.flags["n_epochs"]),
-        "seconds": view.seconds,
-        "written": int(written),
-        "patience": max(SILENCE, 3 * view.seconds / view.epoch) if view.epoch else FIRST_SILENCE,
-        "best": finite(view.best(name).get(column(name, "Recall @ 1"))),
-        "last": recalls[-1][1] if recalls else None,
-        "nmi": clusterings[-1][1] if clusterings else None,
-        "seed": shown(view.flags.get("seed", "")),
-        "curve": thinned(recalls, 60),
-        "flags": {flag: shown(value) for flag, value in view.flags.items() if makes_setting(flag)},
-    }
 
 
 @functools.cache
@@ -250,9 +330,8 @@ def environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     look = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     made = jinja2.Environment(loader=loader, **look)
-    made.filters |= {"url": url, "duration": duration, "number": number_text}
-    made.globals |= {"colours": COLOURS}
-    made.policies["json.dumps_kwargs"] = {}  # flags keep their order
+    made.filters |= {"url": url, "duration": duration, "number": number_text, "finite": finite, "moment": moment}
+    made.policies["json.dumps_kwargs"] = {}  # facts keep their order
     return made
 
 
@@ -260,52 +339,3 @@ def rendered(template: str, **values: object) -> bytes:
     """Return a template filled in, as UTF-8; bytes of names that are none become replacement characters."""
     text = environment().get_template(template).render(**values)
     return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
-
-
-@functools.cache
-def warn(path: Path, reason: str) -> None:
-    """Print a warning, once per process."""
-    print(f"warning: {path}: {reason}; training goes on without it")
-
-
-@contextlib.contextmanager
-def warned(path: Path) -> Iterator[None]:
-    """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
-    try:
-        yield
-    except OSError as error:
-        warn(path, f"cannot be written ({error.strerror or first_line(error)})")
-    except Exception as error:
-        warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
-
-
-def write_page(view: RunView) -> None:
-    """Write page.html in a run folder; where that fails it is a warning."""
-    written = time.time()
-    flags, defaults = view.flags, view.defaults
-    changed = [flag for flag in flags if flag in defaults and shown(flags[flag]) != shown(defaults[flag])]
-    with warned(view.folder / "page.html"):
-        slides, mined_chart = mining_slides(view)
-        content = rendered(
-            "page.html",
-            view=view,
-            name=view.folder.absolute().name,
-            summary=summary(view, written),
-            written=time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written)),
-            panels=[score_panel(view, name) for name in view.test_sets],
-            training=training_charts(view),
-            slides=slides,
-            first_mined=dict(slides[0]["facts"]) if slides else {},
-            spent=[(what, round(100 * part / view.seconds)) for what, part in view.spent.items() if view.seconds],
-            image_sets=[(name, of["images"], of["classes"]) for name, of in view.contents.items() if "images" in of],
-            mined_chart=mined_chart,
-            strongest=strongest_factor(view),
-            mined_size=size_of(view.folder / slides[-1]["url"]) if slides else None,
-            neighbours=neighbours(view),
-            probe=probe_charts(view),
-            changed={flag: [shown(values[flag]) or "empty" for values in (flags, defaults)] for flag in changed},
-            others={flag: shown(value) for flag, value in flags.items() if flag not in changed},
-            files=[name for kind in FILES for name in sorted(view.files) if re.fullmatch(kind, name)],
-            commands=commands(view),
-        )
-        write_file(view.folder / "page.html", content)

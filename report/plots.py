@@ -1,6 +1,7 @@
 """Plots of one run, and of runs against each other. The same figure gives the same bytes."""
 
 import contextlib
+import functools
 import math
 import textwrap
 import warnings
@@ -16,8 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from data.images import VALIDATION
 from report import fonts
+from run.history import History, Row, column, scores_of
+from support.errors import first_line
 from support.files import replaced_file
+from support.output import log
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
 """Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
@@ -33,9 +38,6 @@ STYLE = {
 }
 
 BEST_MARK = {"marker": "*", "markersize": 17, "color": "#e69f00", "markeredgecolor": "black", "linestyle": "none"}
-
-Row = Mapping[str, float | None]
-"""A row of a log: "Epochs", "Time" and values by name, None or NaN where one was left out."""
 
 
 @contextlib.contextmanager
@@ -60,80 +62,121 @@ def saved_figure(path: Path, **options) -> Iterator[Figure]:
             figure.savefig(file, format=path.suffix[1:], dpi=150, metadata=metadata)
 
 
-def draw_progress(
-    path: Path,
-    train_rows: Sequence[Row],
-    val_rows: Sequence[Row],
-    title: str,
-    *,
-    best: int,
-    mined_before: Sequence[int] = (),
-    rate_steps: Sequence[int] = (),
-) -> None:
-    """Draw the history of a run: left a panel for each part of the loss and, where it is logged, a thin one for the
-    learning rate; right the scores of a test set.
+@functools.cache
+def warn(path: Path, reason: str) -> None:
+    """Log a warning, once per process."""
+    log.warning(f"{path}: {reason}")
 
-    best: index of the best epoch in val_rows. mined_before, rate_steps: the epochs that begin with new mined labels,
-    and with another learning rate. All are marked.
+
+@contextlib.contextmanager
+def warned(path: Path) -> Iterator[None]:
+    """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
+    try:
+        yield
+    except Exception as error:
+        if str(error).startswith("DataLoader worker"):  # it may die at any time, and ends the run
+            raise
+        if isinstance(error, OSError):
+            warn(path, f"cannot be written ({error.strerror or first_line(error)})")
+        else:
+            warn(path, f"cannot be drawn ({type(error).__name__}: {first_line(error)})")
+
+
+def draw_progress(path: Path, history: History, test_set: str) -> None:
+    """Draw a run: left a panel for each part of the loss and one for the learning rate, right a test set's scores.
+
+    Minings, lower learning rates and the best epoch are marked. Before the first evaluation the right side is empty.
     """
-    losses, scores = (logged_values(rows) for rows in (train_rows, val_rows))
+    losses = logged_values(history.rows["train"])
+    scores = logged_values([plotted_scores(row, test_set) for row in history.rows["val"]])
     parts = [name for name in losses if name.endswith("Loss") and name != "Train Loss"]
     parts += [name for name in losses if name == "Learning Rate"]
-    best_epoch, best_recall = val_rows[best]["Epochs"], val_rows[best]["Recall @ 1"]
-    last = max(losses.index[-1], scores.index[-1])
+    index = history.best_index(test_set)
+    best_epoch = None if index is None else history.rows["val"][index]["Epochs"]
     with saved_figure(path, figsize=(12.8, 6.4)) as figure:
         heights = [0.4 if name == "Learning Rate" else 1 for name in parts] or [1]
         sides = {"left": 0.075, "right": 0.41, "bottom": 0.16, "top": 0.86, "hspace": 0.4}
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, **sides)
         loss_axes = [figure.add_subplot(cell) for cell in grid]
         for i, (axis, name) in enumerate(zip(loss_axes, parts)):
-            draw_curves(axis, losses[[name]], first_look=i)
-            axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
-            if name == "Learning Rate":
-                rates = sorted({losses[name].min(), losses[name].max()})
-                axis.set_yscale("log")
-                axis.margins(y=0.3)
-                axis.set_yticks(rates, [f"{rate:.2g}" for rate in rates])
-                axis.minorticks_off()
-                axis.set_title("learning rate", loc="left", fontsize=11)
+            draw_loss(axis, losses[[name]], first_look=i)
             if i < len(parts) - 1:
                 axis.set_xticks([])
         score_axis = figure.add_subplot(figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)[0])
-        draw_curves(score_axis, scores)
-        lines = sorted(score_axis.lines, key=lambda line: -line.get_ydata()[-1])
-        score_axis.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
         score_axis.set(ylim=(0, 1))
         score_axis.set_title("Scores on the test classes", loc="left", fontsize=11)
+        if best_epoch is not None:
+            draw_curves(score_axis, scores)
+            lines = sorted(score_axis.lines, key=lambda line: -line.get_ydata()[-1])
+            score_axis.legend(handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
         for axis in (*loss_axes, score_axis):
-            marks = mark_epochs(axis, last, mined_before, rate_steps, best_epoch)
-        score_axis.plot(best_epoch, best_recall, **BEST_MARK)
+            marks = mark_epochs(axis, history, best_epoch)
         for axis in (loss_axes[-1], score_axis):
             axis.set_xlabel("epoch")
-        figure.legend(handles=marks, loc="lower center", ncols=len(marks), frameon=False)
-        best_text = f"Recall @ 1 {best_recall:.4f} in the best epoch, {best_epoch}"
-        figure.suptitle(f"{plain(title)}\n{best_text}", fontsize=12, y=0.98)
+        figure.legend(handles=marks, loc="lower center", ncols=max(1, len(marks)), frameon=False)
+        title, text = run_title(history, test_set), "not scored yet"
+        if best_epoch is not None:
+            recall = scores["Recall @ 1"][best_epoch]
+            score_axis.plot(best_epoch, recall, **BEST_MARK)
+            text = f"Recall @ 1 {recall:.4f} in the best epoch, {best_epoch}"
+        figure.suptitle(f"{plain(title)}\n{text}", fontsize=12, y=0.98)
 
 
-def logged_values(rows: Sequence[Row]) -> pd.DataFrame:
+def draw_loss(axis: Axes, values: pd.DataFrame, first_look: int) -> None:
+    """Draw a part of the loss, or the learning rate on a logarithmic axis, over the epochs."""
+    name = values.columns[0]
+    draw_curves(axis, values, first_look)
+    axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
+    if name == "Learning Rate":
+        rates = sorted({values[name].min(), values[name].max()})
+        axis.set_yscale("log")
+        axis.margins(y=0.3)
+        axis.set_yticks(rates, [f"{rate:.2g}" for rate in rates])
+        axis.minorticks_off()
+        axis.set_title("learning rate", loc="left", fontsize=11)
+
+
+def run_title(history: History, test_set: str) -> str:
+    """Return the name of a run, and of a test set with a name."""
+    return shortened(history.folder.name, 50) + ("" if test_set == "test" else f" {test_set}")
+
+
+def plotted_scores(row: Row, test_set: str) -> Row:
+    """Return the scores of a test set in a row of "val", with Recall@1 on the classes held out, if there are any."""
+    held_out = column(VALIDATION, "Recall @ 1")
+    first = {held_out: row[held_out]} if held_out in row else {}
+    return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **scores_of(row, test_set)}
+
+
+def logged_values(rows: Sequence[Row], epochs: str = "Epochs") -> pd.DataFrame:
     """Return the rows of a log by epoch, float, without the columns that hold no value."""
-    return pd.DataFrame(rows).set_index("Epochs").drop(columns="Time").astype(float).dropna(axis=1, how="all")
+    table = pd.DataFrame(rows, columns=None if rows else [epochs, "Time"])
+    return table.set_index(epochs).drop(columns="Time").astype(float).dropna(axis=1, how="all")
 
 
-def mark_epochs(axis: Axes, last: int, mined_before: Sequence[int], rate_steps: Sequence[int], best: int) -> list:
-    """Mark epochs up to the last one, see draw_progress; return the marks that are there, for a legend."""
+def mark_epochs(axis: Axes, history: History, best: int | None) -> list[Line2D]:
+    """Mark minings, lower learning rates and the best epoch; return the marks that are there, for a legend."""
+    last = history.rows["train"][-1]["Epochs"]
     axis.set_xlim(-0.7, last + 0.7)
     marks = []
     for epochs, label, look in [
-        (mined_before, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}),
-        (rate_steps, "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
+        (history.mined_epochs, "mined labels renewed", {"color": "#999933", "linestyle": "dashed"}),
+        (rate_steps(history.flags), "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
     ]:
         starts = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
         low = 0 if len(starts) <= 40 else 0.96  # many would hide the curves: short ones at the top
         axis.vlines(starts, low, 1, **look, linewidth=1, zorder=0, transform=axis.get_xaxis_transform())
         if starts:
             marks.append(Line2D([], [], **look, linewidth=1, label=label))
+    if best is None:
+        return marks
     axis.axvline(best, color="#e69f00", linewidth=5, alpha=0.3, zorder=0)
     return [*marks, Line2D([], [], **BEST_MARK, label="best epoch")]
+
+
+def rate_steps(flags: Mapping[str, object]) -> Sequence[int]:
+    """Return the epochs of a run that begin with a lower learning rate."""
+    return {"step": flags["tau"], "exp": range(1, flags["n_epochs"])}.get(flags["scheduler"], [])
 
 
 def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
@@ -152,9 +195,13 @@ def format_axis(axis: Axes, n_values: int) -> None:
     axis.grid(axis="y", alpha=0.25)
 
 
-def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw the rows of log_probe.csv, a panel for each kind of label: training images with marks, test images thin."""
-    table = logged_values(rows)
+def draw_probe(path: Path, history: History) -> None:
+    """Draw what the probe read, a panel for each kind of label: training images with marks, test images thin.
+
+    A last panel shows what the mined labels agree with.
+    """
+    table, mined = logged_values(history.rows["probe"]), logged_values(history.rows["mining"], "Before Epoch")
+    agreements = mined[[name for name in mined if name.startswith("AMI ")]]
     kinds = [name.removesuffix(" by chance") for name in table if name.endswith(" by chance")]
     test_sets = tuple(kind.removesuffix("Class") for kind in kinds if kind.endswith(" Class"))  # "Test ", "Set 1 "
     kinds = [kind for kind in kinds if not kind.startswith(test_sets)]
@@ -164,8 +211,9 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
         "by chance": {"color": "0.3", "linestyle": ":", "marker": "_", "label": "by chance"},
     }
     marked, thin = {"markersize": 4, "markevery": max(1, len(table) // 25)}, {"marker": "", "linewidth": 0.8}
-    n_lines = math.ceil(len(kinds) / 3)
-    n_columns = math.ceil(len(kinds) / n_lines)
+    n_panels = len(kinds) + (not agreements.empty)
+    n_lines = math.ceil(n_panels / 3)
+    n_columns = math.ceil(n_panels / n_lines)
     with saved_figure(path, figsize=(0.6 + 3.9 * n_columns, 1.5 + 3.0 * n_lines), layout="constrained") as figure:
         axes = figure.subplots(n_lines, n_columns, sharey=True, squeeze=False)
         for axis, kind in zip(axes.flat, kinds):
@@ -179,7 +227,9 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
             axis.set_title(f"{what} (wanted low from {low_from})", loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)
-        for axis in axes.flat[len(kinds) :]:
+        if not agreements.empty:
+            draw_agreements(axes.flat[len(kinds)], agreements, table.index[-1])
+        for axis in axes.flat[n_panels:]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
             axis.set_ylabel("read with accuracy")
@@ -189,7 +239,16 @@ def draw_probe(path: Path, rows: Sequence[Row], title: str) -> None:
             handles += [Line2D([], [], color="0.3", label="test images", **thin)]
         figure.legend(handles=handles, loc="outside lower center", ncols=n_columns + 2, frameon=False)
         what = "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label"
-        figure.suptitle(f"{plain(title)}\n{textwrap.fill(what, 40 * n_columns)}", fontsize=12)
+        figure.suptitle(f"{plain(history.folder.name)}\n{textwrap.fill(what, 40 * n_columns)}", fontsize=12)
+
+
+def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
+    """Draw the adjusted mutual information of mined labels with class and known factors over the minings."""
+    draw_curves(axis, agreements.rename(columns=lambda name: plain(name.removeprefix("AMI "), 20)))
+    axis.set_title("AMI of the mined labels", loc="left", fontsize=11)
+    axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch")
+    axis.legend(fontsize=8, frameon=False)
+    format_axis(axis, 5)
 
 
 def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:

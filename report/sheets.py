@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data.images import ImageSet
 from report import fonts
-from report.plots import shortened
+from report.plots import run_title, shortened, warned
+from run.history import History, mining_sheet, neighbour_sheet
 from support.errors import counted
 from support.files import replaced_file
 
@@ -31,6 +32,41 @@ class Tile(NamedTuple):
     image: np.ndarray
     caption: str
     kind: str
+
+
+def draw_neighbours(
+    history: History, tests: Mapping[str, ImageSet], embeddings: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[Path]:
+    """Draw the nearest neighbours in each test set whose best epoch is the one scored last.
+
+    Args:
+        history: of the run.
+        tests: the test sets.
+        embeddings: {test set: {task: (N, D)}}; Shared is shown where labels were mined.
+
+    Returns:
+        The files.
+    """
+    epoch, paths = history.rows["val"][-1]["Epochs"], []
+    for name in history.improved_sets():
+        for task in ("Class", "Shared") if history.rows["mining"] else ("Class",):
+            path = neighbour_sheet(history.folder, name, task)
+            title = f"{run_title(history, name)}, epoch {epoch}: nearest by the {task} embedding"
+            with warned(path):
+                draw_recoveries(path, tests[name], embeddings[name][task], title)
+                paths.append(path)
+    return paths
+
+
+def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> list[Path]:
+    """Draw the last mining, see draw_clusters, to mined_clusters.png and to a sheet that stays; return the former."""
+    epoch, latest = history.mined_epochs[-1], history.folder / "mined_clusters.png"
+    path = mining_sheet(history.folder, epoch)
+    with warned(latest):
+        path.parent.mkdir(exist_ok=True)
+        draw_clusters([path, latest], history.folder.name, epoch, images, mined, squared_distances)
+        return [latest]
+    return []
 
 
 def draw_recoveries(

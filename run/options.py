@@ -1,6 +1,7 @@
 """Flags of main.py: what they take, which do not fit together, and which a resumed run keeps."""
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -14,9 +15,11 @@ import torch
 import losses
 from data.locate import check_name
 from data.published import published_info
-from run.folder import LAST
-from support import packages, processes, weights
+from run.checkpoint import LAST, StoredRun, read_to_resume
+from run.history import read_flags
+from support import packages, processes
 from support.errors import InputError, OneLineParser, counted, first_few
+from support.output import log
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
@@ -25,7 +28,7 @@ PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr",
 MACHINE = ("gpu", "kernels", "cache", "source_path")
 """Flags that change no result and may be given anew when a run is resumed."""
 
-START = ("resume", "go_on", "trial")
+START = ("resume", "go_on")
 """Flags that say which run is meant and are not kept with it."""
 
 OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_shared")
@@ -33,9 +36,6 @@ OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_sh
 
 GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
 """What may be given anew when a run is resumed, in words."""
-
-LATER_FLAGS = {"flip": "class"}
-"""Flags that runs stored by an earlier version lack, with the value that they were trained with."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
@@ -108,26 +108,26 @@ PATH = os.path.expanduser
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
-def resolve(argv: Sequence[str] | None, parser: OneLineParser) -> argparse.Namespace:
+def resolve(
+    argv: Sequence[str] | None, parser: OneLineParser, locks: contextlib.ExitStack
+) -> tuple[argparse.Namespace, StoredRun | None]:
     """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
 
     They are those of a new run, or of the stored run that --resume or --go_on finds, but for what may be given anew.
+    That run is returned too; locks holds its lock. Raises InputError where it cannot be resumed.
     """
     args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
-    folder, stored = None, {}
+    stored = None
     if args.resume is not None:
-        path = Path(args.resume)
-        folder = path.parent if path.name == LAST else path
-        stored = read_stored(folder, parser)
-        parser.set_defaults(**stored)
+        stored = read_stored(Path(args.resume), locks)
+        parser.set_defaults(**{flag: value for flag, value in stored.content["flags"].items() if flag in defaults})
         args = parser.parse_args(argv)
     args = check(args, parser)
     if args.go_on:
-        folder, stored = named_run(args, parser)
-    if folder is None:
-        return args
-    refuse_changes(args, defaults | stored, folder, parser)
-    return argparse.Namespace(**vars(args) | {"resume": str(folder), "go_on": False})
+        stored = find_run_to_resume(args, locks)
+    if stored:
+        refuse_changes(args, defaults | stored.content["flags"], stored.folder, parser)
+    return args, stored
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
@@ -144,8 +144,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
         n if losses.needs_positives(name) or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
     ]
-    args.k_vals = sorted({1, *(args.k_vals or implied(args)["k_vals"])})
-    args.bn = args.bn or implied(args)["bn"]
+    args.k_vals = sorted({1, *(args.k_vals or dependent_defaults(args)["k_vals"])})
+    args.bn = args.bn or dependent_defaults(args)["bn"]
     check_batches(args, parser)
     return args
 
@@ -191,15 +191,15 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
             packages.imported_timm(args.arch.removeprefix("timm/"))
         library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
         for name, embed_size in library_losses.items():
-            packages.LibraryLoss(name.removeprefix("pml/"), 2, embed_size)
+            packages.library_loss(name.removeprefix("pml/"), 2, embed_size)
     except InputError as error:
         parser.error(str(error))
     if args.weights and not args.resume and not os.path.isfile(args.weights):
         parser.error(f"--weights {args.weights}: no such file; give a torchvision state dict (.pth) or a checkpoint")
     samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
     without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
-    if without and processes.is_first():
-        print(f"--sampling: does not apply to --losses {shown(without)}")
+    if without:
+        log.info(f"--sampling: does not apply to --losses {shown(without)}")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -223,24 +223,24 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
         )
 
 
-def doubts(args: argparse.Namespace, n_classes: int) -> list[str]:
+def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
     """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times, a
     compiled network that exchanges statistics."""
-    doubtful = []
+    warnings = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
-        doubtful.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
+        warnings.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
-        doubtful.append(
+        warnings.append(
             f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
             f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
         )
     if args.compile and args.bn == "train" and processes.world_size() > 1:
-        doubtful.append(
+        warnings.append(
             "--compile --bn train in several processes: SyncBatchNorm, which exchanges statistics, breaks the graph at "
             "each layer, and little is gained"
         )
-    return doubtful
+    return warnings
 
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
@@ -250,14 +250,15 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     }
 
 
-def implied(args: argparse.Namespace) -> dict[str, object]:
+def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
     return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
-def defaults(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
-    """Return the value that each flag of a run has where it is not given."""
-    return vars(parser.parse_args([])) | implied(args)
+def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
+    """Return the default of each flag of a run whose value differs from it."""
+    defaults = vars(parser.parse_args([])) | dependent_defaults(args)
+    return {flag: defaults[flag] for flag, value in stored_flags(args).items() if shown(value) != shown(defaults[flag])}
 
 
 def makes_setting(flag: str) -> bool:
@@ -265,61 +266,44 @@ def makes_setting(flag: str) -> bool:
     return flag not in (*MACHINE, *OUTPUT, "seed", "left_out")
 
 
-def rate_steps(args: argparse.Namespace) -> Sequence[int]:
-    """Return the epochs that begin with another learning rate than the one before."""
-    return {"step": args.tau, "exp": range(1, args.n_epochs), "none": []}[args.scheduler]
-
-
-def counts(args: argparse.Namespace, n_train: int, n_test: int) -> dict[str, int]:
-    """Return how often a run does what, see trial.seconds_by_activity; steps are as many as to be expected."""
-    n_iterations, n_minings = n_train // args.bs, args.n_epochs // (args.cluster_update_freq + 1) + 1
-    return {
-        "epochs": args.n_epochs,
-        "trained": round(args.n_epochs * n_iterations * sum(args.task_p)) * args.bs,
-        "evaluations": -(-args.n_epochs // args.eval_every),
-        "minings": n_minings if args.task_p[1] > 0 else 0,
-        "train": n_train,
-        "test": n_test,
-    }
-
-
 def run_folder(args: argparse.Namespace) -> Path:
     """Return the folder that a new run is to have."""
     arch = args.arch.replace("/", "_")  # of timm/NAME
     name = args.savename or f"{args.dataset}_{arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    name = f".trial_{name}" if args.trial else name  # no run, should it be killed
     return Path(args.save_path) / args.dataset / name
 
 
-def kept(args: argparse.Namespace) -> dict[str, object]:
+def stored_flags(args: argparse.Namespace) -> dict[str, object]:
     """Return the flags that are kept with a run."""
     return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
-def read_stored(folder: Path, parser: OneLineParser) -> dict[str, object]:
-    """Return the flags of the run in a folder; `parser.error` where it cannot be resumed."""
+def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
+    """Lock and read a run to resume, named by its folder or its last.pth.tar. Raises InputError."""
+    folder = path.parent if path.name == LAST else path
     try:
-        return weights.read_checkpoint(folder / LAST)["flags"]
+        return read_to_resume(folder, locks)
     except InputError as error:
-        hint = "" if (folder / LAST).exists() else "; it was stopped before it had anything to resume, or is no run"
+        hint = "" if (folder / LAST).exists() else "; it has no complete epoch, or is no run"
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
         hint = f"; runs lie in it: {first_few(inside)}" if inside else hint
-        parser.error(f"--resume {folder}: {error}{hint}")
+        raise InputError(f"{error}{hint}") from error
 
 
-def named_run(args: argparse.Namespace, parser: OneLineParser) -> tuple[Path | None, dict[str, object]]:
-    """Return the folder and the flags of the run of this name, for --go_on; None and no flags where there is none."""
+def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) -> StoredRun | None:
+    """Lock and read the run of this name, for --go_on; None where there is none. Raises InputError."""
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
     for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
-        stored = read_stored(folder, parser)
-        if stored.get("savename") == args.savename:
-            return folder, stored | {"save_path": args.save_path}  # where it was found, however that was spelt then
-    return None, {}
+        flags, _ = read_flags(folder)
+        if flags.get("savename") == args.savename:
+            return read_stored(folder, locks)
+    return None
 
 
 def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folder: Path, parser: OneLineParser) -> None:
     """Refuse flags that differ from those of the stored run in a folder, but for what may be given anew."""
     free = {*MACHINE, *START} | ({"n_epochs"} if args.n_epochs >= stored["n_epochs"] else set())
+    free |= {"save_path"} if args.go_on else set()  # where it was found, however that was spelt then
     other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
         changes = "; ".join(f"{typed(flag, stored[flag])}, not {typed(flag, getattr(args, flag))}" for flag in other)

@@ -78,6 +78,6 @@ def warning_of_threads(starts: Sequence[dict[str, str]]) -> str | None:
     if before in (None, now["threads"]) or not now["device"].startswith("CPU"):
         return None
     return (
-        f"warning: resumed on {now['threads']} CPU thread(s), after {before} before: the last digits will differ from "
+        f"resumed on {now['threads']} CPU thread(s), after {before} before: the last digits will differ from "
         f"those of an uninterrupted run; set OMP_NUM_THREADS={before} to keep them"
     )

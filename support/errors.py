@@ -7,18 +7,23 @@ import argparse
 import contextlib
 import difflib
 import io
+import logging
 import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import TextIO
 
+import torch
 from torch import distributed
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from torch.utils.data import dataloader
 
 from support import processes
+
+log = logging.getLogger("mic")
 
 OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
 LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"
@@ -36,14 +41,6 @@ class StoppedError(RuntimeError):
 
 class DivergedError(StoppedError):
     """A value of the training is NaN or infinite."""
-
-
-class Interrupted(BaseException):
-    """A signal asks the program to stop. Exit code 128 + signum."""
-
-    def __init__(self, signum: int, hint: str):
-        super().__init__(hint)
-        self.signum = signum
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -84,7 +81,9 @@ def counted(n: int, noun: str) -> str:
 
 
 def stop_reason(error: BaseException) -> str | None:
-    """Return why a run cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
+    """Return why a program cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
+    if stop_signal is not None:  # whatever came of it
+        return f"stopped by {signal.Signals(stop_signal).name}"
     if isinstance(error, (InputError, StoppedError)):
         # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
@@ -98,14 +97,16 @@ def stop_reason(error: BaseException) -> str | None:
     if cause:
         reason = f"too little shared memory (/dev/shm) for the loader workers ({cause})"
         return f"{reason}: give --kernels 0, or in Docker --shm-size=1g"
-    if isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError)):  # killed while it gave a batch
-        return f"DataLoader worker has ended unexpectedly ({type(error).__name__})"
+    lost_connection = isinstance(error, (EOFError, ConnectionResetError, ConnectionRefusedError))
+    if lost_connection or str(error).startswith("DataLoader worker"):
+        return f"a loader worker has ended unexpectedly ({first_line(error)})"
     if isinstance(error, OSError):
-        return f"cannot read or write {error.filename or 'a file or stdout'} ({error.strerror or first_line(error)})"
+        return f"cannot read or write {error.filename or 'a file'} ({error.strerror or first_line(error)})"
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
         return f"lost another process of the run ({cause})"
-    if str(error).startswith(("DataLoader worker", "CUDA error", "cuDNN error")):
+    is_of_device = isinstance(error, torch.AcceleratorError) or re.search("CUDA|cuDNN|NCCL", first_line(error))
+    if is_of_device and isinstance(error, RuntimeError):
         return first_line(error)
     return None
 
@@ -119,76 +120,99 @@ def line_with(error: BaseException, pattern: str) -> str | None:
     return line and ". ".join(line.split(": ")[-1].split(". ")[:2]).rstrip(". ")
 
 
+stop_signal: int | None = None
+"""The signal that asks this program to stop, if any; see signals_stop."""
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)]
+"""Signals that ask a program to stop, and that of a child that has ended, where the system has them."""
+
+
 @contextlib.contextmanager
-def one_line_errors(prog: str) -> Iterator[None]:
-    """Turn what ends a program into one line on stderr and its exit code; of several processes the first one prints."""
+def signals_stop() -> Iterator[None]:
+    """Raise KeyboardInterrupt on the first of Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C ends the process at once."""
+    global stop_signal
+    stop_signal, before = None, {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        global stop_signal
+        stop_signal = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        ignore_signals()
+        raise KeyboardInterrupt
+
+    for signum in SIGNALS[:3]:
+        if signum != getattr(signal, "SIGHUP", None) or before[signum] != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(signum, stop)
     try:
         yield
-    except Interrupted as error:
-        end(f"{prog}: stopped by {signal.Signals(error.signum).name}: {error}", 128 + error.signum)
-    except Exception as error:
+    finally:
+        if stop_signal is None:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def ignore_signals() -> None:
+    """Let what ends a program come to its end: the clean-up is not to be interrupted by a signal to stop."""
+    for signum in SIGNALS:
+        if signum == getattr(signal, "SIGCHLD", None):  # PyTorch's handler raises as the other workers end
+            signal.signal(signum, signal.SIG_DFL)
+        elif signum != signal.SIGINT or stop_signal is None:  # after a signal, Ctrl-C ends the process at once
+            signal.signal(signum, signal.SIG_IGN)
+
+
+def raise_if_stopped() -> None:
+    """Raise KeyboardInterrupt again where a finaliser swallowed that of a signal."""
+    if stop_signal is not None:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Turn what ends a program into one line in its log and its exit code; a bug keeps its traceback.
+
+    The notes of an error (`add_note`), such as how to resume, end the line. Of several processes the first one says it.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
         if processes.world_size() > 1:  # torchrun reports it, whichever process it is of
             get_error_handler().record_exception(error)
         reason = stop_reason(error)
         if reason is None:
+            log.error("".join(traceback.format_exception(error)), extra={"for_file_only": True})  # Python prints it
             raise
+        reason = "; ".join([reason, *getattr(error, "__notes__", ())])
+        if stop_signal is not None:
+            end(f"{prog}: {reason}", 128 + stop_signal)
         is_input = isinstance(error, InputError)
         end(f"{prog}: {'error' if is_input else 'stopped'}: {reason}", 2 if is_input else 1)
 
 
 def end(line: str, code: int) -> None:
-    """Print a line and exit."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the line is to be whole, and the only one
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises as the other workers end
-    if processes.is_first():
-        with contextlib.suppress(OSError):  # nobody reads it; log.txt has it
-            print(f"{line}\n", end="", file=sys.stderr, flush=True)
+    """Log a line as an error and exit."""
+    ignore_signals()  # the line is to be whole, and the only one
+    log.error(line)
     try:
         sys.stdout.flush()
-    except OSError:  # its reader has gone, or its disk is full: Python's own flush at exit must not fail again
-        with contextlib.suppress(io.UnsupportedOperation):  # no file, but what a notebook or a caller put in its place
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:
+        silence(sys.stdout)
     sys.exit(code)
 
 
-@contextlib.contextmanager
-def signals_stop(hint: str) -> Iterator[None]:
-    """Raise Interrupted(hint) on SIGTERM and Ctrl-C, once; a second Ctrl-C ends the process at once."""
+def silence(stream: TextIO) -> None:
+    """Discard what is written to a stream from now on: its reader has gone, or its disk is full.
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        """Raise Interrupted, as soon as the code that the signal met lets exceptions through."""
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # PyTorch's handler raises as workers end by the same signal
-        if must_not_raise(frame):
-            signal.signal(signal.SIGALRM, lambda _, frame: stop(signum, frame))
-            signal.setitimer(signal.ITIMER_REAL, 0.02)
-        else:
-            raise Interrupted(signum, hint)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            if signal.getsignal(signum) is stop:  # after a signal, the next one is not to tell another end
-                signal.signal(signum, handler)
-
-
-def must_not_raise(frame: FrameType | None) -> bool:
-    """Tell whether the code of a frame is in a finaliser, which swallows exceptions, or starts a loader's workers."""
-    while frame is not None:
-        name, path = frame.f_code.co_name, frame.f_code.co_filename
-        if name == "__del__" or (name == "__init__" and path == dataloader.__file__):
-            return True
-        frame = frame.f_back
-    return False
+    What it still holds would make Python's flush at exit fail.
+    """
+    with contextlib.suppress(io.UnsupportedOperation):  # no file, but what a notebook or a caller put in its place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def set_up_output() -> None:
     """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook, or a caller's
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

@@ -12,6 +12,8 @@ import filelock
 
 from support.errors import InputError
 
+LOCK = ".lock"
+
 
 def make_folder(path: Path) -> list[Path]:
     """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
@@ -61,9 +63,10 @@ def try_file_system(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder. A process that has died holds none.
 
-    Raises InputError where another process holds it, or the file system knows no locks.
+    Raises:
+        InputError: another process holds it, or the file system knows no locks.
     """
-    path = folder / ".lock"
+    path = folder / LOCK
     is_new, lock = not path.exists(), filelock.FileLock(path)
     try:
         with warnings.catch_warnings():

@@ -1,107 +1,119 @@
-"""What a program prints: a copy of it in a file, and how far a long activity is."""
+"""What a program says: lines of its log on stdout, stderr and in log.txt, and how far a long activity is."""
 
 import contextlib
+import logging
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import IO, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-from support import processes
+from support import errors, processes
+
+log = logging.getLogger("mic")
 
 INTERVAL = 60
 """Seconds between two lines that say how far an activity is, where there is no terminal."""
 
 
-class Transcript:
-    """As a context, copies whole lines of stdout and stderr to a file; progress bars, which are drawn over, are not.
+class LineFormatter(logging.Formatter):
+    """Formats a record as its message; our own warnings say that they are."""
 
-    Lines are kept until `write_to` names the file. A traceback that leaves the context is copied too.
-    """
-
-    def __init__(self):
-        self.lines: list[str] | None = []
-        self.file: IO | None = None
-        self.streams: tuple[TextIO, TextIO] | None = None
-
-    def __enter__(self) -> "Transcript":
-        self.streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (CopiedStream(stream, self) for stream in self.streams)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        sys.stdout, sys.stderr = self.streams
-        if isinstance(error, Exception):  # a bug, whose traceback Python prints later
-            self.add("".join(traceback.format_exception(error)).rstrip("\n"))
-        self.write_to(None)
-
-    def write_to(self, path: Path | None) -> None:
-        """Append the lines so far, and from now on, to a file; None: to no file."""
-        if self.file:
-            self.file.close()
-        self.file = path and open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)  # noqa: SIM115
-        lines, self.lines = self.lines, None
-        for line in lines or []:
-            self.add(line)
-
-    def add(self, line: str) -> None:
-        """Copy a line. A full disk stops a run where it writes its results, not here."""
-        if self.lines is not None:
-            self.lines.append(line)
-        elif self.file:
-            try:
-                self.file.write(f"{line}\n")
-            except OSError:
-                self.file = None
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record).rstrip("\n")
+        return f"warning: {text}" if record.levelno == logging.WARNING and record.name == log.name else text
 
 
-class CopiedStream:
-    """A text stream whose lines are copied to a transcript; all else, such as isatty, is the stream's."""
+class ConsoleHandler(logging.Handler):
+    """Writes lines to a stream, above any progress bar. A stream that cannot be written gets no more of them."""
 
-    def __init__(self, stream: TextIO, transcript: Transcript):
-        self.stream, self.transcript, self.unfinished = stream, transcript, ""
+    def __init__(self, stream: TextIO, takes: Callable[[logging.LogRecord], bool]):
+        super().__init__()
+        self.stream = stream
+        self.addFilter(lambda record: takes(record) and not getattr(record, "for_file_only", False))
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, and copy the lines that this completes, of each what stands after a bar that it cleared."""
-        *lines, self.unfinished = (self.unfinished + text.replace("\r\n", "\n")).split("\n")
-        for line in lines:
-            self.transcript.add(line.rsplit("\r", 1)[-1])
-        self.unfinished = self.unfinished.rsplit("\r", 1)[-1]
-        return self.stream.write(text)
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+            self.stream.flush()
+        except OSError:
+            errors.silence(self.stream)
+            self.setLevel(logging.CRITICAL + 1)
 
 
-RUN_LEFT: list[Callable[[], float | None]] = [lambda: None]
-"""The last one says how long the run that is trained will take from now on, in seconds; see timed_run."""
+class QuietFileHandler(logging.FileHandler):
+    """Appends lines to a file. A full disk stops a run where it writes its results, not here."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.setLevel(logging.CRITICAL + 1)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
-def timed_run(seconds_left: Callable[[], float | None]) -> Iterator[None]:
-    """Let lines on the progress say in a block how long the run will take."""
-    RUN_LEFT.append(seconds_left)
+def logged() -> Iterator[None]:
+    """Send the log to the current stdout, and errors and warnings of libraries to stderr, while a block runs.
+
+    Of several processes only the first one says anything. The lines are also kept for `log_to`.
+    """
+    root, handlers = logging.getLogger(), [logging.NullHandler()]
+    if processes.is_first():
+        lines = MemoryHandler(capacity=10_000, flushLevel=logging.CRITICAL + 1)
+        handlers = [
+            ConsoleHandler(sys.stdout, lambda record: is_for_stdout(record)),
+            ConsoleHandler(sys.stderr, lambda record: not is_for_stdout(record)),
+            lines,
+        ]
+    log.setLevel(logging.INFO)
+    for handler in handlers:
+        handler.setFormatter(LineFormatter())
+        root.addHandler(handler)
+    logging.captureWarnings(True)
     try:
         yield
     finally:
-        RUN_LEFT.pop()
+        logging.captureWarnings(False)
+        log_to(None)
+        for handler in handlers:
+            root.removeHandler(handler)
+
+
+def is_for_stdout(record: logging.LogRecord) -> bool:
+    """Tell whether a record is a line of ours that is no error."""
+    return record.name == log.name and record.levelno < logging.ERROR
+
+
+def log_to(path: Path | None) -> None:
+    """Append the lines so far, and from now on, to a file; None closes it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, MemoryHandler):
+            if handler.target:
+                handler.target.close()
+            handler.setTarget(path and QuietFileHandler(path, encoding="utf-8", errors="backslashreplace"))
+            if handler.target:
+                handler.target.setFormatter(LineFormatter())
+                handler.flushLevel = logging.NOTSET
+                handler.flush()
 
 
 class Progress:
     """Shows how far an activity is: a bar on a terminal, elsewhere a line a minute; of several processes the first one.
 
-    what: the activity. n_images: how many images it takes. run_left: seconds that the whole run will take from a share
-    of this activity on, None where that is not known; by default as timed_run was told.
+    Args:
+        what: the activity.
+        n_images: how many images it takes.
+        run_left: seconds that the whole run will take after a share of this activity, None where not known.
     """
 
-    said = time.monotonic()
-    """When the last line of any activity was printed."""
+    last_line = time.monotonic()
+    """When the last line of any activity was logged."""
 
-    def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] | None = None):
+    def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] = lambda share: None):
         self.what, self.n_images, self.run_left = what, n_images, run_left
         self.n_done, self.values, self.start = 0, {}, time.monotonic()
         is_silent = None if processes.is_first() else True  # None: where stderr is no terminal
@@ -114,53 +126,32 @@ class Progress:
         self.bar.close()
 
     def update(self, n_images: int) -> None:
-        """Count images that are done."""
+        """Count images that are done. Raises KeyboardInterrupt after a signal to stop."""
+        errors.raise_if_stopped()
         self.n_done += n_images
         self.bar.update(n_images)
-        self._say()
+        self._log_line()
 
     def show(self, values: Mapping[str, str]) -> None:
         """Show values, such as losses, from now on."""
         self.values = values
         self.bar.set_postfix(values)
-        self._say()
+        self._log_line()
 
-    def _say(self) -> None:
-        """Print a line where there is no bar, once a minute; it goes nowhere in processes that are not the first."""
-        if self.bar.disable and self.n_images and time.monotonic() - Progress.said > INTERVAL:
-            Progress.said = time.monotonic()
-            print(self.line())
+    def _log_line(self) -> None:
+        if self.bar.disable and self.n_images and time.monotonic() - Progress.last_line > INTERVAL:
+            Progress.last_line = time.monotonic()
+            log.info(self.line())
 
     def line(self) -> str:
-        """Return how far it is, how fast, and what is left of it and of the run, as one line."""
+        """Return how far the activity is, how fast, and what is left of it and of the run, as one line."""
         share, seconds = self.n_done / self.n_images, time.monotonic() - self.start
-        run_left = self.run_left(share) if self.run_left else RUN_LEFT[-1]()
+        run_left = self.run_left(share)
         parts = [f"{self.what}: {share:.0%} of {self.n_images:,} images", f"{self.n_done / seconds:,.0f} images/s"]
         parts += [f"{name} {value}" for name, value in self.values.items()]
         parts += [f"left: {clock(seconds / share - seconds)}"]
         parts += [] if run_left is None else [f"of the run {clock(run_left)}"]
         return ", ".join(parts)
-
-
-@contextlib.contextmanager
-def said_each_minute(what: str) -> Iterator[None]:
-    """Say each minute for how long a block has been running, where there is no terminal."""
-    is_over, start = threading.Event(), time.monotonic()
-
-    def say() -> None:
-        """Print a line a minute until the block is over."""
-        while not is_over.wait(INTERVAL):
-            print(f"{what}: for {clock(time.monotonic() - start)}")
-
-    thread = None if sys.stderr.isatty() or not processes.is_first() else threading.Thread(target=say, daemon=True)
-    if thread:
-        thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        if thread:
-            thread.join()
 
 
 def clock(seconds: float) -> str:

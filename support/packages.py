@@ -96,38 +96,29 @@ def resample_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> d
     return state | {name: resample_abs_pos_embed(state[name], list(grid), num_prefix_tokens=n_prefix)}
 
 
-class LibraryLoss(nn.Module):
-    """A loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
+def library_loss(name: str, n_classes: int, embed_size: int) -> nn.Module:
+    """Return a loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
 
-    n_classes, embed_size: given to losses whose constructor asks for them. proxy_lr: learning rate of what the loss
-    trains. Raises InputError without the package or such a loss, and for a loss that needs more than embeddings and
-    labels.
+    Args:
+        name: of its class.
+        n_classes, embed_size: given to a loss whose constructor asks for them.
+
+    Raises:
+        InputError: without the package or such a loss, and for one that needs more than embeddings and labels.
     """
-
-    def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
-        super().__init__()
-        kind, self.proxy_lr = library_loss(name), proxy_lr
-        sizes = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
-        arguments = {name: size for name, size in sizes.items() if asks_for(kind, name)}
-        rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
-        try:
-            self.loss = kind(**arguments)
-            trial = copy.deepcopy(self.loss)
-            for _ in range(2):  # some keep the graph of the batch before
-                trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
-        except (TypeError, ValueError, RuntimeError) as error:
-            reason = first_line(error).replace(f"{name}.__init__() ", "")
-            raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of (B, D) float embeddings with (B,) int64 labels, at least in float32."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return self.loss(embeddings if embeddings.dtype == torch.float64 else embeddings.float(), labels)
-
-    def param_groups(self) -> list[dict]:
-        """Return the optimiser groups: the loss's own parameters, if it has any, without weight decay."""
-        parameters = list(self.parameters())
-        return [{"params": parameters, "lr": self.proxy_lr, "weight_decay": 0.0}] if parameters else []
+    kind = library_loss_class(name)
+    sizes = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
+    arguments = {name: size for name, size in sizes.items() if asks_for(kind, name)}
+    rows = F.normalize(torch.eye(6, embed_size).cumsum(0), dim=1).requires_grad_()
+    try:
+        loss = kind(**arguments)
+        trial = copy.deepcopy(loss)
+        for _ in range(2):  # some keep the graph of the batch before
+            trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = first_line(error).replace(f"{name}.__init__() ", "")
+        raise InputError(f"--losses pml/{name}: needs more than embeddings and labels ({reason})") from error
+    return loss
 
 
 def asks_for(kind: type, argument: str) -> bool:
@@ -137,7 +128,7 @@ def asks_for(kind: type, argument: str) -> bool:
     return any(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
-def library_loss(name: str) -> type[nn.Module]:
+def library_loss_class(name: str) -> type[nn.Module]:
     """Return a loss class of pytorch-metric-learning. Raises InputError, see imported, or where it has no such loss."""
     library = imported("pytorch_metric_learning.losses", "pytorch-metric-learning", f"--losses pml/{name}")
     base = library.BaseMetricLossFunction

@@ -62,7 +62,7 @@ def warning_of_other_tasks() -> str | None:
         return None
     name, n = next(iter(n_tasks.items()))
     return (
-        f"warning: {name}={n}, but torchrun started none of these tasks: each trains a run of its own; "
+        f"{name}={n}, but torchrun started none of these tasks: each trains a run of its own; "
         "one run in several processes is started with torchrun, see docs/distributed.md"
     )
 
@@ -77,10 +77,7 @@ def end_with(owner: int, signum: int) -> None:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes, over NCCL for GPUs and Gloo for CPUs; only the first one prints.
-
-    Each ends when torchrun, its parent, has died.
-    """
+    """Connect the processes, over NCCL for GPUs and Gloo for CPUs. Each ends when torchrun, its parent, has died."""
     if world_size() == 1:
         yield
         return
@@ -89,9 +86,7 @@ def connected() -> Iterator[None]:
     end_with(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
-    nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - libraries write to it up to the end
-    with contextlib.redirect_stdout(sys.stdout if is_first() else nowhere):
-        yield
+    yield
     distributed.destroy_process_group()  # not after an error: it would wait for the others
 
 
@@ -120,7 +115,7 @@ def all_gather(value: Value) -> list[Value]:
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Let the first process of each machine run a block, then the others, who find its files."""
     if local_rank() > 0:
         all_gather(None)

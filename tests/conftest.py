@@ -30,6 +30,7 @@ import main
 import netlib
 from data.shapes import render_shapes
 from run import options
+from support.output import log
 
 ROOT = Path(__file__).resolve().parent.parent
 # Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
@@ -59,6 +60,7 @@ class SmallBackbone(torch.nn.Module):
 
 
 netlib.BACKBONES["small"] = SmallBackbone
+log.setLevel("INFO")  # as in a run, for caplog
 ALONE = ("--arch", "googlenet")
 """For runs in programs that do not import this file, and so know no small backbone."""
 

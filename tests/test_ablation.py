@@ -38,6 +38,7 @@ for word in sys.argv[1:]:
     else:
         values.append(float(word) if word.replace(".", "").isdigit() else word)
 flags |= {name: flags[name][0] for name in ("dataset", "seed", "n_epochs", "savename", "save_path")}
+flags["n_epochs"] = int(flags["n_epochs"])
 fails = Path(os.environ["FAILS"])
 if fails.exists():
     name, code = fails.read_text().split()
@@ -320,7 +321,7 @@ def test_a_series_that_is_told_to_stop_ends_its_run_first(folder, signum, code):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert process.returncode == code
-    assert error == f"Result_Runs.sh: stopped by {signum.name}: the same command goes on with the series\n"
+    assert error == f"Result_Runs.sh: stopped by {signum.name}; the same command resumes the series\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])

@@ -50,10 +50,10 @@ def test_random_states_continue_on_the_gpu():
     assert (torch.rand(3, device=device) == following).all()
 
 
-def test_device_is_the_one_asked_for(capsys):
+def test_device_is_the_one_asked_for(caplog):
     if not torch.cuda.is_available():
         assert auxiliaries.pick_device(0) == CPU
-        assert re.fullmatch(r"device: CPU \(.+\)\n", capsys.readouterr().out)
+        assert re.fullmatch(r"device: CPU \(.+\)", caplog.messages[-1])
         return
     assert auxiliaries.pick_device(0) == torch.device("cuda", 0)
     with pytest.raises(InputError, match=r"--gpu 99: this machine has \d+ GPU"):

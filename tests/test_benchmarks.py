@@ -25,8 +25,9 @@ def assert_row(lines, start, n_numbers):
 
 def test_epoch(tmp_path):
     lines = printed(tmp_path, "epoch.py", "--images", 400, "--arch", "googlenet", "--epochs", 5, "--runs", 2)
-    parts = ["scoring", "probe", "logs", "checkpoint of the best epoch, or none", "plots and sheets", "summary"]
-    for part in [*parts, "clustering", "sheet of a mining", "checkpoint of the epoch", "page and index"]:
+    parts = ["scoring", "probe", "logs", "checkpoint of the best epoch, or none", "sheets of neighbours", "clustering"]
+    parts += ["sheet of a mining", "checkpoint of the epoch, state and summary", "plots, page and index"]
+    for part in parts:
         assert_row(lines, f"| {part} | ", 3)
     assert_row(lines, "| all | ", 1)
     assert not list(tmp_path.iterdir())
@@ -105,5 +106,5 @@ def test_kills(tmp_path):
     write_class_folders(tmp_path / "tiny")
     argv = small_flags(tmp_path, tmp_path / "results", "--arch", "googlenet", "--n_epochs", 2)
     lines = printed(tmp_path, "kills.py", "--kills", 1, *argv)
-    assert re.match(r"\d kills, epochs logged at each: \[", lines[-2])  # 0 where it was killed too late
-    assert lines[-1] == "logs, weights, optimiser and random states are bit-identical"
+    assert re.match(r"\d times SIGKILL, epochs logged at each: \[", lines[-2])  # 0 where it was killed too late
+    assert lines[-1] == "logs, weights, optimiser and random states are bit-identical; no process is left"

@@ -29,7 +29,7 @@ def test_views_share_the_memory_of_the_flat_array():
     assert all((views[i] == images[i]).all() and np.shares_memory(views[i], flat) for i in range(7))
 
 
-def test_cached_pixels_are_the_same_and_need_no_file(class_folders, capsys):
+def test_cached_pixels_are_the_same_and_need_no_file(class_folders, caplog):
     write_class_folders(class_folders / "more", per_class=(2, 3, 2, 2), size=51)
     small, large = (datasets.load_dataset(name, class_folders)[0] for name in ("tiny", "more"))
     exif = Image.Exif()
@@ -38,7 +38,7 @@ def test_cached_pixels_are_the_same_and_need_no_file(class_folders, capsys):
     images = replace(small, names=small.names[:3] + large.names, labels=np.arange(8) % 4, class_names=list("abcd"))
     expected = [images.read(i) for i in range(8)]
     kept = cached({"train": images})["train"]
-    assert "--cache ram: the decoded images take 0.0 GB" in capsys.readouterr().out
+    assert "--cache ram: the decoded images take 0.0 GB" in caplog.text
     for name in images.names:
         os.unlink(name)
     assert all((kept.read(i) == image).all() for i, image in enumerate(expected))

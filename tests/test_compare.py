@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.published import published_info
 from report import compare
-from run import folder, logs
+from run.history import History
 from support.errors import InputError
 
 
@@ -24,19 +24,20 @@ def write_run(path, recalls, **flags):
 def write_scores(path, rows, **flags):
     """Write a run with these columns of log_val_Class.csv in epochs 0, 1, ..."""
     path.mkdir(parents=True)
-    defaults = {"dataset": "cub200", "seed": 1, "adv_weights": [2500.0], "savename": path.name}
-    folder.write_flags(path, defaults | flags)
-    table = pd.DataFrame([{"Epochs": epoch, "Time": 1.5} | row for epoch, row in enumerate(rows)])
-    table.to_csv(path / "log_val_Class.csv", index=False)
+    others = {"dataset": "cub200", "seed": 1, "adv_weights": [2500.0], "savename": path.name, "n_epochs": len(rows)}
+    run = History(path, others | flags)
+    run.rows["val"] = [{"Epochs": epoch, "Time": 1.5} | row for epoch, row in enumerate(rows)]
+    run.write_flags()
+    run.write_log("val")
 
 
 def test_versions_in_which_the_runs_of_a_setting_differ_are_told_and_set_none_apart(tmp_path, capsys):
     for seed, torch_version in ((1, "2.14.1"), (2, "2.15.0"), (3, "2.14.1")):
         run = tmp_path / "runs" / f"seed{seed}"
         write_run(run, [0.5], seed=seed)
-        flags = {"dataset": "cub200", "seed": seed, "savename": run.name}
+        flags = {"dataset": "cub200", "seed": seed, "savename": run.name, "n_epochs": 1}
         starts = [{"program": "commit a", "torch": torch_version, "started": f"at {seed}"}]
-        folder.write_flags(run, flags, starts if seed < 3 else [*starts, *starts])
+        History(run, flags, provenance=starts if seed < 3 else [*starts, *starts]).write_flags()
     write_run(tmp_path / "runs" / "other", [0.5], seed=2, adv_weights=[0.0])
     compare.compare_runs([tmp_path / "runs"])
     printed = capsys.readouterr().out
@@ -49,11 +50,15 @@ def test_a_run_from_before_a_flag_was_there_counts_at_the_value_it_was_trained_w
     write_run(tmp_path / "runs" / "before", [0.5])
     write_run(tmp_path / "runs" / "after", [0.5], seed=2, flip="class", left_out="1 hidden file: .DS_Store")
     write_run(tmp_path / "runs" / "none", [0.5], flip="none")
+    for name, defaults in (("after", {}), ("none", {"flip": "class"})):
+        run = History.read(tmp_path / "runs" / name)
+        run.defaults = defaults  # known since runs have a run.json
+        run.write_state()
     compare.compare_runs([tmp_path / "runs"], over="flip")
     printed = capsys.readouterr().out
     assert "mean of 2" in printed
     over_flip = printed.split("Recall @ 1 over --flip")[1].splitlines()[2:]
-    assert [line.split()[0] for line in over_flip] == ["class", "none"]
+    assert [line.split()[:3] for line in over_flip] == [["class", "0.5000", "+-"], ["none", "0.5000", "0.5000"]]
 
 
 def left_out(printed):
@@ -105,17 +110,17 @@ def test_comparison_by_hand(tmp_path, capsys):
 
 def test_the_printed_table(tmp_path, capsys):
     write_run(tmp_path / "a", [0.5, 0.25], dataset="shapes", seed=0)
-    write_scores(tmp_path / "b", [{"NMI": None, "Recall @ 1": 0.75}], dataset="shapes", seed=1)
+    write_scores(tmp_path / "b", 2 * [{"NMI": None, "Recall @ 1": 0.75}], dataset="shapes", seed=1)
     compare.compare_runs([tmp_path / "a", tmp_path / "b"])
     assert capsys.readouterr().out == "\n".join([
         "", "shapes",
         "               run seed   at epoch epochs done    NMI  Recall @ 1",
         "                 a    0 best     0           2 0.2500      0.5000",
-        "                 b    1 best     0           1             0.7500",
+        "                 b    1 best     0           2             0.7500",
         "         mean of 2      best                               0.6250",
         "standard deviation      best                               0.1768",
         "                 a    0 last     1           2 0.1250      0.2500",
-        "                 b    1 last     0           1             0.7500",
+        "                 b    1 last     1           2             0.7500",
         "         mean of 2      last                               0.5000",
         "standard deviation      last                               0.3536", "",
     ])  # fmt: skip
@@ -187,9 +192,9 @@ def test_a_setting_without_a_finished_run_has_no_means_and_no_curve(tmp_path, ca
 
 
 def test_recall_over_a_flag_by_hand(tmp_path, capsys):
-    for seed, recalls in [(1, [0.5, 0.6, 0.4]), (2, [0.5, 0.8])]:
+    for seed, recalls in [(1, [0.5, 0.6, 0.4]), (2, [0.5, 0.8, 0.8])]:
         write_run(tmp_path / "runs" / f"c30_{seed}", recalls, shared_num_classes=30, seed=seed)
-    write_run(tmp_path / "runs" / "c4_1", [0.3], shared_num_classes=4)
+    write_run(tmp_path / "runs" / "c4_1", [0.3, 0.3, 0.3], shared_num_classes=4)
     csv, plot = tmp_path / "t.csv", tmp_path / "p.svg"
     compare.compare_runs([tmp_path / "runs"], over="shared_num_classes", csv=csv, plot=plot)
     printed = capsys.readouterr().out.split("Recall @ 1 over --shared_num_classes")[1].splitlines()
@@ -214,7 +219,7 @@ def test_a_run_without_the_shared_task_has_a_shared_embedding_of_size_0(tmp_path
         compare.compare_runs([tmp_path / "a"], over="unheard_of")
     write_run(tmp_path / "c", [0.5], embed_sizes=[512, 64], task_p=[1.0, 0.8], dataset="shapes")
     write_run(tmp_path / "d", [0.6], embed_sizes=[128, 64], task_p=[1.0, 0.8], adv_weights=[1.0], dataset="shapes")
-    settings = compare.settings_of([logs.read_run(tmp_path / name) for name in "abcd"])
+    settings = compare.settings_of([History.read(tmp_path / name) for name in "abcd"])
     lines = compare.ablation_lines(settings, "shapes", "test", "embed_sizes", "shapes, ")
     assert {name: points for name, points in lines.items() if name.endswith("best epoch")} == {
         "shapes, adv_weights 2500.0 embed_sizes of Class 128 best epoch": {"64": [0.4], "0": [0.3]},

@@ -16,8 +16,8 @@ import evaluate
 import losses
 import main
 from report import ablation
-from run import logs as run_logs
 from run import options
+from run.history import LOGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -107,13 +107,13 @@ def test_the_table_of_columns_is_complete(own_run):
     rows = re.findall(r"^\| (`log_.*?) \| (.*) \|$", TEXTS["docs/training.md"], re.M)
     logs = read_logs(own_run)
     described = {name: columns for names, columns in rows for name in re.findall(r"`(\S+\.csv)`", names)}
-    assert set(described) == set(logs) == set(run_logs.LOGS.values())
+    assert set(described) == set(logs) == set(LOGS.values())
     for name, columns in described.items():
         wanted = {column.replace("<factor>", "light") for column in re.findall(r"`([^`]+)`", columns)}
         wanted -= {"Test ", "Time"}  # what stands in front of others; read_logs leaves times out
         if "Recall @ k" in wanted:
             wanted = (wanted - {"Recall @ k"}) | {f"Recall @ {k}" for k in (1, 2, 4, 8)}
-        if name == run_logs.LOGS["probe"]:
+        if name == LOGS["probe"]:
             wanted |= {f"Test {column}" for column in wanted if "Mined" not in column and column != "Epochs"}
         assert set(logs[name]) == wanted, name
 

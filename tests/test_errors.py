@@ -34,6 +34,7 @@ from conftest import (
     write_class_folders,
 )
 
+from run.history import History
 from support.errors import InputError, first_line, stop_reason
 
 
@@ -41,7 +42,7 @@ def assert_tells_how_to_go_on(error, beginning, path):
     """See that one line says why a run stopped and which command goes on with it; return the command's flags."""
     assert error.startswith(f"main.py: stopped{beginning}"), error
     assert error.count("\n") == 1, error
-    command = shlex.split(error.split("the last complete epoch is safe; go on with: ")[1])
+    command = shlex.split(error.split("last complete epoch saved; resume with: ")[1])
     assert command == ["python", "main.py", "--resume", str(path)]
     return command[2:]
 
@@ -80,10 +81,10 @@ def tell_owner_again_and_again(signum):
 def test_a_signal_stops_a_run_with_a_command_to_go_on(with_bitmap, tmp_path, signum, tell):
     path = tmp_path / "with space" / "tiny" / "run"
     argv = small_flags(with_bitmap, tmp_path / "with space", "--kernels", 2, "--eval_every", 1)
-    log = path / "log_val_Class.csv"
+    log = path / "last.pth.tar"
     process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, log, partial(tell, signum))
     assert process.returncode == 128 + signum, process.stderr
-    assert_tells_how_to_go_on(process.stderr, f" by {signum.name}: ", path)
+    assert_tells_how_to_go_on(process.stderr, f" by {signum.name}; ", path)
 
 
 def signal_all_in_a_worker(log):
@@ -92,7 +93,7 @@ def signal_all_in_a_worker(log):
 
 
 def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp_path):
-    log = tmp_path / "tiny" / "run" / "log_val_Class.csv"
+    log = tmp_path / "tiny" / "run" / "last.pth.tar"
     code = f"import runpy, sys, test_errors; test_errors.signal_all_in_a_worker({str(log)!r}); del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     argv = small_flags(with_bitmap, tmp_path, "--kernels", 2, "--eval_every", 1)
@@ -102,14 +103,14 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.returncode == 143, process.stderr
-    assert_tells_how_to_go_on(process.stderr, " by SIGTERM: ", tmp_path / "tiny" / "run")
+    assert_tells_how_to_go_on(process.stderr, " by SIGTERM; ", tmp_path / "tiny" / "run")
 
 
 @pytest.mark.parametrize("point", [At("os.scandir", "class_03"), At("os.mkdir", "run")], ids=["reads", "makes folder"])
 def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path, point):
     argv = small_flags(class_folders, tmp_path / "results", "--go_on")
     process = run_in_process(run_and_act, argv, [point], partial(signal.raise_signal, signal.SIGTERM))
-    assert process == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert process == (143, "main.py: stopped by SIGTERM; no epoch was complete: nothing is saved\n")
     assert not (tmp_path / "results").exists()
 
 
@@ -119,7 +120,7 @@ def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, 
     good = image.read_bytes()
     spoil = partial(image.write_bytes, good[:400]) if n_workers else image.unlink
     argv = small_flags(class_folders, tmp_path, "--kernels", n_workers)
-    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv")], spoil)
+    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv", 2)], spoil)
     assert process.returncode == 1
     flags = assert_tells_how_to_go_on(process.stderr, f": cannot decode the image {image} (", path)
     image.write_bytes(good)
@@ -131,9 +132,25 @@ def test_a_worker_that_dies_stops_a_run_that_can_go_on(with_bitmap, tmp_path):
     path = tmp_path / "tiny" / "run"
     argv = small_flags(with_bitmap, tmp_path, "--kernels", 1)
     die = partial(signal.raise_signal, signal.SIGKILL)
-    process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, path / "log_train_Class.csv", die)
+    process = run_in_process(run_and_act_in_a_worker, argv, BITMAP, path / "last.pth.tar", die)
     assert process.returncode == 1, process.stderr
-    assert_tells_how_to_go_on(process.stderr, ": DataLoader worker ", path)
+    assert_tells_how_to_go_on(process.stderr, ": a loader worker has ended unexpectedly ", path)
+
+
+def fail():
+    raise KeyError("a bug")
+
+
+def test_a_bug_keeps_its_traceback_and_is_followed_by_how_to_resume(class_folders, tmp_path):
+    path, argv = tmp_path / "tiny" / "run", small_flags(class_folders, tmp_path)
+    process = run_in_process(run_and_act, argv, [At("os.rename", "log_train_Class.csv", 2)], fail)
+    assert process.returncode == 1
+    resume = f"last complete epoch saved; resume with: python main.py --resume {path}"
+    assert process.stderr.splitlines()[-2:] == ["KeyError: 'a bug'", resume]
+    assert (path / "log.txt").read_text().splitlines()[-2:] == ["KeyError: 'a bug'", resume]
+    assert History.read(path).reason == "a bug: KeyError, see log.txt"
+    run(["--resume", path])
+    assert History.read(path).state == "finished"
 
 
 def command_line(program, *flags, redirection=""):
@@ -166,19 +183,20 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path):
+@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
+def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path, redirection):
     flags = (*ALONE, "--n_epochs", 1, "--task_p", 1, 0)
-    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=">&-")
+    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=redirection)
     assert (done.returncode, done.stderr) == (0, "")
     assert "epochs done: 1\n" in (tmp_path / "results" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("redirection", "reason"), [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")]
-)
-def test_output_that_cannot_be_written_ends_a_run_with_one_line(class_folders, tmp_path, redirection, reason):
-    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *ALONE), redirection=redirection)
-    assert done.stderr == f"main.py: stopped: cannot read or write a file or stdout ({reason})\n"
+@pytest.mark.parametrize("redirection", [">/dev/full", "| true"])
+def test_output_that_cannot_be_written_ends_no_run(class_folders, tmp_path, redirection):
+    argv = small_flags(class_folders, tmp_path, *ALONE, "--n_epochs", 1, "--task_p", 1, 0)
+    done = command_line("main.py", *argv, redirection=f"{redirection}; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "epochs done: 1\n" in (tmp_path / "tiny" / "run" / "log.txt").read_text()
 
 
 def test_reasons_are_one_line_that_names_the_file():
@@ -192,7 +210,7 @@ def test_reasons_are_one_line_that_names_the_file():
 
 
 def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(with_bitmap, tmp_path):
-    argv = small_flags(with_bitmap, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 1)
+    argv = small_flags(with_bitmap, tmp_path, "--kernels", 1, "--img_size", 64, "--n_epochs", 2)
     # No file may be as large as a batch once something is stored, as where /dev/shm is too small
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     stored = tmp_path / "tiny" / "run" / "last.pth.tar"
@@ -204,7 +222,7 @@ def test_too_little_shared_memory_stops_a_run_that_can_go_on_without_workers(wit
     path = tmp_path / "tiny" / "run"
     flags = assert_tells_how_to_go_on(process.stderr, f"{reason}Docker --shm-size=1g; ", path)
     run([*flags, "--kernels", 0])
-    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0]
+    assert pd.read_csv(path / "log_train_Class.csv")["Epochs"].tolist() == [0, 1]
 
 
 def test_what_pytorch_says_of_little_shared_memory():

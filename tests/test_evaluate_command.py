@@ -216,7 +216,7 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["a", "b"], "2 runs; give one to score, or --compare"),
+        (["a", "b"], "2 runs; give one, or --compare"),
         (["a", "--csv", "t.csv"], "--csv: goes only with --compare"),
         (["a", "--over", "seed"], "--over: goes only with --compare"),
         (["a", "--against", "b"], "--against: goes only with --compare"),

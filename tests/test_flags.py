@@ -29,7 +29,7 @@ DEFAULTS = {
     "random_cluster_pick_p": 0.2, "gpu": 0, "savename": "", "make_graph": False, "source_path": "./Datasets",
     "save_path": "./Training_Results", "img_size": 224, "amp": "none", "eval_every": 1, "bn": "frozen",
     "weights": None, "cache": "none", "fast_eval": False, "tf32": False, "compile": False,
-    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "trial": False, "val_classes": 0.0,
+    "resume": None, "eval_shared": False, "tensorboard": False, "go_on": False, "val_classes": 0.0,
     "select": "test",
     "shared_gradient": "backbone", "flip": "class",
 }  # fmt: skip
@@ -53,9 +53,9 @@ def test_a_task_that_never_steps_may_have_any_batches():
 def test_flags_that_train_badly_are_doubted():
     few = "--bs 112 draws 28 times 4 images of a class, and 6 classes train; a smaller batch repeats less"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
-    assert options.doubts(parse("--not_pretrained"), 6) == [slow, few]
-    assert options.doubts(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
-    assert options.doubts(parse("--losses", "proxynca", "marginloss"), 6) == []
+    assert options.warnings_for(parse("--not_pretrained"), 6) == [slow, few]
+    assert options.warnings_for(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
+    assert options.warnings_for(parse("--losses", "proxynca", "marginloss"), 6) == []
 
 
 def test_defaults_that_depend_on_other_flags():

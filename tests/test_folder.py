@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -32,7 +33,8 @@ from conftest import (
 )
 
 import evaluate
-from run import folder, logs
+from run.folder import Run
+from run.history import History
 from support import files
 from support.errors import InputError
 from support.weights import read_checkpoint
@@ -59,16 +61,18 @@ def content(whole):
 
 
 def stored_run(path, content):
-    """Make a run folder that holds nothing but last.pth.tar."""
+    """Make a run folder that holds last.pth.tar and its flags."""
     path.mkdir(parents=True)
     torch.save(content, path / "last.pth.tar")
+    History(path, content["flags"]).write_flags()
     return path
 
 
 def linked_run(whole, path):
-    """Make a run folder that holds nothing but the last.pth.tar of the uninterrupted run."""
+    """Make a run folder that holds nothing but the last.pth.tar and the flags of the uninterrupted run."""
     path.mkdir(parents=True)
-    os.link(whole[1] / "last.pth.tar", path / "last.pth.tar")
+    for name in ("last.pth.tar", "hypa.pkl"):
+        os.link(whole[1] / name, path / name)
     return path
 
 
@@ -77,13 +81,13 @@ def linked_run(whole, path):
     [
         [At("os.rename", "log_train_Class.csv", 2), At("open", "4.bmp")],  # in the evaluation of epoch 1
         [At("os.rename", "log_val_Class.csv", 2), At("open", "4.bmp")],  # while it is probed
-        [At("os.rename", "checkpoint.pth.tar")],  # before the first best checkpoint has its name
         [At("os.rename", "InfoPlot_Class.svg", 2)],  # while epoch 1 is drawn
-        [At("os.rename", "log_mining.csv", 3), At("open", ".mined_clusters.png.*.tmp")],  # mined after epoch 1
+        [At("os.rename", "log_mining.csv", 3), At("open", ".mined_clusters.png.*.tmp")],  # mined before epoch 2
         [At("os.rename", "before_epoch_0002.jpg")],  # before its contact sheet has its name
-        [At("os.rename", "last.pth.tar", 3)],  # its file for epoch 2 is written, and has not its name yet
+        [At("os.rename", "last.pth.tar", 2)],  # its file for epoch 2 is written, and has not its name yet
+        [At("os.rename", "run.json", 3)],  # before the state after epoch 2 has its name
     ],
-    ids=["evaluates", "probes", "best", "draws", "mined", "sheet", "last"],
+    ids=["evaluates", "probes", "draws", "mined", "sheet", "last", "state"],
 )
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     source, expected = whole
@@ -94,6 +98,8 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, points):
     assert run(["--resume", path]) == path
     assert_same_run(path, expected)
     assert not list(path.glob(".*.tmp"))
+    history = History.read(path)
+    assert (history.state, history.epoch, history.reason) == ("finished", 3, "")
     starts = pickle.loads((path / "hypa.pkl").read_bytes())["provenance"]
     assert starts == read_checkpoint(path, "last.pth.tar")["provenance"]
     assert [start["command"].split()[2] for start in starts] == [small_flags(source, tmp_path, *BASE)[0], "--resume"]
@@ -137,6 +143,20 @@ def test_all_that_has_state_is_resumed(whole, tmp_path, flags):
     assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 1
     torch.rand(3), random.random(), np.random.rand()  # another process would have other states
     assert_same_run(run(["--resume", path]), expected)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_mined_for_an_epoch_that_is_due(whole, tmp_path, capsys):
+    path = tmp_path / "tiny" / "run"
+    killed_run(small_flags(whole[0], tmp_path, *BASE), At("os.rename", "log_train_Class.csv", 2))
+    stored = torch.load(path / "last.pth.tar", weights_only=True)
+    assert stored["training"]["epoch"] == len(stored["progress"]["mined_labels"]) == 1
+    stored["progress"]["rows"]["mining"] = History.read(path).rows["mining"]
+    stored["progress"]["mined_labels"] = torch.from_numpy(np.load(path / "mined_labels.npz")["labels"])
+    torch.save(stored, path / "last.pth.tar")
+    (path / "run.json").unlink()
+    run(["--resume", path])
+    assert_same_run(path, whole[1])
+    assert re.findall(r"mined for epoch (\d)", capsys.readouterr().out) == ["2"]
 
 
 def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_path, capsys):
@@ -212,7 +232,15 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
         assert f"--resume {path}: not the images that it was trained with: {message}; give it those" in error
-        assert {path.name for path in path.iterdir()} <= {"last.pth.tar", ".lock", "log.txt"}
+        assert {path.name for path in path.iterdir()} <= {
+            "last.pth.tar",
+            "hypa.pkl",
+            "Parameter_Info.txt",
+            ".lock",
+            "log.txt",
+            "page.html",
+            "InfoPlot_Class.svg",
+        }
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
@@ -221,7 +249,7 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
     assert f"; runs lie in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
     (tmp_path / "run").mkdir()
-    assert "stopped before it had anything to resume" in refused(capsys, ["--resume", tmp_path / "run"])
+    assert "it has no complete epoch, or is no run" in refused(capsys, ["--resume", tmp_path / "run"])
     shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
     assert "holds a network without the state of its training" in refused(capsys, ["--resume", tmp_path / "run"])
     other_format = stored_run(tmp_path / "format", content | {"format": 1})
@@ -229,7 +257,15 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     content["flags"]["arch"] = "resnet50"
     other_network = stored_run(tmp_path / "arch", content)
     assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
-    assert {path.name for path in other_network.iterdir()} <= {"last.pth.tar", ".lock", "log.txt"}
+    assert {path.name for path in other_network.iterdir()} <= {
+        "last.pth.tar",
+        "hypa.pkl",
+        "Parameter_Info.txt",
+        ".lock",
+        "log.txt",
+        "page.html",
+        "InfoPlot_Class.svg",
+    }
 
 
 def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
@@ -242,7 +278,7 @@ def test_pickled_objects_are_not_executed(tmp_path, capsys, content):
     (path / "hypa.pkl").write_bytes(pickle.dumps({"dataset": Bomb()}))
     (path / "log_val_Class.csv").write_text("Epochs,Recall @ 1\n0,0.5\n")
     with pytest.raises(InputError, match=r"hypa\.pkl cannot be read \(it asks for posix\.mkdir\)"):
-        logs.read_run(path)
+        History.read(path)
     assert not (tmp_path / "exploded").exists()
 
 
@@ -326,32 +362,24 @@ def test_a_signal_before_anything_is_stored_leaves_no_folder_that_the_run_made(w
     (tmp_path / "results").mkdir()
     argv = small_flags(whole[0], tmp_path / "results" / "deeper", *BASE, "--go_on")
     ended = run_in_process(run_and_act, argv, [point], interrupt)
-    assert ended == (143, "main.py: stopped by SIGTERM: nothing had been stored yet\n")
+    assert ended == (143, "main.py: stopped by SIGTERM; no epoch was complete: nothing is saved\n")
     assert not list((tmp_path / "results").iterdir())
 
 
-def add_a_file(path):
-    (path / "notes.txt").touch()
-    signal.raise_signal(signal.SIGTERM)
-
-
-def test_a_file_of_the_users_in_a_run_folder_is_not_removed_with_the_run(whole, tmp_path):
-    path, argv = tmp_path / "tiny" / "run", small_flags(whole[0], tmp_path, *BASE)
-    assert (
-        run_in_process(run_and_act, argv, [At("open", "4.bmp")], functools.partial(add_a_file, path)).returncode == 143
-    )
-    assert [entry.name for entry in path.iterdir()] == ["notes.txt"]
-
-
-def test_a_run_that_was_killed_before_it_had_stored_anything_starts_anew_in_its_folder(whole, tmp_path, capsys):
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew_in_its_folder(whole, tmp_path, capsys):
     path, argv = tmp_path / "tiny" / "run", small_flags(whole[0], tmp_path, *BASE)
     killed_run(argv, At("open", ".last.pth.tar.*.tmp"))
-    assert (path / "log_mining.csv").exists()
+    assert (path / "log_train_Class.csv").exists()
     assert run([*argv, "--go_on"]) == path
     assert_same_run(path, whole[1])
-    (tmp_path / "tiny" / "empty").mkdir()  # is somebody's
-    assert "larger than" in refused(capsys, [*argv, "--savename", "empty", "--go_on", "--bs", 100])
-    assert (tmp_path / "tiny" / "empty").exists()
+    (tmp_path / "tiny" / "notes").mkdir()  # is no run's
+    (tmp_path / "tiny" / "notes" / "hypa.pkl").touch()
+    assert run([*argv, "--savename", "notes", "--go_on", "--n_epochs", 1]).name == "notes_1"
+    assert [entry.name for entry in (tmp_path / "tiny" / "notes").iterdir()] == ["hypa.pkl"]
+    (path / "last.pth.tar").unlink()  # to save space: what is left of a run is the user's
+    kept = sorted(entry.name for entry in path.iterdir())
+    assert "larger than" in refused(capsys, [*argv, "--go_on", "--bs", 100])
+    assert sorted(entry.name for entry in path.iterdir()) == kept
     killed_run([*argv, "--savename", "other"], At("open", ".last.pth.tar.*.tmp"))
     assert run([*argv, "--savename", "other", "--n_epochs", 1]).name == "other_1"  # a new run takes no folder over
 
@@ -392,9 +420,9 @@ def test_a_name_goes_on_with_a_run_from_before_a_flag_was_there(whole, tmp_path,
 
 
 def run_on_full_disk(argv):
-    """Run main where files do not grow to the size of a checkpoint with the optimiser's state."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50 * 10**6, 50 * 10**6))
-    run(argv)
+    """Run main where, after its first epoch, files do not grow to the size of a checkpoint."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50 * 10**6, 50 * 10**6))
+    run_and_act(argv, [At("os.rename", "last.pth.tar"), At("os.rename", "run.json")], limit)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
@@ -403,14 +431,40 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path):
     process = run_in_process(run_on_full_disk, small_flags(whole[0], tmp_path, *flags))
     path = tmp_path / "tiny" / "run"
     assert process.stderr == (
-        f"main.py: stopped: cannot read or write {path}/last.pth.tar (File too large); the last complete epoch is "
-        f"safe; go on with: python main.py --resume {path}\n"
+        f"main.py: stopped: cannot read or write {path}/last.pth.tar (File too large); last complete epoch saved; "
+        f"resume with: python main.py --resume {path}\n"
     )
     assert process.returncode == 1
     assert not list(path.glob(".*.tmp"))
-    assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 0
+    assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 1
+    assert History.read(path).reason.startswith("cannot read or write")
     run(["--resume", path])
     assert_same_run(path, expected)
+
+
+def run_on_disk_full_after_the_checkpoint(argv):
+    """Run main where no file can be written once the first last.pth.tar is there."""
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    run_and_act(argv, [At("os.rename", "last.pth.tar"), At("open", ".run.json.*.tmp")], limit)
+
+
+def test_a_disk_that_is_full_after_the_first_checkpoint_leaves_it(whole, tmp_path):
+    process = run_in_process(run_on_disk_full_after_the_checkpoint, small_flags(whole[0], tmp_path, *BASE))
+    path = tmp_path / "tiny" / "run"
+    reason = f"main.py: stopped: cannot read or write {path}/run.json (File too large)"
+    assert process == (1, f"{reason}; last complete epoch saved; resume with: python main.py --resume {path}\n")
+    run(["--resume", path])
+    assert_same_run(path, whole[1])
+
+
+def test_a_run_that_is_stopped_before_it_is_restored_stays_as_it_was(whole, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(whole[1], path)
+    before = {name: (path / name).read_bytes() for name in ("page.html", "run.json", "hypa.pkl")}
+    argv = ["--resume", path, "--n_epochs", 4]
+    ended = run_in_process(run_and_act, argv, [At("open", "4.bmp")], interrupt)
+    assert ended == (143, f"main.py: stopped by SIGTERM; resume with: python main.py --resume {path}\n")
+    assert {name: (path / name).read_bytes() for name in before} == before
 
 
 def test_a_folder_that_goes_away_is_told(whole, tmp_path):
@@ -420,7 +474,7 @@ def test_a_folder_that_goes_away_is_told(whole, tmp_path):
     process = run_in_process(run_and_act, argv, [point], move)
     assert process.returncode == 1
     assert process.stderr.startswith(f"main.py: stopped: cannot read or write {path}/"), process.stderr
-    assert process.stderr.endswith(" (No such file or directory); nothing had been stored yet\n")
+    assert process.stderr.endswith(" (No such file or directory); no epoch was complete: nothing is saved\n")
     assert process.stderr.count("\n") == 1
     assert not path.exists()
 
@@ -429,10 +483,8 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_pa
     argv = small_flags(whole[0], tmp_path, *ALONE, "--task_p", 1, 1, "--scheduler", "exp", "--gamma", 1e9, "--lr", 1e-5)
     error = refused(capsys, argv, code=1)
     path = tmp_path / "tiny" / "run" / "last.pth.tar"
-    epoch = re.match(
-        r"main\.py: stopped: in epoch (\d) the .*(loss is nan|not finite).*: training has diverged", error
-    )[1]
-    assert error.endswith(f"; {path} is from before that\n")
+    assert re.match(r"main\.py: stopped: the .*(loss is nan|not finite).*: training has diverged", error)
+    epoch = re.search(rf"; this was epoch (\d); {path} is from before it\n$", error)[1]
     stored = torch.load(path, weights_only=True)
     assert stored["training"]["epoch"] == int(epoch) > 0
     assert all(value.isfinite().all() for value in stored["state_dict"].values())
@@ -450,7 +502,7 @@ def spoil_logs(path):
 
 
 def test_logs_that_are_spoilt_during_a_run_are_whole_at_its_end(whole, tmp_path):
-    path, end_of_epoch_0 = tmp_path / "tiny" / "run", At("os.rename", "last.pth.tar", 2)
+    path, end_of_epoch_0 = tmp_path / "tiny" / "run", At("os.rename", "last.pth.tar")
     argv = small_flags(whole[0], tmp_path, *BASE)
     process = run_in_process(run_and_act, argv, [end_of_epoch_0], functools.partial(spoil_logs, path))
     assert process == (0, "")
@@ -471,7 +523,7 @@ def test_a_resumed_run_adds_its_time_and_drops_a_boards_later_steps(whole, tmp_p
     assert after["seconds"] > before["seconds"]
     board = EventAccumulator(str(path / "tensorboard")).Reload()
     assert [event.step for event in board.Scalars("train/Class Loss")] == [0, 1, 2]
-    assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2, 3]
+    assert [event.step for event in board.Scalars("mining/Inertia")] == [0, 1, 2]
 
 
 def test_runs_of_one_name_get_counters(tmp_path):
@@ -502,43 +554,13 @@ def test_replaced_file_keeps_the_old_one_on_failure(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
 
 
-def test_flags_are_written_for_programs_and_people(tmp_path):
-    flags = {"dataset": "shapes", "task_p": [1.0, 0.8], "weights": None}
-    folder.write_flags(tmp_path, flags)
-    assert pickle.loads((tmp_path / "hypa.pkl").read_bytes()) == flags
-    assert (tmp_path / "Parameter_Info.txt").read_text() == "dataset  shapes\ntask_p   1.0 0.8\nweights  None\n"
-
-
-ROWS = [
-    {"Epochs": 0, "Time": 1.0, "Set 1 NMI": 0.5, "Set 1 Recall @ 1": 0.3, "Val Recall @ 1": 0.1},
-    {"Epochs": 2, "Time": 1.0, "Set 1 NMI": 0.4, "Set 1 Recall @ 1": 0.6, "Val Recall @ 1": 0.4},
-    {"Epochs": 4, "Time": 1.0, "Set 1 NMI": 0.45, "Set 1 Recall @ 1": 0.6, "Val Recall @ 1": 0.5},
-]
-
-
-def test_rows_are_those_of_the_csv_and_tell_their_test_sets(tmp_path):
-    pd.DataFrame(ROWS).to_csv(tmp_path / "log_val_Class.csv", index=False)
-    folder.write_flags(tmp_path, {"dataset": "vehicle_id"})
-    assert logs.read_run(tmp_path).rows == ROWS
-    assert logs.test_sets_of(ROWS[0]) == ["Set 1", "Val"]
-    assert logs.scores_of(ROWS[0], "Set 1") == {"NMI": 0.5, "Recall @ 1": 0.3}
-    alone = {"Epochs": 0, "Time": 1.0, "Recall @ 1": 0.5, "mAP @ R": 0.2, "Val Recall @ 1": 0.1}
-    assert logs.test_sets_of(alone) == ["test", "Val"]
-    assert logs.scores_of(alone, "test") == {"Recall @ 1": 0.5, "mAP @ R": 0.2}
-    assert [logs.column(name, "NMI") for name in ("test", "Set 1")] == ["NMI", "Set 1 NMI"]
-    assert logs.scores_line(ROWS[0]) == "Set 1 NMI 0.5000  Set 1 Recall @ 1 0.3000  Val Recall @ 1 0.1000"
-    assert [logs.best_index(ROWS, "Set 1", select) for select in ("test", "val")] == [1, 2]
-
-
-def test_summary_compares_best_and_last_with_before_training_and_the_paper():
-    paper = {"Set 1 Recall @ 1": 0.661}
-    table = logs.score_table(ROWS, {"Set 1 NMI": 0.1, "Set 1 Recall @ 1": 0.05}, paper)
-    lines = [" ".join(line.split()) for line in table.splitlines()]
-    assert lines == [
-        "score best epoch last before training paper best - paper",
-        "Set 1 NMI 0.5000 0 0.4500 0.1000 - -",
-        "Set 1 Recall @ 1 0.6000 2 0.6000 0.0500 0.6610 -0.0610",
-        "Val Recall @ 1 0.5000 4 0.5000 - - -",
-        "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)",
-    ]
-    assert "paper" not in logs.score_table(ROWS, {}, {})
+def test_the_time_left_is_that_of_the_epochs_of_this_start_and_of_the_minings_due(tmp_path, monkeypatch):
+    flags = {"n_epochs": 10, "task_p": [1.0, 0.8], "cluster_update_freq": 3}
+    run = Run(tmp_path, flags, defaults={}, provenance={}, stored=None, may_restart=False)
+    run.history.rows["mining"] = [{"Before Epoch": epoch, "Time": 7.0} for epoch in (0, 4)]
+    run.trained_since, run.stopwatch.seconds["mining"] = (100.0, 5, 20.0), 30.0
+    monkeypatch.setattr(time, "monotonic", lambda: 170.0)
+    assert run.seconds_left(5) is None
+    assert run.seconds_left(7) == pytest.approx(60 / 2 * 3 + 7)  # 60 s of training in 2 epochs, 3 epochs, 1 mining
+    assert run.seconds_left(8, 0.5) == pytest.approx(60 / 3.5 * 1.5 + 7)
+    assert run.seconds_left(9) == pytest.approx(60 / 4)

@@ -23,7 +23,7 @@ import netlib
 from run import options
 from support import processes
 from support.errors import InputError
-from support.output import Progress, Transcript
+from support.output import Progress
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)"
 T4, A100, H200, RTX_5090, GTX_1080_TI = (7, 5), (8, 0), (9, 0), (12, 0), (6, 1)
@@ -62,7 +62,9 @@ def test_the_reason_that_pytorch_gives_is_its_whole_first_line(monkeypatch, erro
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform == "win32", reason="is about machines without a GPU")
-def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(class_folders, tmp_path, capsys, monkeypatch):
+def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(
+    class_folders, tmp_path, capsys, caplog, monkeypatch
+):
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -73,9 +75,8 @@ def test_a_run_is_not_left_to_the_cpu_where_the_driver_lists_a_gpu(class_folders
     assert not (tmp_path / "results").exists()
     for script in ("echo 'No devices found.'", "echo 'GPU 0: lost'; exit 9"):  # a container with the host's driver only
         program.write_text(f"#!/bin/sh\n{script}\n")
-        capsys.readouterr()
         assert auxiliaries.pick_device(0).type == "cpu"
-        assert capsys.readouterr().out.startswith("device: CPU (no CUDA GPU found: ")
+        assert caplog.messages[-1].startswith("device: CPU (no CUDA GPU found: ")
 
 
 @pytest.mark.parametrize(
@@ -117,10 +118,10 @@ def test_a_gpu_without_kernels_is_refused_with_the_build_that_has_them(capabilit
     ],
 )
 def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_scoring(
-    capability, tf32, amp, lacking, capsys
+    capability, tf32, amp, lacking, caplog
 ):
     scored = auxiliaries.supported_precision(capability, tf32, amp)
-    said = capsys.readouterr().out
+    said = "".join(f"{line}\n" for line in caplog.messages)
     if not lacking:
         auxiliaries.require_precision(capability, tf32, amp, is_resumed=False)
         assert (scored, said) == ((tf32, amp), "")
@@ -135,10 +136,10 @@ def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_s
     assert said == f"embedding in {in_words}, without {lacking} of the run, which this device does not have\n"
 
 
-def test_a_card_that_lacks_both_precisions_is_said_to_once(capsys):
+def test_a_card_that_lacks_both_precisions_is_said_to_once(caplog):
     assert auxiliaries.supported_precision(T4, True, "bf16") == (False, "none")
-    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have\n"
-    assert capsys.readouterr().out == said
+    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have"
+    assert caplog.messages == [said]
 
 
 def test_float32_on_a_card_that_has_faster_ones_is_hinted_at():
@@ -171,13 +172,13 @@ def card(monkeypatch):
     return install
 
 
-def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monkeypatch, capsys, recwarn):
+def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monkeypatch, caplog, recwarn):
     chosen, device = [], torch.device("cuda", 0)
     card("NVIDIA H200", H200)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert auxiliaries.pick_device(0) == device
     assert chosen == [device]
-    assert capsys.readouterr().out == "device: GPU 0, NVIDIA H200\n"
+    assert caplog.messages == ["device: GPU 0, NVIDIA H200"]
     assert auxiliaries.compute_capability(device) == H200
     assert auxiliaries.gpu_events(device) is not None
     assert not recwarn.list
@@ -216,15 +217,12 @@ def test_a_run_begins_by_what_its_gpu_can_do(card, tmp_path, capsys, installed, 
     assert not (tmp_path / "results").exists()
 
 
-def test_a_resumed_run_whose_precision_is_settled_gets_no_hint(card, tmp_path, capsys):
+@pytest.mark.parametrize("is_resumed", [True, False])
+def test_a_resumed_run_whose_precision_is_settled_gets_no_hint(card, tmp_path, caplog, is_resumed):
     card("H200", H200)
-    args = parse(*small_flags(tmp_path, tmp_path))
-    args.resume = tmp_path / "run"
-    with pytest.raises(InputError):
-        main.train(args, [], Transcript())
-    out = capsys.readouterr().out
-    assert "device: GPU 0, H200" in out
-    assert "hint" not in out
+    main.prepare_device(parse(*small_flags(tmp_path, tmp_path)), is_resumed)
+    assert "device: GPU 0, H200" in caplog.text
+    assert ("hint" in caplog.text) != is_resumed
 
 
 def outlive_torchrun():

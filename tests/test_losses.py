@@ -43,6 +43,12 @@ def random_batch(seed, labels, dim=8, dtype=torch.float64):
     return embeddings, torch.as_tensor(labels)
 
 
+def with_triplets(loss, triplets):
+    """Let a loss take these (T, 3) triplets, all valid, in place of those that its sampler draws; return it."""
+    loss.sampler = lambda embeddings, labels: (triplets, torch.ones(len(triplets), dtype=torch.bool))
+    return loss
+
+
 def assert_matches(actual, expected, *, is_gradient=False):
     tolerance = {"rtol": 1e-3, "atol": 1e-6} if is_gradient else {"rtol": 1e-4, "atol": 1e-7}
     torch.testing.assert_close(actual.detach(), expected.to(actual.dtype), **tolerance)
@@ -60,14 +66,14 @@ def test_margin_loss_golden(golden):
     loss = make_loss("marginloss", int(golden["n_classes"]), margin=float(golden["margin"]))
     loss.beta.data = golden["beta"].clone()
     embeddings = golden["embeddings"].clone().requires_grad_()
-    value = loss(embeddings, golden["labels"], golden["triplets"])
+    value = with_triplets(loss, golden["triplets"])(embeddings, golden["labels"])
     assert_golden(value, golden, "margin", {"margin_grad": embeddings, "margin_beta_grad": loss.beta})
 
 
 def test_triplet_loss_golden(golden):
     embeddings = golden["embeddings"].clone().requires_grad_()
     loss = make_loss("triplet", int(golden["n_classes"]), margin=float(golden["margin"]))
-    value = loss(embeddings, golden["labels"], golden["triplets"])
+    value = with_triplets(loss, golden["triplets"])(embeddings, golden["labels"])
     assert_golden(value, golden, "triplet", {"triplet_grad": embeddings})
 
 
@@ -149,9 +155,12 @@ def test_losses_agree_with_a_naive_loop(name, nu, labels):
         loss = make_loss(name, n_classes=12, nu=nu).double()
         if name == "marginloss":
             loss.beta.data = 1.0 + 0.5 * torch.rand(12, dtype=torch.float64)
-        triplets = [] if name not in TRIPLET_LOSSES else [loss.sampler(embeddings, labels_tensor)[0]]
-        expected = naive_value(name, loss, embeddings, labels_tensor, *triplets)
-        assert loss(embeddings, labels_tensor, *triplets).item() == pytest.approx(expected, rel=1e-10)
+        triplets = None
+        if name in TRIPLET_LOSSES:
+            triplets = loss.sampler(embeddings, labels_tensor)[0]
+            with_triplets(loss, triplets)
+        expected = naive_value(name, loss, embeddings, labels_tensor, triplets)
+        assert loss(embeddings, labels_tensor).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_margin_loss_counts_terms_by_hand():
@@ -161,9 +170,10 @@ def test_margin_loss_counts_terms_by_hand():
     labels = torch.tensor([0, 0, 1, 1, 1, 0])
     triplets = torch.tensor([[0, 1, 2], [3, 4, 5]])
     expected = ((1.0 - 1.0 + 0.5) + (1.0 - 0.6 + 0.5)) / 2
-    assert loss(embeddings, labels, triplets).item() == pytest.approx(expected, abs=1e-6)
-    assert loss(embeddings.requires_grad_(), labels, triplets[1:]).item() == 0
-    loss(embeddings, labels, triplets[1:]).backward()
+    assert with_triplets(loss, triplets)(embeddings, labels).item() == pytest.approx(expected, abs=1e-6)
+    value = with_triplets(loss, triplets[1:])(embeddings.requires_grad_(), labels)
+    assert value.item() == 0
+    value.backward()
     assert not embeddings.grad.any()
 
 
@@ -172,10 +182,11 @@ def test_gradcheck(name):
     embeddings, labels = random_batch(3, LABEL_SETS["unordered"], dim=5)
     loss = make_loss(name, n_classes=10, dim=5, nu=0.1).double()
     parameters = list(loss.parameters())
-    triplets = () if name not in TRIPLET_LOSSES else (loss.sampler(embeddings, labels)[0],)
+    if name in TRIPLET_LOSSES:
+        with_triplets(loss, loss.sampler(embeddings, labels)[0])
 
     def value(x, *_):
-        return loss(x, labels, *triplets)
+        return loss(x, labels)
 
     assert torch.autograd.gradcheck(value, (embeddings.requires_grad_(), *parameters))
 
@@ -342,23 +353,13 @@ def test_semihard_sampling_has_the_margin_of_its_task():
     assert make_loss("triplet", 3, sampling="semihard", margin=0.37).sampler.margin == 0.37
 
 
-def test_the_adversarial_term_keeps_its_precision():
-    target, _ = random_batch(1, [0] * 4, dim=3)
-    source, _ = random_batch(2, [0] * 4, dim=5)
-    term = losses.AdversarialLoss(3, 5, 7)
-    plain = term(target.float(), source.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        assert term(target.float(), source.float()).item() == plain.item()
-    assert term(target, source).item() == pytest.approx(plain.item(), rel=1e-5)
-
-
 def test_anchors_without_partners_take_no_part():
     embeddings, labels = random_batch(4, [0, 0, 1, 2], dtype=torch.float64)
     loss = make_loss("triplet", n_classes=3, sampling="random")
     triplets, valid = losses.DistanceWeightedSampler()(embeddings, labels)
     assert valid.tolist() == [True, True, False, False]
     loss.sampler = lambda *_: (triplets, valid)
-    torch.testing.assert_close(loss(embeddings, labels), loss(embeddings, labels, triplets[valid]))
+    torch.testing.assert_close(loss(embeddings, labels), with_triplets(loss, triplets[valid])(embeddings, labels))
 
 
 def test_an_opposite_point_is_drawn_nearly_always():
@@ -368,21 +369,6 @@ def test_an_opposite_point_is_drawn_nearly_always():
     labels = torch.tensor([0, 0, 1, 1])
     sampler = losses.DistanceWeightedSampler(torch.Generator().manual_seed(0))
     assert all(sampler(embeddings, labels)[0][0, 2] == 2 for _ in range(50))
-
-
-@pytest.mark.parametrize("name", losses.LOSSES)
-def test_autocast_keeps_float32(name):
-    embeddings, labels = random_batch(5, LABEL_SETS["even"], dtype=torch.float32)
-    loss = make_loss(name, n_classes=3)
-    triplets = () if name not in TRIPLET_LOSSES else (loss.sampler(embeddings, labels)[0],)
-    plain = loss(embeddings, labels, *triplets)
-    with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = loss(embeddings, labels, *triplets)
-        half = loss(embeddings.bfloat16(), labels, *triplets)
-        assert losses.pairwise_squared_distances(embeddings).dtype == torch.float32
-    assert under_autocast.dtype == half.dtype == torch.float32
-    assert under_autocast.item() == plain.item()
-    assert half.item() == pytest.approx(plain.item(), rel=0.05)
 
 
 def test_proxynca_refuses_a_single_class():
@@ -418,6 +404,58 @@ def test_terms_of_a_step_are_its_loss_and_the_weighted_adversarial_ones(task):
     assert list(terms) == list(expected)
     for name, value in terms.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_terms_keep_their_precision_under_autocast_and_with_half_precision_embeddings(name):
+    objective = build({"Class-Shared": 2.0}, name)
+    embeddings, labels = both_embeddings(LABEL_SETS["even"])
+    half = {head: values.bfloat16() for head, values in embeddings.items()}
+    for given in (embeddings, half):
+        torch.manual_seed(0)
+        expected = objective("Class", {head: values.float() for head, values in given.items()}, labels)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = objective("Class", given, labels)
+        assert list(terms) == list(expected)
+        for term, value in terms.items():
+            torch.testing.assert_close(value, expected[term], rtol=0, atol=0)  # dtypes too
+
+
+class Spread(losses.Loss):
+    """Has all that a new loss needs: a forward, and constructor arguments named like flags."""
+
+    def __init__(self, margin):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, embeddings, labels):
+        return (embeddings @ embeddings.T - self.margin).relu().mean()
+
+
+class CenterLoss(losses.Loss):
+    """A loss that trains parameters of its own has their learning rate, too."""
+
+    def __init__(self, n_classes, embed_size, beta_lr):
+        super().__init__()
+        self.centers, self.learning_rate = torch.nn.Parameter(torch.zeros(n_classes, embed_size)), beta_lr
+
+    def forward(self, embeddings, labels):
+        return (embeddings - self.centers[labels]).square().mean()
+
+
+def test_a_new_loss_is_a_forward_and_constructor_arguments_named_like_flags(monkeypatch):
+    monkeypatch.setitem(losses.LOSSES, "spread", Spread)
+    monkeypatch.setitem(losses.LOSSES, "center", CenterLoss)
+    assert not any(losses.takes_sampler(name) or losses.needs_positives(name) for name in ("spread", "center"))
+    objective = build({}, "spread", losses="center")
+    assert objective.task_losses["Class"].margin == 0.2
+    (group,) = objective.param_groups()
+    assert (group["lr"], group["weight_decay"], group["params"][0].shape) == (0.1, 0, (8, 3))
+    embeddings, labels = both_embeddings([0, 0, 1, 1])
+    for task in embeddings:
+        objective(task, embeddings, labels)[task].backward()
+    assert all(values.grad.any() for values in [*embeddings.values(), *group["params"]])
 
 
 def test_a_step_needs_all_heads_only_with_an_adversarial_term():

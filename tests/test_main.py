@@ -1,8 +1,12 @@
 """Mining, the training epoch, and whole runs as a user starts them."""
 
 import functools
+import itertools
 import pickle
 import re
+import shlex
+import time
+from pathlib import Path
 from xml.etree import ElementTree
 
 import layouts
@@ -23,7 +27,8 @@ import netlib
 from data.images import ImageSet
 from report import sheets
 from run import options
-from run.folder import LAST
+from run.checkpoint import LAST
+from run.history import History
 from support import output, packages
 from support.weights import read_checkpoint
 
@@ -45,6 +50,7 @@ RUN_FILES = {
     ".lock",
     "log.txt",
     "page.html",
+    "run.json",
     "mined",
     "mined_labels.npz",
 }
@@ -94,7 +100,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8",
                          "mAP @ R", "R-Precision"]  # fmt: skip
     assert val["Epochs"].tolist() == [0, 1, 2]
-    assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2, 3]
+    assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2]
     kept = pickle.loads((folder / "hypa.pkl").read_bytes())
     assert kept["arch"] == "small"
     assert len(kept["images"]) == 12
@@ -110,7 +116,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
         "Before Epoch", "Inertia", "Clusters", "Empty", "Smallest", "Median", "Largest", "ARI with previous",
         "AMI class",
     ]  # fmt: skip
-    assert logs["log_mining.csv"]["ARI with previous"].isna().tolist() == [True, False, False, False]
+    assert logs["log_mining.csv"]["ARI with previous"].isna().tolist() == [True, False, False]
     assert logs["log_probe.csv"]["Epochs"].tolist() == [0, 1, 2]
     assert logs["log_probe.csv"].drop(columns="Epochs").stack().between(0, 1).all()
     printed = capsys.readouterr().out
@@ -130,10 +136,10 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     mined = stored["progress"]["mined_labels"]
     assert mined.shape == (best_epoch + 1, 10)
     history = np.load(folder / "mined_labels.npz")
-    assert history["epochs"].tolist() == [0, 1, 2, 3]
+    assert history["epochs"].tolist() == [0, 1, 2]
     assert np.array_equal(history["labels"][: best_epoch + 1], mined)
     assert [path.rsplit("/", 2)[1] for path in history["paths"]] == 5 * ["class_00"] + 5 * ["class_01"]
-    assert sorted(path.name for path in (folder / "mined").iterdir()) == [f"before_epoch_{i:04d}.jpg" for i in range(4)]
+    assert sorted(path.name for path in (folder / "mined").iterdir()) == [f"before_epoch_{i:04d}.jpg" for i in range(3)]
 
     # what was printed is kept, from the first line to the last
     assert (folder / "log.txt").read_text() == printed
@@ -159,8 +165,8 @@ def test_a_run_that_logged_nmi_of_its_minings_goes_on_with_ami(tiny_run):
     torch.save(stored, folder / "last.pth.tar")
     run(["--resume", folder, "--n_epochs", 2])
     log = read_logs(folder)["log_mining.csv"]
-    assert log["NMI class"].notna().tolist() == [True, True, False]
-    assert log["AMI class"].notna().tolist() == [False, False, True]
+    assert log["NMI class"].notna().tolist() == [True, False]
+    assert log["AMI class"].notna().tolist() == [False, True]
     page = (folder / "page.html").read_text(encoding="utf-8")
     assert f"<dd>{log['AMI class'].iloc[-1]:z.3f}<small>of the labels mined last; first –" in page
     assert "NMI class" not in page
@@ -273,13 +279,12 @@ def test_images_alone_in_their_class_take_no_part_in_the_first_clustering(mode):
     features = (5 * rng.normal(size=(8, 16))[kinds] + rng.normal(size=(len(labels), 16))).astype(np.float32)
     alone = (labels % 2) == 1
     left_out = main.left_out_of_mining(labels, mode)
-    assert left_out is None if mode == "no_norm" else left_out.tolist() == alone.tolist()
-    assert main.left_out_of_mining(labels[~alone], mode) is None
-    args = parse("--shared_num_classes", 8)
+    assert left_out.tolist() == (alone & (mode != "no_norm")).tolist()
+    assert not main.left_out_of_mining(labels[~alone], mode).any()
     points = main.standardise_per_class(features, labels, mode)
-    mined, squared_distances = main.cluster(args, points, left_out)
+    mined, squared_distances = auxiliaries.kmeans(points, 8, 1, left_out=left_out)
     took_part = np.ones(len(labels), dtype=bool) if mode == "no_norm" else ~alone
-    expected, distances = auxiliaries.kmeans(points[took_part], 8, args.seed)
+    expected, distances = auxiliaries.kmeans(points[took_part], 8, 1)
     assert mined[took_part].tolist() == expected.tolist()
     np.testing.assert_array_equal(squared_distances[took_part], distances)
     assert np.isnan(squared_distances[~took_part]).all()
@@ -324,7 +329,7 @@ def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatc
     printed = capsys.readouterr().out
     for what in ("embedding", "mining", "searching", "epoch 0", "epoch 1"):
         assert re.search(rf"^{what}: \d+% of \d+ images, [\d,]+ images/s.*, left: 0:00:\d\d", printed, re.M), what
-    assert re.search(r"^mining: 100% of .*, left: 0:00:00, of the run \d:\d\d:\d\d$", printed, re.M)
+    assert re.search(r"^mining: 100% of .*, left: 0:00:00$", printed, re.M)
     assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, of the run 0:00:\d\d$", printed, re.M)
     losses, end = r"Train Loss [-\d.]+  Class Loss .*  Learning Rate 1e-05", r"[\d.]+ s, 0:00:\d\d left"
     scores = r"NMI [\d.]+ .*  Recall @ 1 [\d.]+ .*  \(best Recall @ 1: [\d.]+ in epoch 1\)"
@@ -485,9 +490,9 @@ def test_weights_that_hold_nan_are_told_before_training(class_folders, tmp_path,
 def test_training_that_diverges_is_told_with_the_term_and_the_epoch(class_folders, tmp_path, capsys):
     argv = small_flags(class_folders, tmp_path, *ALONE, "--lr", "1e9", "--task_p", 1, 0, "--adv_weights", 0)
     error = refused(capsys, argv, code=1)
-    assert error.startswith("main.py: stopped: in epoch ")
+    assert re.search(r"; this was epoch \d; .*last\.pth\.tar is from before it$", error)
     assert "the Class loss is" in error or "features are not finite" in error
-    assert error.endswith("/tiny/run/last.pth.tar is from before that\n")
+    assert error.endswith("/tiny/run/last.pth.tar is from before it\n")
 
 
 def test_best_checkpoint_is_by_recall_at_1(tmp_path):
@@ -620,3 +625,36 @@ def test_the_best_epoch_is_that_of_the_classes_it_is_selected_by(tmp_path):
 def test_what_cannot_be_held_out_is_one_line(eight_classes, tmp_path, capsys, more, message):
     assert message in refused(capsys, eight_classes(*more))
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("with_background", "found"), [(0.8, "mined: the background"), (0.3, "mined: nothing clear, most the background")]
+)
+def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(with_background, found):
+    mined = {"Before Epoch": 4, "AMI class": 0.36, "AMI size": -0.01, "AMI background": with_background}
+    history = History(Path("my runs/demo"), {}, rows={"mining": [mined], "val": [{"Recall @ 1": 0.8}]})
+    history.initial_scores = {"Recall @ 1": 0.25}
+    lines = main.lesson(history).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
+    assert "is 0.80, before training 0.25" in lines[0]
+    assert f"{found} (AMI of the labels with it {with_background:.2f}, with the class 0.36)" in lines[0]
+    assert "my runs/demo/page.html" in lines[1]
+    assert "demo --task_p 1 0 --adv_weights 0" in lines[2]
+    assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
+    history.rows["mining"] = [{"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}]  # of an earlier version
+    assert "mined" not in main.lesson(history).splitlines()[0]
+
+
+def test_a_clock_that_is_set_back_makes_no_duration_negative(tiny_run, monkeypatch, capsys):
+    clock, hours = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600 * next(hours))  # an hour at every look
+    folder = tiny_run("--n_epochs", 2, "--eval_every", 1)
+    run(["--resume", folder, "--n_epochs", 3])
+    times = {path.name: pd.read_csv(path)["Time"] for path in folder.glob("*.csv")}
+    assert all((seconds >= 0).all() for seconds in times.values())
+    stored = torch.load(folder / "last.pth.tar", weights_only=True)["training"]
+    assert stored["seconds"] >= times["log_train_Class.csv"].sum()
+    assert min(stored["spent"].values()) >= 0
+    lines = re.findall(r"^epoch \d .*  (\S+) s, (\S+) left$", capsys.readouterr().out, re.M)
+    assert len(lines) == 3
+    assert not [line for line in lines if "-" in "".join(line)]

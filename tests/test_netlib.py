@@ -191,18 +191,18 @@ def test_a_checkpoint_as_weights_brings_its_heads(small, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_heads_of_another_size_start_at_random_and_say_so(small, tmp_path, capsys):
+def test_heads_of_another_size_start_at_random_and_say_so(small, tmp_path, caplog):
     network, stored = small
     path = tmp_path / "checkpoint.pth.tar"
     torch.save(stored, path)
     other = start_from(path, SIZES | {"Shared": 7})
-    assert capsys.readouterr().out == f"--weights {path}: has no Shared head of size 7; it starts at random\n"
+    assert caplog.messages == [f"--weights {path}: has no Shared head of size 7; it starts at random"]
     assert_same_outputs(other, network, ["Class", "Pooled"])
     assert other(images(32))["Shared"].shape == (2, 7)
     backbone = {name: values for name, values in stored["state_dict"].items() if name.startswith(netlib.PREFIX)}
     torch.save(backbone, path)
     assert_same_outputs(start_from(path), network, ["Pooled"])
-    assert "no Class head of size 8" in capsys.readouterr().out
+    assert "no Class head of size 8" in caplog.text
 
 
 def test_only_heads_may_be_missing(small, tmp_path):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from report import fonts, plots
+from run.history import History
 from support import packages
 
 ROWS = [
@@ -49,9 +50,18 @@ def train_rows(n_epochs):
     return [{"Epochs": i, **same, "Class Loss": 1 / (i + 1), "Adversarial Loss": -i} for i in range(n_epochs)]
 
 
+def history_of(folder, train, val=(), mined=(), probe=(), **flags):
+    """Return a history whose run is called as its folder, with rows of each log."""
+    flags = {"dataset": "mine", "n_epochs": 9, "scheduler": "step", "tau": [99]} | flags
+    mining = [{"Before Epoch": epoch, "Time": 1.0} | row for epoch, row in mined]
+    rows = {"train": train, "val": list(val), "mining": mining, "probe": list(probe)}
+    return History(folder, flags, rows=rows)
+
+
 def test_progress_shows_losses_and_scores(tmp_path):
     path = tmp_path / "plot.svg"
-    plots.draw_progress(path, train_rows(5), ROWS, "a $run$", best=1, mined_before=[0, 4], rate_steps=[3, 9])
+    history = history_of(tmp_path / "a $run$", train_rows(5), ROWS, mined=[(0, {}), (4, {})], tau=[3, 9])
+    plots.draw_progress(path, history, "test")
     shown = all_texts(path)
     assert shown.count("epoch") == 2
     assert {"Class loss in training", "Adversarial loss in training", "NMI", "Recall @ 1", "best epoch"} <= set(shown)
@@ -59,21 +69,23 @@ def test_progress_shows_losses_and_scores(tmp_path):
     assert {"mined labels renewed", "learning rate lowered"} <= set(shown)
     assert not {"Shared loss in training", "Train loss in training"} & set(shown)
     assert len(elements(path, r"axes_\d+")) == 3
-    plots.draw_progress(path, train_rows(5), ROWS, "a run", best=0, rate_steps=[9])
+    plots.draw_progress(path, history_of(tmp_path, train_rows(5), ROWS, tau=[9]), "test")
     assert not {"mined labels renewed", "learning rate lowered"} & set(all_texts(path))
+    plots.draw_progress(path, history_of(tmp_path, train_rows(2), tau=[1]), "test")
+    assert {"not scored yet", "Class loss in training", "learning rate lowered"} <= set(all_texts(path))
 
 
 def test_the_learning_rate_has_a_panel_where_it_is_logged(tmp_path):
     path = tmp_path / "plot.svg"
     rows = [row | {"Learning Rate": 0.1 ** row["Epochs"]} for row in train_rows(5)]
-    plots.draw_progress(path, rows, ROWS, "a run", best=0)
+    plots.draw_progress(path, history_of(tmp_path, rows, ROWS), "test")
     assert len(elements(path, r"axes_\d+")) == 4
     assert "learning rate" in all_texts(path)
 
 
 def test_the_legend_of_scores_is_sorted_and_beside_the_curves(tmp_path):
     path = tmp_path / "plot.svg"
-    plots.draw_progress(path, train_rows(5), ROWS, "a run", best=0)
+    plots.draw_progress(path, history_of(tmp_path, train_rows(5), ROWS), "test")
     scores = elements(path, r"axes_\d+")[-1]
     (legend,) = (node for node in scores.iter() if node.get("id") == "legend_1")
     assert texts(legend) == ["NMI", "Recall @ 1"]  # 0.45 and 0.2 in the last epoch
@@ -96,14 +108,15 @@ def test_scores_of_some_epochs_only_are_drawn(missing):
 
 def test_one_epoch_is_one_tick(tmp_path):
     path = tmp_path / "plot.svg"
-    plots.draw_progress(path, train_rows(1), ROWS[:1], "a run", best=0)
+    plots.draw_progress(path, history_of(tmp_path, train_rows(1), ROWS[:1]), "test")
     ids = [node.get("id") or "" for node in elements(path, r"axes_\d+")[-1].iter()]
     assert len([name for name in ids if name.startswith("xtick")]) == 1
 
 
 def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
     path = tmp_path / "plot.svg"
-    plots.draw_probe(path, [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)], "a run")
+    rows = [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)]
+    plots.draw_probe(path, history_of(tmp_path / "a run", [], probe=rows))
     assert len(elements(path, r"axes_\d+")) == 2
     panels = {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"}
     assert panels | {"a run", "by chance", "from the Class embedding"} <= set(all_texts(path))
@@ -116,11 +129,17 @@ def test_probe_of_test_images_is_in_the_same_panels(tmp_path, monkeypatch):
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
     of_test = ["Class from Class", "Class by chance", "light from Class", "light by chance"]
     columns = [*PROBES, *of_test[2:], *(f"Set 1 {name}" for name in of_test)]
-    plots.draw_probe(tmp_path / "plot.svg", [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(columns, 0.5)], "a run")
+    rows, agreements = [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(columns, 0.5)], {"AMI class": 0.1, "AMI light": 0.7}
+    plots.draw_probe(tmp_path / "plot.svg", history_of(tmp_path, [], mined=[(0, agreements)], probe=rows))
     (figure,) = drawn
+    *axes, agreement = figure.axes
+    assert agreement.get_title("left") == "AMI of the mined labels"
+    assert [(line.get_label(), line.get_ydata().tolist()) for line in agreement.lines] == [
+        ("class", [0.1]), ("light", [0.7])
+    ]  # fmt: skip
     titles = ["the class (wanted low from Shared)", "the mined label (wanted low from Class)"]
-    assert [axis.get_title("left") for axis in figure.axes] == [*titles, "light (wanted low from Class)"]
-    assert [[line.get_marker() for line in axis.lines] for axis in figure.axes] == [
+    assert [axis.get_title("left") for axis in axes] == [*titles, "light (wanted low from Class)"]
+    assert [[line.get_marker() for line in axis.lines] for axis in axes] == [
         ["s", "", "o", "_", ""], ["s", "o", "_"], ["s", "", "_", ""]
     ]  # fmt: skip
     (legend,) = figure.legends
@@ -183,7 +202,7 @@ def test_plots_look_the_same_whatever_the_users_matplotlibrc(tmp_path):
     theirs |= {"savefig.bbox": "tight", "lines.linewidth": 9, "backend": "qtagg", "xtick.labelsize": 30}
     for name, settings in (("ours.svg", {}), ("theirs.svg", theirs)):
         with matplotlib.rc_context(settings):
-            plots.draw_progress(tmp_path / name, train_rows(5), ROWS, "a run", best=1)
+            plots.draw_progress(tmp_path / name, history_of(tmp_path, train_rows(5), ROWS), "test")
             assert matplotlib.rcParams["text.usetex"] == bool(settings)  # left as it was
     assert (tmp_path / "ours.svg").read_bytes() == (tmp_path / "theirs.svg").read_bytes()
 

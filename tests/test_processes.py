@@ -44,7 +44,7 @@ import main
 import netlib
 from data.images import ImageSet
 from run import options
-from support import errors, files, processes
+from support import errors, files, output, processes
 
 pytestmark = pytest.mark.skipif(0 < torch.cuda.device_count() < 3, reason="a GPU for each process: needs three")
 BATCH_SIZE = 12
@@ -374,7 +374,7 @@ def test_no_process_outlives_one_that_dies(class_folders, tmp_path, n_processes,
     command = f"torchrun --standalone --nproc_per_node={n_processes} main.py --resume {path}"
     for line in lines:
         assert line.startswith("main.py: stopped"), line
-        assert line.endswith(f" is safe; go on with: {command}"), line
+        assert line.endswith(f"; last complete epoch saved; resume with: {command}"), line
         assert "SIGINT" not in line  # what torch.multiprocessing asks for, but torchrun does not
     if told == 0:
         assert "Signal 9 (SIGKILL)" in process.stderr
@@ -427,15 +427,15 @@ def test_flags_that_several_processes_cannot_use_are_refused_once(rank, tmp_path
 
 def test_a_compiled_network_whose_statistics_are_exchanged_is_warned_of(rank):
     args = parse("--bs", 12, "--compile")
-    assert not options.doubts(args, n_classes=12)
+    assert not options.warnings_for(args, n_classes=12)
     args.bn = "train"
-    (warning,) = options.doubts(args, n_classes=12)
+    (warning,) = options.warnings_for(args, n_classes=12)
     assert "--compile --bn train in several processes: SyncBatchNorm" in warning
 
 
 def test_what_ends_any_process_is_left_for_torchruns_report(rank, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    with pytest.raises(SystemExit) as stop, errors.one_line_errors("main.py"):
+    with pytest.raises(SystemExit) as stop, output.logged(), errors.one_line_errors("main.py"):
         raise errors.InputError("cannot decode the image a.jpg")
     line = "main.py: error: cannot decode the image a.jpg\n" if rank == "0" else ""
     assert (stop.value.code, capsys.readouterr().err) == (2, line)

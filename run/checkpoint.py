@@ -1,0 +1,134 @@
+"""Checkpoints of a run: what is saved, and how a run is restored from it."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import auxiliaries
+from run.history import LOGS, History
+from support import processes, weights
+from support.errors import InputError
+from support.files import locked, replaced_file
+
+LAST = "last.pth.tar"
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run to resume: its folder and the content of its last.pth.tar."""
+
+    folder: Path
+    content: dict[str, dict]
+
+
+def save(
+    path: Path,
+    history: History,
+    minings: Sequence[np.ndarray],
+    network: torch.nn.Module,
+    parts: Mapping[str, object] | None = None,
+) -> None:
+    """Write a checkpoint, which holds tensors and plain values only.
+
+    Args:
+        path: of the file.
+        history: of the run.
+        minings: mined labels (N,) of all training images, of each mining.
+        network: the network.
+        parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: the network alone is kept.
+    """
+    progress = {"rows": history.rows, "initial_scores": history.initial_scores, "contents": history.image_sets}
+    progress["mined_labels"] = torch.from_numpy(smallest(np.stack(minings))) if minings else None
+    content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
+    content |= {"flags": history.flags, "provenance": history.provenance, "progress": progress}
+    if parts is not None:
+        training = {name: part.state_dict() for name, part in parts.items()}
+        training |= {"epoch": history.epoch, "seconds": history.seconds, "spent": dict(history.spent)}
+        content["training"] = training | {"random": auxiliaries.random_states(network.mean.device)}
+    with replaced_file(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # what the archive's writer makes of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
+    """Lock a run folder, in the first process, and read its last.pth.tar.
+
+    Args:
+        folder: the run folder.
+        locks: holds the lock.
+
+    Raises:
+        InputError: another process trains the run, or it holds nothing to resume from.
+    """
+    path = weights.checkpoint_path(folder, LAST)
+    if processes.is_first():
+        locks.enter_context(locked(folder))
+    content = weights.read_checkpoint(path)
+    if "training" not in content:
+        raise InputError(f"{path}: holds a network without the state of its training")
+    return StoredRun(folder, content)
+
+
+def restore_history(history: History, content: Mapping[str, dict]) -> list[np.ndarray]:
+    """Set a history to what a checkpoint holds.
+
+    Returns:
+        The mined labels (N,) of each mining.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    progress, training = content["progress"], content["training"]
+    try:
+        history.rows, history.initial_scores = progress["rows"], dict(progress["initial_scores"])
+        history.image_sets, history.spent = dict(progress["contents"]), training["spent"] | {}
+        history.epoch, history.seconds = int(training["epoch"]), float(training["seconds"])
+        mined = progress["mined_labels"]
+        minings = [] if mined is None else list(mined.numpy())
+        if len(minings) != len(history.mined_epochs) or history.rows.keys() != LOGS.keys() or history.epoch < 0:
+            raise ValueError("its logs are not whole")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{history.folder / LAST}: no checkpoint of this version of the program ({error})") from error
+    return minings
+
+
+def complete_history(history: History) -> None:
+    """Add what only the last.pth.tar of an earlier version's run holds to its history, if there is one.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = history.folder / LAST
+    if path.exists():
+        content = weights.read_checkpoint(path)
+        history.initial_scores, history.image_sets = (
+            content["progress"][part] for part in ("initial_scores", "contents")
+        )
+        training = content.get("training", {})
+        history.seconds, history.spent = training.get("seconds", 0.0), training.get("spent", {})
+
+
+def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mapping[str, object]) -> None:
+    """Set network, parts and random states to what `save` wrote. Raises InputError for parts that do not fit."""
+    training = content["training"]
+    try:
+        network.load_state_dict(content["state_dict"])
+        for name, part in parts.items():
+            part.load_state_dict(training[name])
+        auxiliaries.set_random_states(training["random"], network.mean.device)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{LAST}: holds no training of this run ({reason})") from error
+
+
+def smallest(labels: np.ndarray) -> np.ndarray:
+    """Return labels as the smallest integers that hold them, of those that a checkpoint can hold."""
+    return labels.astype(next(kind for kind in (np.uint8, np.int16, np.int32) if labels.max() <= np.iinfo(kind).max))

@@ -1,0 +1,357 @@
+"""What a run has logged, as plain values: the run in training writes it, and any run folder is read into it."""
+
+import csv
+import json
+import math
+import os
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from data.images import VALIDATION
+from data.published import published_info
+from support import weights
+from support.errors import InputError, first_line
+from support.files import replaced_file, write_file
+
+LOGS = {
+    "train": "log_train_Class.csv",
+    "val": "log_val_Class.csv",
+    "mining": "log_mining.csv",
+    "shared": "log_val_Shared.csv",
+    "probe": "log_probe.csv",
+}
+"""The CSV files of a run folder, by the names of their rows in a checkpoint."""
+
+STATE_FILE = "run.json"
+
+NOTES = ("started_from", "images", "left_out")
+"""What is learned at the start of a run and noted with its flags."""
+
+PAPER_NOTE = "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
+
+Row = dict[str, object]
+"""A row of a log, {column of its CSV: value}; None where a value was left out."""
+
+
+@dataclass(eq=False)
+class History:
+    """What a run has logged.
+
+    Attributes:
+        folder: the run folder.
+        flags: of the run, with what was learned at its start ("started_from", "images").
+        defaults: default of each flag whose value differs from it.
+        provenance: of each start of the run, {what: text}.
+        rows: of each log in LOGS, in order.
+        state: "running", "finished" or "stopped".
+        reason: why it was stopped, one line.
+        epoch: number of complete epochs.
+        seconds: time spent in all starts; seconds_left is None where it is not known.
+        spent: seconds by activity, see auxiliaries.Stopwatch.
+        initial_scores: scores before training, by column.
+        image_sets: numbers of images and classes and digest of each image set, see data.images.
+        peak_memory: most bytes that the first process of the last start has had, and its GPU.
+        written: when it was last written, in seconds since 1970; 0 where there is no run.json.
+    """
+
+    folder: Path
+    flags: dict[str, object]
+    defaults: dict[str, object] = field(default_factory=dict)
+    provenance: list[dict[str, str]] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in LOGS})
+    state: str = "running"
+    reason: str = ""
+    epoch: int = 0
+    seconds: float = 0.0
+    seconds_left: float | None = None
+    spent: dict[str, float] = field(default_factory=dict)
+    initial_scores: Row = field(default_factory=dict)
+    image_sets: dict[str, dict] = field(default_factory=dict)
+    peak_memory: dict[str, float] = field(default_factory=dict)
+    written: float = 0.0
+
+    @property
+    def n_epochs(self) -> int:
+        """The number of epochs after which the run is finished."""
+        return self.flags["n_epochs"]
+
+    @property
+    def mined_epochs(self) -> list[int]:
+        """The epochs that began with new mined labels."""
+        return [row["Before Epoch"] for row in self.rows["mining"]]
+
+    @property
+    def test_sets(self) -> list[str]:
+        """The names of the test sets with scores, the classes held out last."""
+        names = test_sets_of(self.rows["val"][-1] if self.rows["val"] else self.initial_scores)
+        return sorted(names, key=lambda name: name == VALIDATION)
+
+    def mining_is_due(self, epoch: int) -> bool:
+        """Tell whether an epoch is to begin with new mined labels: every cluster_update_freq + 1 epochs, once."""
+        if self.flags["task_p"][1] == 0:
+            return False
+        return epoch % (self.flags["cluster_update_freq"] + 1) == 0 and epoch not in self.mined_epochs
+
+    def best_index(self, test_set: str) -> int | None:
+        """Return which row of "val" is of a test set's best epoch; None before the first evaluation.
+
+        It is the first one with the highest Recall@1 on that set or, with --select val, on the classes held out.
+        """
+        rows = self.rows["val"]
+        recall = column(VALIDATION if self.flags.get("select") == "val" else test_set, "Recall @ 1")
+        return max(range(len(rows)), key=lambda index: rows[index][recall]) if rows else None
+
+    def improved_sets(self) -> list[str]:
+        """Return the test sets whose best epoch is the one scored last."""
+        last = len(self.rows["val"]) - 1
+        return [name for name in self.test_sets if name != VALIDATION and self.best_index(name) == last]
+
+    def best_line(self) -> str:
+        """Return the best Recall@1 of each test set so far as text."""
+        texts = []
+        for name in [name for name in self.test_sets if name != VALIDATION]:
+            best, prefix = self.rows["val"][self.best_index(name)], "" if name == "test" else f"{name} "
+            texts.append(f"{prefix}{best[column(name, 'Recall @ 1')]:.4f} in epoch {best['Epochs']}")
+        return ", ".join(texts)
+
+    def score_table(self, test_set: str) -> pd.DataFrame:
+        """Return a test set's scores, a row each, Recall@k first.
+
+        Columns: "highest" and the "epoch" of it, "best" (of the best epoch), "last", "before" training, "paper"; NaN
+        where there is none.
+        """
+        rows = [scores_of(row, test_set) for row in self.rows["val"]]
+        epochs = [row["Epochs"] for row in self.rows["val"]]
+        before = scores_of(self.initial_scores, test_set)
+        logged = pd.DataFrame(rows, index=epochs, columns=rows[-1] if rows else list(before)).astype(float)
+        paper = scores_of(published_info(self.flags["dataset"]).scores, test_set)
+        table = pd.DataFrame(index=sorted(logged, key=lambda score: not score.startswith("Recall")))
+        table["highest"] = logged.max()
+        table["epoch"] = logged.dropna(axis="columns", how="all").idxmax() if rows else None
+        table["best"] = logged.iloc[self.best_index(test_set)] if rows else None
+        table["last"] = logged.iloc[-1] if rows else None
+        table["before"], table["paper"] = pd.Series(before, dtype=float), pd.Series(paper, dtype=float)
+        return table
+
+    def write(self) -> None:
+        """Write all files of the history anew, over whatever has happened to them."""
+        self.write_flags()
+        for name in LOGS:
+            self.write_log(name)
+        self.write_state()
+
+    def write_flags(self) -> None:
+        """Write flags and provenance as hypa.pkl, a pickled dict of plain values, and as Parameter_Info.txt."""
+        provenance = {"provenance": self.provenance} if self.provenance else {}
+        write_file(self.folder / "hypa.pkl", pickle.dumps(self.flags | provenance))
+        shown = {}
+        for name, value in self.flags.items():
+            shown[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        for i, start in enumerate(self.provenance):
+            shown |= {f"start {i + 1}, {name}": value for name, value in start.items()}
+        width = max(map(len, shown))
+        text = "".join(f"{name:<{width}}  {value}\n" for name, value in shown.items())
+        write_file(self.folder / "Parameter_Info.txt", text.encode(errors="surrogateescape"))
+
+    def write_log(self, name: str) -> None:
+        """Write a log as CSV; without rows there is none."""
+        path = self.folder / LOGS[name]
+        if not self.rows[name]:
+            path.unlink(missing_ok=True)
+            return
+        with replaced_file(path, "w") as file:
+            pd.DataFrame(self.rows[name], dtype=object).to_csv(file, index=False, lineterminator="\n")
+
+    def write_state(self) -> None:
+        """Write run.json, which holds what has no other place, and Curr_Summary_Class.txt."""
+        self.written = time.time()
+        state = {name: getattr(self, name) for name in STATE}
+        write_file(self.folder / STATE_FILE, json.dumps(state, indent=1).encode())
+        if self.rows["val"]:
+            text = f"{self.summary()}\n"
+            write_file(self.folder / "Curr_Summary_Class.txt", text.encode(errors="surrogateescape"))
+
+    def summary(self) -> str:
+        """Return the text of Curr_Summary_Class.txt."""
+        tables = []
+        for name in self.test_sets:
+            table = self.score_table(name)
+            tables.append(table.set_axis([column(name, score) for score in table.index]))
+        table = pd.concat(tables)
+        table = table.dropna(subset=["highest"])[["highest", "epoch", "last", "before", "paper"]]
+        table = table.rename(columns={"highest": "best", "before": "before training"}).astype({"epoch": int})
+        if table["paper"].notna().any():
+            table["best - paper"] = table["best"] - table["paper"]
+        table = table.dropna(axis="columns", how="all")
+        spent = {**self.spent, "all else": max(self.seconds - sum(self.spent.values()), 0.0)}
+        lines = [
+            table.rename_axis(columns="score").to_string(float_format="{:.4f}".format, na_rep="-"),
+            *([PAPER_NOTE] if "paper" in table else []),
+            f"started from: {self.flags.get('started_from', 'unknown')}",
+            f"epochs done: {self.rows['val'][-1]['Epochs'] + 1}",
+            f"seconds: {self.seconds:.1f}",
+            f"of these: {', '.join(f'{activity} {value:.1f}' for activity, value in spent.items())}",
+            f"peak memory: {memory_text(self.peak_memory)}",
+            f"run folder: {self.folder}",
+        ]
+        return "\n".join(lines)
+
+    @classmethod
+    def read(cls, folder: Path) -> "History":
+        """Read the run in a folder, be it finished, running, stopped or killed; no code in its files is executed.
+
+        Raises:
+            InputError: the folder cannot be read, or a file in it is damaged.
+        """
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError as error:
+            raise InputError(f"{folder}: no such folder") from error
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+        if "hypa.pkl" not in names:
+            raise InputError(f"{folder}: holds no hypa.pkl")
+        flags, provenance = read_flags(folder)
+        history = cls(folder, flags, provenance=provenance)
+        for name, file in LOGS.items():
+            history.rows[name] = read_log(folder / file) if file in names else []
+        for row in history.rows["val"]:
+            if not test_sets_of(row) or None in [row[name] for name in row if name.endswith("Recall @ 1")]:
+                raise InputError(f"{folder}: {LOGS['val']} cannot be read (an epoch without Recall @ 1)")
+        if STATE_FILE in names:
+            vars(history).update(read_state(folder / STATE_FILE))
+        else:  # written by an earlier version
+            history.epoch = history.rows["train"][-1]["Epochs"] + 1 if history.rows["train"] else 0
+            history.state = "finished" if history.epoch >= history.n_epochs else "stopped"
+        return history
+
+
+def fill_in_flags(histories: Sequence[History]) -> None:
+    """Give histories the flags that their programs did not have yet, at the default that later ones tell."""
+    defaults = {}
+    for history in [history for history in histories if history.written]:
+        defaults |= {flag: value for flag, value in history.flags.items() if flag not in NOTES} | history.defaults
+    for history in histories:
+        history.flags = {**defaults, **history.flags}
+
+
+NUMBER = (int, float)
+STATE = {
+    "state": str, "reason": str, "epoch": int, "seconds": NUMBER, "seconds_left": (*NUMBER, type(None)), "spent": dict,
+    "initial_scores": dict, "image_sets": dict, "defaults": dict, "peak_memory": dict, "written": NUMBER,
+}  # fmt: skip
+"""What run.json holds, and of which type."""
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles of plain values (dict, list, str, numbers) and refuses everything that would run code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
+    """Return flags and provenance in the hypa.pkl of a run folder. Raises InputError."""
+    try:
+        with open(folder / "hypa.pkl", "rb") as file:
+            flags = PlainUnpickler(file).load()
+        provenance = flags.pop("provenance", [])
+        if not isinstance(flags["dataset"], str) or not isinstance(flags["n_epochs"], int):
+            raise ValueError("no flags of a run")
+        if not weights.is_provenance(provenance):
+            raise ValueError("its provenance is none")
+    except Exception as error:  # damaged bytes make the unpickler raise almost anything
+        raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
+    return flags, provenance
+
+
+def read_log(path: Path) -> list[Row]:
+    """Return the rows of a CSV file of a run with the numbers that were written. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
+        epochs = "Before Epoch" if path.name == LOGS["mining"] else "Epochs"
+        if not rows or not all(isinstance(row[epochs], int) and None not in row for row in rows):
+            raise ValueError("no whole rows")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
+    return rows
+
+
+def number_of(text: str | None) -> int | float | None:
+    """Return the number in a cell, None of an empty one. Raises ValueError."""
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def read_state(path: Path) -> dict[str, object]:
+    """Return what run.json holds, see STATE. Raises InputError."""
+    try:
+        stored = json.loads(path.read_bytes())
+        for name, kind in STATE.items():
+            if not isinstance(stored[name], kind):
+                raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
+        if not math.isfinite(stored["seconds"] + stored["written"]):
+            raise ValueError("its times are no numbers")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
+    return {name: stored[name] for name in STATE}
+
+
+def file_suffix(test_set: str) -> str:
+    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for "test"."""
+    return "" if test_set == "test" else f"_{test_set.lower().replace(' ', '')}"
+
+
+def column(test_set: str, score: str) -> str:
+    """Return the column of a test set's score: the score for "test", else the set's name in front."""
+    return score if test_set == "test" else f"{test_set} {score}"
+
+
+def test_sets_of(row: Mapping[str, object]) -> list[str]:
+    """Return the names of the test sets that a row has scores of."""
+    return [name.removesuffix("Recall @ 1").strip() or "test" for name in row if name.endswith("Recall @ 1")]
+
+
+def scores_of(row: Mapping[str, float | None], test_set: str) -> dict[str, float | None]:
+    """Return one test set's scores in a row, by their names without the set's."""
+    if test_set != "test":
+        return {name.removeprefix(f"{test_set} "): row[name] for name in row if name.startswith(f"{test_set} ")}
+    others = tuple(f"{name} " for name in test_sets_of(row) if name != "test")
+    return {name: row[name] for name in row if name not in ("Epochs", "Time") and not name.startswith(others)}
+
+
+def row_text(row: Row, names: Sequence[str] | None = None) -> str:
+    """Return the values of a row as one line of text, without its epoch and time and what was left out."""
+    values = {name: row[name] for name in names or row if name not in ("Epochs", "Time") and row[name] is not None}
+    return "  ".join(f"{name} {value:.4g}" if name == "Learning Rate" else f"{name} {value:.4f}"
+                     for name, value in values.items())  # fmt: skip
+
+
+def mining_sheet(folder: Path, epoch: int) -> Path:
+    """Return the contact sheet of the mining before an epoch."""
+    return folder / "mined" / f"before_epoch_{epoch:04d}.jpg"
+
+
+def neighbour_sheet(folder: Path, test_set: str, task: str) -> Path:
+    """Return the sheet of a test set's nearest neighbours by a task's embedding."""
+    return folder / f"sample_recoveries{'' if task == 'Class' else f'_{task}'}{file_suffix(test_set)}.png"
+
+
+def info_plot(folder: Path, test_set: str) -> Path:
+    """Return the plot of losses and of a test set's scores."""
+    return folder / f"InfoPlot_Class{file_suffix(test_set)}.svg"
+
+
+def memory_text(peak_memory: Mapping[str, float]) -> str:
+    """Return peak memory as text."""
+    return ", ".join(f"{what} {n_bytes / 1e9:.2f} GB" for what, n_bytes in peak_memory.items()) or "unknown"

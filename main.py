@@ -70,7 +70,7 @@ def get_args_parser() -> OneLineParser:
         "dict of the backbone or a checkpoint of this program, also as .safetensors; heads of matching size are loaded "
         "as well")
     add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its pretrained statistics; train: it "
-        "normalises by each batch and updates them (default: frozen with pretrained weights, train with random weights)")
+        "normalises by each batch and updates them (default: frozen with pretrained weights, else train)")
     add("--img_size", type=whole(32, 4096), default=224, metavar="PIXELS", help="side of the square network input; "
         "smaller is faster; evaluation resizes images to 256/224 of it and crops the centre")
     add("--k_vals", type=whole(1), nargs="+", metavar="K", help="values of k for Recall@k; 1 is always added, because "
@@ -172,8 +172,8 @@ def get_args_parser() -> OneLineParser:
     add = group.add_argument
     add("--gpu", type=whole(0), default=0, metavar="ID", help="number of the GPU to use; "
         "without a GPU, the run uses the CPU")
-    add("--savename", default="", metavar="NAME", help="name of the run folder; if empty, dataset, arch and start "
-        "time; an existing name gets a counter, nothing is overwritten")
+    add("--savename", default="", metavar="NAME", help="name of the run folder; if empty, it is made of dataset, arch "
+        "and start time; an existing name gets a counter, nothing is overwritten")
     start = group.add_mutually_exclusive_group().add_argument
     start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted; "
         f"it keeps its flags, only {options.GIVEN_ANEW} may change")

@@ -582,40 +582,45 @@ def get_args_parser() -> errors.OneLineParser:
     """Return the parser of the command."""
     parser = errors.OneLineParser(
         prog="evaluate.py",
-        description="Score a stored run, with the flags it was trained with, or compare stored runs.",
+        description="Score a stored run with the flags it was trained with, embed images, or compare stored runs.",
         allow_abbrev=False,
     )
     # fmt: off
     add = parser.add_argument
-    add("run", type=PATH, nargs="+", metavar="RUN", help="run folder, or a checkpoint file; with --compare any number "
-        "of run folders, or folders that hold them")
+    add("run", type=PATH, nargs="+", metavar="RUN", help="a run folder or a checkpoint file; with --compare, any "
+        "number of run folders, or folders that hold them")
 
     add = parser.add_argument_group("to score one run").add_argument
     add("--checkpoint", type=PATH, metavar="FILE", help="score this checkpoint of the run instead of the best one")
     add("--dataset", metavar="NAME", help="score on the test classes of another data set")
-    add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the dataset folders, where it has moved")
-    add("--embedding", choices=["Class", "Shared"], help="which embedding to score (default: Class)")
-    add("--save_embeddings", type=PATH, metavar="FILE.npz", help="store embeddings, labels, paths and class names")
+    add("--source_path", type=PATH, metavar="FOLDER", help="folder that holds the data "
+        "sets, if it has moved since training")
+    add("--embedding", choices=["Class", "Shared"], help="embedding to score or to store (default: Class)")
+    add("--save_embeddings", type=PATH, metavar="FILE.npz", help="also store embeddings, labels, "
+        "paths and class names in this file")
     add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
-        "layout, and store embeddings and paths with --save_embeddings")
-    add("--gpu", type=whole(0), metavar="ID", help="GPU to use; without any the CPU (default: 0)")
-    add("--kernels", type=whole(0), metavar="N", help="data loader workers (default: as in the run)")
+        "layout, and store embeddings and paths in the file of --save_embeddings")
+    add("--gpu", type=whole(0), metavar="ID", help="number of the GPU to use; without a GPU, the CPU is "
+        "used (default: 0)")
+    add("--kernels", type=whole(0), metavar="N", help="data loader workers; does not change results "
+        "(default: as in the run)")
 
     add = parser.add_argument_group("to draw one run").add_argument
-    add("--page", action="store_true", default=None, help="draw page.html and the plots of a stored run anew, such as "
+    add("--page", action="store_true", default=None, help="redraw page.html and the plots of a stored run, for example "
         "one of an earlier version")
 
     add = parser.add_argument_group("to compare runs").add_argument
-    add("--compare", action="store_true", default=None, help="print a table of stored runs, named by what differs: "
-        "scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
-    add("--over", metavar="FLAG", help="also print Recall @ 1 over this flag, beside the paper's curve where there is "
-        "one, and draw it with --plot; of a pair the Shared task's value counts")
-    add("--against", type=PATH, metavar="RUN", help="also give the differences of each setting to that of this run, "
-        "one of those compared, over runs of the same seed, with 95 %% confidence intervals, and draw them with --plot")
+    add("--compare", action="store_true", default=None, help="print a table of stored runs, named by the flags that "
+        "differ: scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--over", metavar="FLAG", help="also print Recall @ 1 as a function of this flag, next to the paper's curve "
+        "if there is one; --plot draws it; if the flag is a pair, the Shared task's value is used")
+    add("--against", type=PATH, metavar="RUN", help="also print the differences of every setting to the setting of "
+        "this run, which must be among those compared: means over runs of the same seed, with 95 %% confidence "
+        "intervals; --plot draws them")
     add("--csv", type=PATH, metavar="FILE", help="also write the table to FILE, with a column for each flag that "
         "differs")
-    add("--plot", type=PATH, metavar="FILE", help="draw Recall @ 1 over the epochs, or what --over or --against ask "
-        "for (.svg, .png or .pdf)")
+    add("--plot", type=PATH, metavar="FILE", help="draw Recall @ 1 over the epochs, or what --over or --against prints "
+        "(.svg, .png or .pdf)")
     # fmt: on
     return parser
 

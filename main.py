@@ -52,121 +52,140 @@ def get_args_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="main.py",
         description="Train MIC: deep metric learning with mined interclass characteristics.",
-        epilog="CLASS SHARED are two values: one for the Class task, one for the Shared (interclass) task.",
+        epilog="CLASS SHARED: two values, the first for the Class task, the second for the Shared (interclass) task.",
         formatter_class=options.FlagHelpFormatter,
         allow_abbrev=False,
     )
     # fmt: off
     add = parser.add_argument_group("data and network").add_argument
-    add("--dataset", default="cub200", metavar="NAME", help="cub200, cars196, online_products, in-shop, vehicle_id; "
-        "shapes: the built-in rendered set; any other NAME: your folder SOURCE_PATH/NAME with images/<class>/<image>, "
-        "train/<class>/<image> and test/<class>/<image>, or a list images.csv, see docs/data.md")
-    add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="the backbone: "
-        "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without a tag")
-    add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's")
-    add("--weights", type=PATH, metavar="FILE", help="start from this state dict of the backbone, checkpoint of this "
-        "program or .safetensors instead of downloading; heads that it has in the right size are taken too")
-    add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its statistics, train: they follow the "
-        "batches (default: frozen with pretrained weights, train with random ones)")
+    add("--dataset", default="cub200", metavar="NAME", help="a published data set: cub200, cars196, "
+        "online_products, in-shop, vehicle_id; shapes: the built-in rendered set; any other NAME: your own images in "
+        "SOURCE_PATH/NAME, as images/<class>/<image>, as train/<class>/<image> and test/<class>/<image>, or as a list "
+        "images.csv, see docs/data.md")
+    add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="backbone: "
+        "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without the tag of its weights")
+    add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's; needs a "
+        "larger --lr, about 1e-3")
+    add("--weights", type=PATH, metavar="FILE", help="start from this file instead of downloading weights: a state "
+        "dict of the backbone or a checkpoint of this program, also as .safetensors; heads of matching size are loaded "
+        "as well")
+    add("--bn", choices=["frozen", "train"], help="frozen: BatchNorm keeps its pretrained statistics; train: it "
+        "normalises by each batch and updates them (default: frozen with pretrained weights, else train)")
     add("--img_size", type=whole(32, 4096), default=224, metavar="PIXELS", help="side of the square network input; "
-        "smaller is faster; for evaluation images are resized to 256/224 of it, then cropped")
-    add("--k_vals", type=whole(1), nargs="+", metavar="K", help="the k of Recall@k; 1, which picks the best epoch, is "
-        "always among them (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, others "
-        "1 2 4 8)")
-    add("--cache", choices=["none", "ram"], default="none", help="keep decoded images in memory; changes no result")
+        "smaller is faster; evaluation resizes images to 256/224 of it and crops the centre")
+    add("--k_vals", type=whole(1), nargs="+", metavar="K", help="values of k for Recall@k; 1 is always added, because "
+        "it picks the best epoch (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, "
+        "others 1 2 4 8)")
+    add("--cache", choices=["none", "ram"], default="none", help="ram: keep decoded images in memory; use it "
+        "when decoding is the bottleneck and the images fit; does not change results")
 
     add = parser.add_argument_group("training").add_argument
-    add("--n_epochs", type=whole(1), default=130, metavar="N", help="epochs, each of (training images / bs) iterations")
-    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers of each process, at most its "
+    add("--n_epochs", type=whole(1), default=130, metavar="N", help="number of epochs; an epoch is (training images / "
+        "bs) iterations")
+    add("--kernels", type=whole(0), default=8, metavar="N", help="data loader workers of each process, capped at its "
         "share of the CPU cores; 0 loads in the process itself; does not change results")
-    add("--seed", type=SEED, default=1, help="random seed; on the CPU the same seed repeats a run exactly on the "
-        "same number of threads")
-    add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network: float32, or "
-        "autocast to bfloat16, or to float16 with a gradient scaler (for GPUs without bfloat16): faster, less memory")
-    add("--tf32", action="store_true", help="let float32 products and convolutions round their inputs to 10 bits of "
-        "mantissa: faster; needs an NVIDIA GPU of 2020 or later")
-    add("--compile", action="store_true", help="torch.compile the network: minutes at the start, faster steps")
-    add("--eval_every", type=whole(1), default=1, metavar="N", help="score the test classes after every N-th epoch, "
-        "and after the last")
-    add("--fast_eval", action="store_true", help="leave NMI and F1, which need a k-means with as many clusters as "
-        "classes, out of all but every tenth epoch (or the next that is scored) and the last: empty cells in the CSV")
-    add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, to "
-        "log_val_Shared.csv: takes as long again as scoring, but no second pass over the images")
+    add("--seed", type=SEED, default=1, help="random seed; on the CPU, the same seed and number of threads repeat a "
+        "run exactly")
+    add("--amp", choices=["none", *netlib.AMP_TYPES], default="none", help="precision of the network; none: float32; "
+        "bf16: autocast to bfloat16, which is faster and takes less memory on GPUs that support it; fp16: the same "
+        "with float16 and a gradient scaler, for other GPUs")
+    add("--tf32", action="store_true", help="allow TF32: float32 products and convolutions round their inputs to 10 "
+        "bits of mantissa, which is faster; needs an NVIDIA GPU of 2020 or later")
+    add("--compile", action="store_true", help="compile the network with torch.compile: takes minutes at the start, "
+        "then makes steps faster")
+    add("--eval_every", type=whole(1), default=1, metavar="N", help="score the test classes after every Nth epoch and "
+        "after the last; raise it when scoring takes long")
+    add("--fast_eval", action="store_true", help="compute NMI and F1, which need a slow k-means, only after every "
+        "tenth epoch (or the next one that is scored) and the last; other cells in the CSV stay empty")
+    add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, into "
+        "log_val_Shared.csv; doubles the time for scores, but images are embedded only once")
     add("--val_classes", type=FRACTION, default=0.0, metavar="FRACTION", help="hold out this fraction of the training "
-        "classes, the last ones, and score on them too, as Val: to choose flags by")
-    add("--select", choices=["test", "val"], default="test", help="the classes whose Recall @ 1 picks the best epoch: "
-        "test as in the paper, val those that --val_classes holds out")
+        "classes (the last ones) and score them too, in columns Val ...; use it to choose flags without the test "
+        "classes")
+    add("--select", choices=["test", "val"], default="test", help="classes whose Recall @ 1 picks the best epoch; "
+        "test: the test classes, as in the paper; val: those that --val_classes holds out")
 
     add = parser.add_argument_group("optimiser and schedule").add_argument
-    add("--scheduler", choices=["step", "exp", "none"], default="step", help="step: multiply the learning rates by "
-        "gamma at each epoch of tau, exp: after every epoch, none: never")
-    add("--gamma", type=POSITIVE, default=0.3, help="factor of the scheduler")
-    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs of the step scheduler, from 0")
+    add("--scheduler", choices=["step", "exp", "none"], default="step", help="when to multiply the learning rates "
+        "by --gamma; step: at the epochs in --tau; exp: after every epoch; none: never")
+    add("--gamma", type=POSITIVE, default=0.3, help="factor of the scheduler; closer to 1 lowers the "
+        "learning rates more slowly")
+    add("--tau", type=whole(1), nargs="+", default=[80], metavar="EPOCH", help="epochs, counted from 0, at "
+        "which the step scheduler lowers the learning rates; scale them with --n_epochs")
     add("--decay", type=NOT_NEGATIVE, default=4e-4, help="weight decay of the network; higher regularises more")
     add("--lr", type=POSITIVE, default=1e-5, help="Adam learning rate of the network and the projection networks; "
-        "random weights want about 1e-3")
+        "random weights need about 1e-3")
 
     add = parser.add_argument_group("tasks and batches").add_argument
-    add("--task_p", type=PROBABILITY, default=[1.0, 0.8], **pair, help="probability that a task takes its step in an "
+    add("--task_p", type=PROBABILITY, default=[1.0, 0.8], **pair, help="probability that a task takes a step in an "
         "iteration; 1 0 trains on classes only and mines nothing, but keeps the adversarial term: --adv_weights 0 too "
-        "is the plain baseline")
-    add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains: the "
-        "backbone too, as published, or its head only")
-    add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each cs_per_bs")
-    add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images drawn per class (or mined cluster) in a "
-        "batch; 1 for proxynca, which needs no more")
-    add("--flip", choices=["class", "both", "none"], default="class", help="which tasks' training images are flipped "
-        "left to right at random: the Class task's as published, both tasks', or none: for letters, traffic signs and "
-        "all else whose mirror image is something else")
-    add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="embedding dimensions")
+        "gives the plain baseline")
+    add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains; "
+        "backbone: its head and the backbone, as published; head: its head only")
+    add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each value of --cs_per_bs; "
+        "lower it if memory runs out")
+    add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images of each class (or mined cluster) in a "
+        "batch; marginloss and triplet need at least 2, for proxynca 1 suffices")
+    add("--flip", choices=["class", "both", "none"], default="class", help="tasks whose training images are flipped "
+        "left to right at random; class: the Class task, as published; none: for letters, traffic signs and other "
+        "images whose mirror image means something else")
+    add("--embed_sizes", type=whole(2, 65536), default=[128, 128], **pair, help="dimensions of the embeddings")
 
     add = parser.add_argument_group("losses").add_argument
     add("--losses", type=name_of(losses.LOSSES, "pml/"), default=["marginloss", "marginloss"], **pair,
-        help=f"the task's loss: {', '.join(losses.LOSSES)}, or pml/NAME for one of the package "
-        "pytorch-metric-learning, with its own defaults")
+        help=f"loss: {', '.join(losses.LOSSES)}, or pml/NAME for a loss of the package "
+        "pytorch-metric-learning, with that package's defaults")
     add("--sampling", choices=list(losses.SAMPLERS), default=["distance", "distance"], **pair,
-        help=f"how triplets are picked: {', '.join(losses.SAMPLERS)}; proxynca and pml/NAME need none")
-    add("--proxy_lr", type=POSITIVE, default=[1e-5, 1e-5], **pair, help="learning rate of proxynca's proxies, and of "
-        "what a loss pml/NAME trains")
-    add("--beta", type=POSITIVE, default=[1.2, 1.2], **pair, help="margin loss: initial class boundary between "
-        "positive and negative distances")
-    add("--beta_lr", type=NOT_NEGATIVE, default=[5e-4, 5e-4], **pair, help="learning rate of beta; 0 keeps it fixed")
-    add("--nu", type=NOT_NEGATIVE, default=[0.0, 0.0], **pair, help="weight of beta's regularisation")
-    add("--margin", type=NOT_NEGATIVE, default=[0.2, 0.2], **pair, help="margin of margin loss (distance), triplet "
-        "loss (squared distance) and semihard sampling")
+        help=f"how triplets are picked: {', '.join(losses.SAMPLERS)}; not used by proxynca and pml/NAME")
+    add("--proxy_lr", type=POSITIVE, default=[1e-5, 1e-5], **pair, help="learning rate of the proxies of proxynca, and "
+        "of the parameters of pml/NAME")
+    add("--beta", type=POSITIVE, default=[1.2, 1.2], **pair, help="margin loss: initial boundary between the "
+        "distances of positive and negative pairs")
+    add("--beta_lr", type=NOT_NEGATIVE, default=[5e-4, 5e-4], **pair, help="margin loss: learning rate of beta; 0 "
+        "keeps beta fixed")
+    add("--nu", type=NOT_NEGATIVE, default=[0.0, 0.0], **pair, help="margin loss: weight of the regularisation of "
+        "beta")
+    add("--margin", type=NOT_NEGATIVE, default=[0.2, 0.2], **pair, help="margin of the margin loss (in distances), of "
+        "the triplet loss (in squared distances) and of semihard sampling")
 
     add = parser.add_argument_group("adversarial term").add_argument
     add("--adversarial", choices=DIRECTIONS, nargs="+", default=["Class-Shared"], metavar="TARGET-SOURCE",
-        help="directions to decorrelate: Class-Shared, Shared-Class, or both")
-    add("--adv_weights", type=NOT_NEGATIVE, nargs="+", default=[2500.0], metavar="WEIGHT", help="one weight per "
-        "direction; higher drives the embeddings further apart, 0 leaves the direction out")
+        help="directions of the adversarial term: Class-Shared, Shared-Class, or both; each needs a weight in "
+        "--adv_weights")
+    add("--adv_weights", type=NOT_NEGATIVE, nargs="+", default=[2500.0], metavar="WEIGHT", help="weight of each "
+        "direction; a higher one decorrelates the embeddings more, 0 switches the direction off")
     add("--adv_dim", type=whole(1, 65536), default=512, metavar="N", help="hidden width of the projection network")
 
     add = parser.add_argument_group("mining of shared labels").add_argument
-    add("--shared_num_classes", type=whole(2), default=30, metavar="N", help="number of mined clusters")
-    add("--cluster_update_freq", type=whole(0), default=3, metavar="F", help="F epochs pass between two minings: "
-        "labels change after epochs F, 2F+1, 3F+2, ..., counted from 0; F = 0: after every epoch")
-    add("--cluster_mode", choices=CLUSTER_MODES, default="mean", help="what of each class is taken out before the "
-        "first clustering: nothing, its mean, its mean and standard deviation (the paper's figure)")
-    add("--random_cluster_pick_p", type=PROBABILITY, default=0.2, metavar="P", help="probability that a Shared image "
-        "is replaced by one of a random cluster under the same label; guards against a bad first mining")
+    add("--shared_num_classes", type=whole(2), default=30, metavar="N", help="number of mined clusters; "
+        "choose fewer for a small data set")
+    add("--cluster_update_freq", type=whole(0), default=3, metavar="F", help="re-mine every F+1 epochs, as the "
+        "published code counts; 0: every epoch")
+    add("--cluster_mode", choices=CLUSTER_MODES, default="mean", help="how features are standardised within each class "
+        "before the first clustering; no_norm: not at all; mean: subtract the mean, as in the published code; mstd: "
+        "also divide by the standard deviation, as in the paper's figure")
+    add("--random_cluster_pick_p", type=PROBABILITY, default=0.2, metavar="P", help="probability that an image of a "
+        "Shared batch is replaced by one of a random cluster, under the same label; higher relies less on the mined "
+        "labels")
 
     group = parser.add_argument_group("machine and files")
     add = group.add_argument
-    add("--gpu", type=whole(0), default=0, metavar="ID", help="GPU to use; without any the run is on the CPU")
-    add("--savename", default="", metavar="NAME", help="name of the run folder, by default dataset, arch and start "
-        "time; an existing name gets a counter, nothing is overwritten")
+    add("--gpu", type=whole(0), default=0, metavar="ID", help="number of the GPU to use; "
+        "without a GPU, the run uses the CPU")
+    add("--savename", default="", metavar="NAME", help="name of the run folder; if empty, it is made of dataset, arch "
+        "and start time; an existing name gets a counter, nothing is overwritten")
     start = group.add_mutually_exclusive_group().add_argument
-    start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted, "
-        f"with its flags; only {options.GIVEN_ANEW} may change")
-    start("--go_on", action="store_true", help="resume the run named --savename if it exists, otherwise start it; one "
-        "with other flags is refused, one without a complete epoch starts anew")
-    add("--tensorboard", action="store_true", help="also write the rows of all logs and the contact sheets for "
-        "TensorBoard, to the run folder's tensorboard; needs the package tensorboard")
-    add("--make_graph", action="store_true", help="also store a picture of the network, network.svg; needs torchview "
-        "and graphviz")
-    add("--source_path", type=PATH, default="./Datasets", metavar="FOLDER", help="holds the dataset folders")
-    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="holds DATASET/NAME of each run")
+    start("--resume", type=PATH, metavar="RUN", help="resume the run in this folder as if it had not been interrupted; "
+        f"it keeps its flags, only {options.GIVEN_ANEW} may change")
+    start("--go_on", action="store_true", help="resume the run named --savename if it exists, otherwise start it; a "
+        "run with other flags is refused, a run without a complete epoch starts anew")
+    add("--tensorboard", action="store_true", help="also write all logs and contact sheets for TensorBoard, to the "
+        "folder tensorboard of the run; needs the package tensorboard")
+    add("--make_graph", action="store_true", help="also draw the network, to network.svg; needs the packages torchview "
+        "and graphviz, and the program dot")
+    add("--source_path", type=PATH, default="./Datasets", metavar="FOLDER", help="folder that holds the data sets")
+    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="folder of the "
+        "runs: each has FOLDER/DATASET/NAME")
     # fmt: on
     return parser
 

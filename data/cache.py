@@ -13,6 +13,12 @@ from data.images import ImageSet, image_size, read_image
 from support.errors import InputError
 from support.output import log
 
+CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""By controller, none in version 2: the mount of a memory cgroup, and the arguments of left_in_cgroup."""
+
 
 def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return (N,) objects, the images (H, W, 3) uint8 that follow one another in a flat uint8 array, without copying.
@@ -59,8 +65,8 @@ def decode_into(pixels: np.ndarray, path: str) -> None:
 def free_memory(root: str | Path = "/") -> int | None:
     """Return the bytes of memory that this process may still take, None where the system does not say.
 
-    It is the least of what is free on the machine and what the limits of its cgroup and of those around it leave
-    (version 2), as containers and job schedulers set them. root: the folder that holds proc and sys.
+    It is the least of what is free on the machine and what the limits of its cgroup and of those around it leave, as
+    containers and job schedulers set them. root: the folder that holds proc and sys.
     """
     root, free = Path(root), []
     with contextlib.suppress(OSError):
@@ -68,15 +74,20 @@ def free_memory(root: str | Path = "/") -> int | None:
             if line.startswith("MemAvailable"):
                 free.append(1024 * int(line.split()[1]))
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            group = PurePosixPath(line.split(":", 2)[2].lstrip("/"))  # a container may see only its own, on top
-            free += [left_in_cgroup(root / "sys/fs/cgroup" / above) for above in (group, *group.parents)]
+            _, controller, group = line.split(":", 2)
+            if controller in CGROUP_FILES:
+                mount, *names = CGROUP_FILES[controller]
+                group = PurePosixPath(group.lstrip("/"))  # a container may see only its own, on top
+                free += [left_in_cgroup(root / mount / above, *names) for above in (group, *group.parents)]
     return min((n_bytes for n_bytes in free if n_bytes is not None), default=None)
 
 
-def left_in_cgroup(folder: Path) -> int | None:
-    """Return the bytes that a cgroup's limit leaves, None where it has none; cached pages of files count as left."""
+def left_in_cgroup(folder: Path, limit: str, used: str, cached: str) -> int | None:
+    """Return the bytes that a cgroup's limit leaves, None where it has none; cached pages of files count as left.
+
+    limit, used: names of files. cached: name of a line in memory.stat.
+    """
     with contextlib.suppress(OSError, ValueError):  # "max" is no number
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
-        limit, used = ((folder / name).read_text() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(used) + int(cached)
+        n_cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[cached]
+        return int((folder / limit).read_text()) - int((folder / used).read_text()) + int(n_cached)
     return None

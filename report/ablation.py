@@ -34,28 +34,28 @@ STOPPED = (129, 130, 143)
 """Exit codes of a run that was told to stop, which end the series."""
 
 SERIES = {
-    "clusters": ("shared_num_classes", "5 10 20 30 50 100 150 200 250 300", "the number of mined clusters"),
-    "interval": ("cluster_update_freq", "1 3 5 10 20 50", "the epochs between two minings"),
-    "dim": ("embed_sizes", "0 64 128 256 512 1024", "of the Shared embedding; 0 is the plain margin-loss baseline"),
-    "adversarial": ("adv_weights", "0 on", "on is the weight of the set-up"),
-    "standardise": ("cluster_mode", "no_norm mean mstd", "what of each class is taken out before the first clustering"),
-    "mining": (None, "margin margin_steps mic no_adversarial no_norm shared_head", "whether mining helps: margin is "
-               "the plain margin-loss baseline, margin_steps the same with as many steps of the optimiser as MIC takes "
-               "in more epochs, no_adversarial MIC with --adv_weights 0, no_norm MIC with --cluster_mode no_norm, "
-               "shared_head MIC with --shared_gradient head; ends with the differences to the first of them, paired by "
-               "seed"),
+    "clusters": ("shared_num_classes", "5 10 20 30 50 100 150 200 250 300", "number of mined clusters"),
+    "interval": ("cluster_update_freq", "1 3 5 10 20 50", "F: labels are mined again every F+1 epochs"),
+    "dim": ("embed_sizes", "0 64 128 256 512 1024", "size of the Shared embedding; 0: the plain margin-loss baseline"),
+    "adversarial": ("adv_weights", "0 on", "weight of the adversarial term; on is the weight of the set-up"),
+    "standardise": ("cluster_mode", "no_norm mean mstd", "how features are standardised before the first clustering"),
+    "mining": (None, "margin margin_steps mic no_adversarial no_norm shared_head", "does mining help? margin is the "
+               "plain margin-loss baseline; margin_steps trains it for as many optimiser steps as MIC takes; "
+               "mic has the flags of the set-up; no_adversarial is MIC with --adv_weights 0; no_norm is MIC with "
+               "--cluster_mode no_norm; shared_head is MIC with --shared_gradient head. The series ends with the "
+               "differences to the first of the values, paired by seed"),
 }  # fmt: skip
 """A series' flag, its values, and what they are; mining sets several flags."""
 
 HELP = """\
-Trains one run for each value of a flag and each of N seeds, with the set-up of the data set (shapes: the demo's; your
-own: the defaults and your flags), and then compares them: a table, and ablation_SERIES.csv and ablation_SERIES.svg
-beside the runs. Rerunning a series skips finished runs and resumes interrupted ones.
+Train one run for each value of a flag and each of N seeds, with the set-up of the data set (shapes: the demo's; your
+own images: the defaults and your flags). Then compare the runs: print a table, and write ablation_SERIES.csv and
+ablation_SERIES.svg next to the runs. Rerunning a series skips finished runs and resumes interrupted ones.
 
-SERIES is
+SERIES is one of
 {}
 
---values runs others than these, for example a smaller series on a CPU:
+--values replaces the values of a series. A small series that runs on a CPU:
   bash Result_Runs.sh ablation clusters shapes --values 4 8 16 --seeds 2 --n_epochs 4"""
 
 
@@ -75,11 +75,11 @@ def get_args_parser() -> OneLineParser:
     add = parser.add_argument
     add("series", metavar="SERIES", choices=SERIES)
     add("dataset", metavar="DATASET")
-    seeds = "seeds for each value, from 0 for the published set-ups, else from 1 (default: 1)"
+    seeds = "number of seeds for each value, from 0 for the published set-ups, else from 1 (default: 1)"
     add("--seeds", type=whole(1), default=1, metavar="N", help=seeds)
-    add("--values", nargs="+", metavar="V", help="values other than those of the series")
-    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="runs go to FOLDER/DATASET")
-    add("--savename", metavar="NAME", help="first word of the runs' names (default: ablation_SERIES)")
+    add("--values", nargs="+", metavar="V", help="values to run instead of those of the series")
+    add("--save_path", type=PATH, default="./Training_Results", metavar="FOLDER", help="the runs are in FOLDER/DATASET")
+    add("--savename", metavar="NAME", help="start of the runs' names (default: ablation_SERIES)")
     return parser
 
 

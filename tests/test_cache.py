@@ -71,12 +71,15 @@ def test_an_image_that_cannot_be_decoded_is_named(images):
         cached({"train": images})
 
 
-def write_cgroup(folder, limit, used, cached):
-    """Write the files of a cgroup that tell of its memory."""
+def write_cgroup(folder, limit, used, cached, is_first_version=False):
+    """Write the files of a cgroup that tell of its memory; version 1 has other names than version 2."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if is_first_version:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 5\nfile 6\ninactive_file {cached}\n")
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nfile 6\n{names[2]} {cached}\n")
 
 
 def test_free_memory_is_what_the_machine_and_all_cgroups_around_the_process_leave(tmp_path):
@@ -95,5 +98,9 @@ def test_free_memory_is_what_the_machine_and_all_cgroups_around_the_process_leav
     groups.write_text("0::/of/the/host\n")  # as a container sees it, whose own cgroup is on top
     write_cgroup(top, 20_000, 5_000, 0)
     assert free_memory(tmp_path) == 15_000
-    groups.write_text("11:cpu,cpuacct:/a\n4:memory:/docker/b\n1:name=systemd:/c\n0::/\n")  # of version 1, too
-    assert free_memory(tmp_path) == 15_000
+    groups.write_text("11:cpu,cpuacct:/a\n4:memory:/docker/b\n1:name=systemd:/c\n0::/\n")
+    write_cgroup(top, "max", 5_000, 0)
+    write_cgroup(top / "memory", 2**63 - 4096, 7_000, 0, is_first_version=True)
+    assert free_memory(tmp_path) == 4_096_000
+    write_cgroup(top / "memory" / "docker" / "b", 60_000, 50_000, 25_000, is_first_version=True)
+    assert free_memory(tmp_path) == 35_000

@@ -547,7 +547,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
             if run.is_new:
                 score_before_training(args, run, network, loaders)
                 if args.task_p[1] == 0:
-                    datasets.decode_all(loaders.train)  # report broken images now; without mining nothing else would
+                    datasets.decode_all(loaders.train)  # find broken images before training, as mining would
             else:
                 mined = run.restore(network, parts, images.names)
                 if warning := warning_of_threads(run.history.provenance):

@@ -507,7 +507,7 @@ def score_sets(
 
 
 def score_run(args: argparse.Namespace) -> None:
-    """Score each test set with its best checkpoint, beside the scores that the run logged; store embeddings if asked to."""
+    """Score each test set with its best checkpoint, beside the logged scores; store embeddings on request."""
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
     read = functools.cache(weights.read_checkpoint)

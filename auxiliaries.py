@@ -314,7 +314,7 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
 
 
 def gpu_events(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
-    """Return a function that makes events to time work on a GPU; None for the CPU, which does nothing asynchronously."""
+    """Return a function that makes events to time work on a GPU; None for the CPU, which runs nothing behind the host."""
     return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
 
 
@@ -455,7 +455,7 @@ class Stopwatch:
             waits.append((start, recorded(new_event)))
             yield batch
             start = recorded(new_event)
-            # Ask without waiting, as the GPU runs steps behind the host. The last step is done: its losses have been read
+            # Ask without waiting, as the GPU runs steps behind the host. The last step is done, as its losses were read
             while waits and waits[0][1].query():
                 before, after = waits.popleft()
                 seconds = before.elapsed_time(after) / 1000

@@ -314,7 +314,7 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
 
 
 def gpu_events(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
-    """Return a function that makes events to time work on a GPU; None for the CPU, which runs nothing behind the host."""
+    """Return a function that makes events to time work on a GPU; None for the CPU, which has no queue."""
     return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
 
 

@@ -217,7 +217,7 @@ class Run:
         self._write_minings(paths)
 
     def _write_minings(self, paths: Sequence[str]) -> None:
-        """Write any minings to mined_labels.npz: paths (N,), labels (M, N), and the epochs (M,) that begin with them."""
+        """Write any minings to mined_labels.npz: paths (N,), labels (M, N) and the epochs (M,) they begin."""
         if self.writes and self.minings:
             labels = checkpoint.smallest(np.stack(self.minings))
             with replaced_file(self.folder / "mined_labels.npz") as file:

@@ -68,7 +68,8 @@ def pick_device(gpu: int) -> torch.device:
     Raises:
         InputError: there are too few GPUs, or the machine has one that this PyTorch cannot use.
     """
-    with warnings.catch_warnings(record=True) as held_back:  # PyTorch's take several lines, a refusal here takes one
+    # PyTorch warns of a GPU it cannot use in several lines. If named_device raises its one-line error, drop them
+    with warnings.catch_warnings(record=True) as held_back:
         device, name = named_device(gpu)
     for warning in held_back:
         warnings.warn(warning.message, stacklevel=2)
@@ -393,8 +394,9 @@ class LossMeter:
 
 
 class Stopwatch:
-    """Split the time of a run between activities. An activity measured within another one counts for the inner one
-    only.
+    """Split the time of a run between activities.
+
+    While an activity is measured within another one, time counts only for the inner one.
 
     Attributes:
         seconds: {activity: seconds so far}, plain values for a checkpoint.

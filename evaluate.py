@@ -623,12 +623,13 @@ def embed_folder(args: argparse.Namespace) -> None:
         if names:
             paths = [os.path.join(root, name) for name in names]
             print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
-    names = sorted([*found.images, *found.copies, *found.dead, *found.pointers])  # dead and pointers are reported below
+    # Dead links and pointer files cannot be decoded; decoding_errors says why
+    names = sorted([*found.images, *found.copies, *found.dead, *found.pointers])
     paths = [os.path.join(root, name) for name in names]
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    stored = weights.read_checkpoint(checkpoint)  # read first: decoding takes long
+    stored = weights.read_checkpoint(checkpoint)  # first, as decoding takes long
     device, amp = prepare(stored["flags"], args.gpu)
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     sound = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]

@@ -285,10 +285,10 @@ def load_state(network: EmbeddingNetwork, state: dict[str, Tensor], source: str,
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:
-    """Rebuild the network of a run on the CPU, in evaluation mode; it maps uint8 RGB (B, 3, H, W) to {"Class",
-    "Shared"}.
+    """Rebuild the network of a run on the CPU, in evaluation mode.
 
-    Nothing is downloaded, and no code in the file is executed.
+    It maps images (B, 3, H, W) uint8 RGB to embeddings {"Class", "Shared"}. Nothing is downloaded, and no code in the
+    file is executed.
 
     Args:
         run_folder: a run folder, or a checkpoint file.

@@ -192,7 +192,7 @@ def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | Non
         argv: the command line after the program's name; None: that of this process.
     """
     args, flags = parse_args(argv)
-    os.environ.setdefault("PYTHON", sys.executable)  # Result_Runs.sh starts this one
+    os.environ.setdefault("PYTHON", sys.executable)  # Result_Runs.sh runs this Python
     setup = ["--dataset", args.dataset]
     command = [os.environ["PYTHON"], str(ROOT / "main.py"), *setup]
     if args.dataset in SETUPS:

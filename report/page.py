@@ -44,8 +44,7 @@ from support.errors import InputError
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
-"""Seconds after which a running run counts as silent, once its first epoch is done (longer if its epochs are long), and
-before that."""
+"""Seconds after which a running run counts as silent, after its first epoch (longer for long epochs) and before."""
 
 FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(InfoPlot_.*|network)\.svg"]
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]

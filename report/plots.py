@@ -31,7 +31,7 @@ MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")
 
 STYLE = {
     "svg.hashsalt": "mic",
-    "svg.fonttype": "none",  # text that can be edited, in a quarter less time
+    "svg.fonttype": "none",  # keeps text editable, and takes a quarter less time
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -186,7 +186,7 @@ def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
         points = table[name].dropna()
         look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
         axis.plot(points.index, points, **look, markevery=max(1, len(points) // 25), label=name)
-    format_axis(axis, 4)  # ticks take most of the time of a plot
+    format_axis(axis, 4)  # few ticks, as they take most of the time
 
 
 def format_axis(axis: Axes, n_values: int) -> None:

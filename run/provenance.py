@@ -56,7 +56,8 @@ def command(argv: Sequence[str], start: Mapping[str, str]) -> str:
 def program_version() -> str:
     """Return the commit of the program's git checkout and whether files were changed since; "unknown" without one."""
     words = "git --no-optional-locks --git-dir=.git --work-tree=. status --porcelain=v2 --branch --untracked-files=no"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a git hook's
+    # Git sets GIT_* variables for hooks; they may point to another repository
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     options = {"cwd": Path(__file__).parent.parent, "env": environment, "stderr": subprocess.DEVNULL, "timeout": 20}
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         commit, *lines = subprocess.check_output(words.split(), **options).decode(errors="replace").splitlines()

@@ -60,7 +60,6 @@ def extract_features(
     Afterwards the network is back in the mode it was in. With several processes, each embeds its shard.
 
     Args:
-        network: the network.
         loader: batches of images (B, 3, S, S) uint8 and labels; the labels are ignored.
         outputs: names that EmbeddingNetwork.forward takes.
         amp: none, bf16 or fp16.
@@ -458,7 +457,6 @@ def probe_sets(
     """Return the probe_scores of training images, and of each test set whose factors are known.
 
     Args:
-        network: the network.
         loaders: the loaders, with the probed training images.
         mined: labels (N,) of all training images; None if none are mined, when the Shared head is neither trained nor
             probed.
@@ -583,7 +581,6 @@ def embed(
     Args:
         checkpoint: path of the checkpoint, for messages.
         stored: content of the checkpoint.
-        images: the images.
         embedding: Class or Shared.
         n_workers: loader workers; None: as in the run.
         device: see prepare.

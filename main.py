@@ -177,7 +177,6 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     With --cache ram all images are decoded here.
 
     Args:
-        args: all flags.
         run: the run, which records the fingerprints of the images.
         pin_memory: whether loaders return batches in page-locked memory.
 
@@ -303,8 +302,6 @@ def mine_labels(
     The first mining clusters early features, standardised per class; later ones cluster the Shared embedding.
 
     Args:
-        args: all flags.
-        network: the network in its current state.
         loader: the training images in order.
         is_first_time: whether no labels have been mined yet.
 
@@ -352,9 +349,6 @@ def renew_labels(
     Cluster numbers are assigned anew at each mining. Betas and proxies stay with the number, as in the published code.
 
     Args:
-        args: all flags.
-        run: the run that logs the mining.
-        network: the network in its current state.
         loader: the training images in order.
         previous: the labels (N,) so far; None for the first mining.
         epoch: the epoch that begins with the new labels.
@@ -403,8 +397,6 @@ def train_one_epoch(
 
     Args:
         trained: the network as netlib.for_training returns it.
-        objective: the losses of both tasks and the adversarial terms.
-        optimizer: updates the network and the objective.
         scaler: scales the loss for fp16 and skips steps whose gradients overflow.
         steps: (iteration, task) of each step.
         batches: images (B, 3, S, S) uint8 and labels (B,) of each step.
@@ -514,7 +506,6 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     """Start a new run or resume a stored one, train it to its end and return its folder.
 
     Args:
-        args: all flags.
         argv: the command line, recorded with the run.
         stored: the run to resume; None for a new one.
     """

@@ -186,7 +186,6 @@ def build_network(
     The attribute `started_from` of the network says which weights it starts from.
 
     Args:
-        arch: name of the backbone.
         embed_sizes: see EmbeddingNetwork.
         pretrained: download torchvision's or timm's ImageNet weights.
         weights_file: load these weights instead: a state dict of the backbone, or a checkpoint of this program, of

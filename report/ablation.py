@@ -169,7 +169,6 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
     """Compare the runs of a series, and replace its table and plot.
 
     Args:
-        series: name of the series.
         first: first value of the series.
         folders: run folders of each value.
         table: path of the table and the plot, without suffix.

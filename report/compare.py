@@ -320,7 +320,8 @@ def points_to_draw(
 def ablated_value(run: History, flag: str) -> str:
     """Return a run's value of a flag as it is typed; "None" if the run lacks the flag.
 
-    For a pair of values this is that of the Shared task. A run without the Shared task counts as one with a Shared embedding of size 0.
+    Of a pair of values this is the Shared task's. A run without the Shared task counts as having a Shared embedding of
+    size 0.
     """
     if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
         return "0"

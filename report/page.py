@@ -293,7 +293,7 @@ def sparklines(entries: Sequence[dict[str, object]]) -> list[str]:
 
 
 def finite(value: object) -> float | None:
-    """Return a number; None for None, NaN and infinity."""
+    """Return a value as a float; None if it is not a finite number."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

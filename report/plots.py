@@ -258,7 +258,6 @@ def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
     The legend is beside the curves, however many there are.
 
     Args:
-        path: the file.
         curves: name of the setting to Recall@1 (epochs, runs).
     """
     with saved_figure(path, figsize=(9, max(5.5, 0.22 * len(curves)))) as figure:
@@ -281,8 +280,6 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
     Values of the flag are drawn at equal distances.
 
     Args:
-        path: the file.
-        flag: name of the flag.
         table: the lists of Recall@1 of the runs at each value of the flag (rows) for each line (columns), NaN if there
             are none. A line whose name starts with "paper" has published numbers.
     """
@@ -320,7 +317,6 @@ def draw_differences(path: Path, points: Mapping[tuple[str, str, str], tuple[np.
     """Draw the differences of settings to a base setting: one panel per score, one row per setting.
 
     Args:
-        path: the file.
         points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), half the width of their
             confidence interval)}.
         base: name of the base setting.
@@ -350,7 +346,6 @@ def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float]], 
     """Draw rows of draw_differences: the values as dots, and their mean with a bar for the interval.
 
     Args:
-        axis: the axis.
         rows: (place, values (n,), half the width of the interval).
         look: options of Matplotlib's errorbar.
     """

@@ -40,8 +40,6 @@ def draw_neighbours(
     """Draw the nearest neighbours in each test set whose best epoch is the one scored last.
 
     Args:
-        history: history of the run.
-        tests: the test sets.
         embeddings: {test set: {task: (N, D)}}; Shared is drawn only if labels were mined.
 
     Returns:
@@ -62,7 +60,6 @@ def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_d
     """Draw the last mining (see draw_clusters) to mined_clusters.png, and to a sheet of its own that stays.
 
     Args:
-        history: history of the run.
         images: the training images.
         mined: labels (N,).
         squared_distances: (N,), see draw_clusters.
@@ -119,7 +116,6 @@ def draw_clusters(
     """Draw mined clusters to PNG or JPEG files; see clusters_to_show.
 
     Args:
-        paths: the files.
         run_name: name of the run, for the title.
         before_epoch: the epoch that begins with these labels.
         images: the training images.

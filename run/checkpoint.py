@@ -35,10 +35,7 @@ def save(
     """Write a checkpoint. It holds only tensors and plain values.
 
     Args:
-        path: path of the file.
-        history: history of the run.
         minings: mined labels (N,) of all training images, for each mining.
-        network: the network.
         parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: save the network alone.
     """
     progress = {"rows": history.rows, "initial_scores": history.initial_scores, "contents": history.image_sets}
@@ -62,7 +59,6 @@ def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
     """Lock a run folder, in the first process only, and read its last.pth.tar.
 
     Args:
-        folder: the run folder.
         locks: takes over the lock.
 
     Raises:

@@ -209,8 +209,7 @@ class Run:
 
         Args:
             row: its row of log_mining.csv.
-            mined: labels (N,) int of the images.
-            paths: paths of the images.
+            mined: labels (N,) int of the images at `paths`.
         """
         self.minings.append(mined)
         self.log("mining", row)
@@ -279,7 +278,6 @@ class Run:
         """Restore network, parts and random states to what `save` wrote.
 
         Args:
-            network: the network.
             parts: what else has a state_dict, by the names given to `save`.
             paths: paths of the training images.
 

@@ -57,7 +57,7 @@ class QuietFileHandler(logging.FileHandler):
 
 @contextlib.contextmanager
 def logged() -> Iterator[None]:
-    """Log to stdout within the block; errors, and warnings of libraries, go to stderr.
+    """Log to the current stdout within the block; errors, and warnings of libraries, go to stderr.
 
     With several processes only the first one prints anything. The lines are also kept for `log_to`.
     """

@@ -18,7 +18,6 @@ def imported(module: str, package: str, flag: str) -> ModuleType:
     """Import a module of an optional package, or a module that needs such a package.
 
     Args:
-        module: name of the module.
         package: name of the package for pip.
         flag: flag that needs the package, for messages.
 

@@ -33,7 +33,6 @@ def read_file(path: str | Path, source: str) -> object:
     """Read a file written by torch.save, or a .safetensors file; no code in the file is executed.
 
     Args:
-        path: path of the file.
         source: name of the file in messages.
 
     Raises:

@@ -23,17 +23,17 @@ from support.errors import DivergedError, InputError, first_line
 from support.output import log
 
 LONGEST_SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
-"""Bytes of a folder's name in which Python's processes can still open sockets for each other."""
+"""Longest path, in bytes, of a temporary folder in which Python's processes can open sockets to each other."""
 
 ACTIVITIES = ("loading", "training", "mining", "evaluation", "drawing")
-"""What a run's time is split into; loading is the time that the training steps wait for their batches."""
+"""Activities between which a run's time is split; loading is the time that training steps wait for their batches."""
 
 AMPERE = (8, 0)
-"""The first compute capability with TF32 and bfloat16."""
+"""First compute capability with TF32 and bfloat16."""
 
 
 def set_seeds(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices) and ask cuDNN for repeatable algorithms."""
+    """Seed Python, NumPy and PyTorch on all devices, and ask cuDNN for repeatable algorithms."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -41,7 +41,7 @@ def set_seeds(seed: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, object]:
-    """Return the states of all random number generators as plain values. device: the one that the run draws on."""
+    """Return the states of all random number generators as plain values; `device` is the one that the run draws on."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -52,7 +52,7 @@ def random_states(device: torch.device) -> dict[str, object]:
 
 
 def set_random_states(states: Mapping[str, object], device: torch.device) -> None:
-    """Continue all random number generators from these random_states, on this device."""
+    """Set all random number generators to the states that random_states returned."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -61,26 +61,27 @@ def set_random_states(states: Mapping[str, object], device: torch.device) -> Non
 
 
 def pick_device(gpu: int) -> torch.device:
-    """Return CUDA device `gpu` and make it the current one, or return the CPU of a machine without a GPU.
+    """Return CUDA device `gpu` and make it the current one, or return the CPU on a machine without a GPU.
 
-    Each of several processes on a machine takes a GPU of its own, from `gpu` on.
+    With several processes on a machine, each takes a GPU of its own, starting at `gpu`.
 
     Raises:
         InputError: there are too few GPUs, or the machine has one that this PyTorch cannot use.
     """
-    with warnings.catch_warnings(record=True) as held_back:  # of several lines, where this refuses a GPU in one
+    # PyTorch warns of a GPU it cannot use in several lines. If named_device raises its one-line error, drop them
+    with warnings.catch_warnings(record=True) as held_back:
         device, name = named_device(gpu)
     for warning in held_back:
         warnings.warn(warning.message, stacklevel=2)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # else pinned memory opens a context on GPU 0
+        torch.cuda.set_device(device)  # otherwise pinned memory opens a context on GPU 0
     among = f", in {processes.world_size()} processes" if processes.world_size() > 1 else ""
     log.info(f"device: {name}{among}")
     return device
 
 
 def named_device(gpu: int) -> tuple[torch.device, str]:
-    """Return the device of pick_device and what a run says of it."""
+    """Return the device that pick_device selects, and its description for the log."""
     if not torch.cuda.is_available():
         why = why_no_gpu(reason_without_cuda(), listed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         return torch.device("cpu"), f"CPU ({why})"
@@ -94,7 +95,7 @@ def named_device(gpu: int) -> tuple[torch.device, str]:
 
 
 def reason_without_cuda() -> str:
-    """Return the first line of PyTorch's own reason why it has no CUDA device."""
+    """Return the first line of PyTorch's reason for having no CUDA device."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
@@ -103,7 +104,7 @@ def reason_without_cuda() -> str:
 
 
 def listed_gpus() -> list[str]:
-    """Return the GPUs that nvidia-smi lists, a line each; none where the program is missing or fails."""
+    """Return the GPUs that nvidia-smi lists, one line each; empty if the program is missing or fails."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -112,15 +113,15 @@ def listed_gpus() -> list[str]:
 
 
 def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
-    """Say why a run is on the CPU.
+    """Explain why a run is on the CPU.
 
     Args:
-        reason: PyTorch's, why it has no CUDA device.
-        gpus: the GPUs that the driver lists, whether PyTorch can use them or not.
-        visible: CUDA_VISIBLE_DEVICES; None where it is not set.
+        reason: PyTorch's reason for having no CUDA device.
+        gpus: GPUs that the driver lists, whether PyTorch can use them or not.
+        visible: value of CUDA_VISIBLE_DEVICES; None if it is not set.
 
     Raises:
-        InputError: there is a GPU that is not hidden, on which the user would expect the run to be.
+        InputError: there is a visible GPU, so the user would expect the run to use it.
     """
     setting = "" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}"
     # CUDA ignores all entries from the first invalid one on, such as -1, or NoDevFiles, which Slurm sets
@@ -136,17 +137,20 @@ def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
 
 
 def require_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
-    """Raise InputError for a GPU that this build of PyTorch has no kernels for.
+    """Check that this build of PyTorch has kernels for a GPU.
 
-    This is coarser than PyTorch's own table. A GPU on the processor's chip, such as that of a Jetson board, may need a
-    build for exactly its capability, and passes here without one.
+    The check is coarser than PyTorch's own table: a GPU on the processor's chip, such as that of a Jetson board, may
+    need a build for exactly its capability, and passes here without one.
 
     Args:
-        name: of the GPU, for the message.
+        name: name of the GPU, for the message.
         capability: its compute capability, such as (8, 0).
-        architectures: what PyTorch was built for, as torch.cuda.get_arch_list gives it: sm_80 runs on cards of the same
-            major and a higher minor version, compute_80 (PTX) on all that are newer. Others, such as those of AMD, are
-            not checked.
+        architectures: what PyTorch was built for, as torch.cuda.get_arch_list returns it. sm_80 runs on GPUs with the
+            same major and the same or a higher minor version, compute_80 (PTX) on all later ones too. Other entries,
+            such as those for AMD, are ignored; without any sm or compute entry nothing is checked.
+
+    Raises:
+        InputError: there are none.
     """
     built = []
     for match in (re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]*", architecture) for architecture in architectures):
@@ -171,17 +175,17 @@ def dotted(capability: tuple[int, int]) -> str:
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """Return the compute capability of an NVIDIA GPU, such as (8, 0); None for the CPU and for GPUs of AMD."""
-    if device.type != "cuda" or torch.version.hip:  # AMD counts otherwise
+    """Return the compute capability of an NVIDIA GPU, such as (8, 0); None for the CPU and for AMD GPUs."""
+    if device.type != "cuda" or torch.version.hip:  # AMD numbers its GPUs differently
         return None
     return torch.cuda.get_device_capability(device)
 
 
 def lacking_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) -> list[str]:
-    """Return the flags of precision that a device cannot follow, as they are typed.
+    """Return the precision flags that a device does not support, as they are typed.
 
-    TF32 and bfloat16 came with compute capability 8.0. PyTorch emulates bfloat16 on older cards, until cuDNN finds no
-    algorithm. CPUs and GPUs of AMD have bfloat16.
+    TF32 and bfloat16 came with compute capability 8.0. On older GPUs PyTorch emulates bfloat16, but fails when cuDNN
+    finds no algorithm for it. CPUs and AMD GPUs support bfloat16.
 
     Args:
         capability: see compute_capability.
@@ -193,9 +197,12 @@ def lacking_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) 
 
 
 def require_precision(capability: tuple[int, int] | None, tf32: bool, amp: str, is_resumed: bool) -> None:
-    """Raise InputError where the device of a run lacks its precision; see lacking_precision.
+    """Check that a run's device supports its precision; see lacking_precision.
 
-    A new run can do without; one that is resumed needs a device that has it.
+    The message for a new run says which flags to use instead; a resumed run needs a device that supports its precision.
+
+    Raises:
+        InputError: the device does not support it.
     """
     here = "and this is none" if capability is None else f"and this one has {dotted(capability)}"
     instead = {"--tf32": "leave it out", "--amp bf16": "give --amp fp16"}
@@ -206,7 +213,7 @@ def require_precision(capability: tuple[int, int] | None, tf32: bool, amp: str, 
 
 
 def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str) -> tuple[bool, str]:
-    """Return the flags tf32 and amp to score a stored run with; without what the device lacks, which is said."""
+    """Return the flags tf32 and amp for scoring a stored run. If the device lacks one, leave it out and log that."""
     lacking = lacking_precision(capability, tf32, amp)
     if lacking:
         tf32, amp = tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
@@ -216,27 +223,27 @@ def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str
 
 
 def precision_hint(capability: tuple[int, int] | None, tf32: bool, amp: str) -> str | None:
-    """Return a line on what would make training faster on this device; None where nothing would."""
+    """Return a hint on how to train faster on this device; None if there is nothing to suggest."""
     if capability is None or capability < AMPERE or tf32 or amp != "none":
         return None
     return "hint: on this GPU --amp bf16 is usually faster than float32; --tf32 lies between them"
 
 
 def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
-    """Switch TF32 on or off for all float32 products on the device; PyTorch's default differs between operations.
+    """Switch TF32 on or off for all float32 products on the device, as PyTorch's default differs between operations.
 
-    Warns of a CPU that runs bfloat16 slower than float32.
+    Log a warning if the CPU runs bfloat16 or float16 slower than float32.
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
         log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
-    # These two keep PyTorch's newer fp32_precision settings in step; setting those leaves these unreadable
+    # Setting these two also sets PyTorch's newer fp32_precision options. The other way round, these become unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
 
 
 @contextlib.contextmanager
 def full_precision_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever --tf32 allows elsewhere."""
+    """Multiply float32 matrices in full float32 precision within the block, even with --tf32."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -246,18 +253,18 @@ def full_precision_products() -> Iterator[None]:
 
 
 def n_cores() -> int:
-    """Return how many CPU cores this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def n_workers(most: int) -> int:
-    """Return how many loader workers this process starts: `most`, but no more than its share of the machine's cores.
+    """Return the number of loader workers of this process: `most`, but at most its share of the machine's cores.
 
     Raises:
-        InputError: there are some, and the name of the folder for temporary files is too long for their sockets.
+        InputError: workers are wanted, but the path of the temporary folder is too long for their sockets.
     """
     folder = tempfile.gettempdir()
-    if most and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # they would wait for each other for ever
+    if most and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # the workers would wait for each other forever
         raise InputError(f"--kernels {most}: TMPDIR is too long a name for loader workers ({folder}); shorten it, or "
                          "give --kernels 0")  # fmt: skip
     return min(most, max(n_cores() // processes.local_world_size(), 1))
@@ -269,20 +276,23 @@ def kmeans(
     """Cluster points with faiss, without subsampling.
 
     Args:
-        points: (N, D), made float32.
-        n_clusters: at most as many as points take part.
-        left_out: (N,) bool, points that only get the label of the nearest centre; None: all take part.
+        points: (N, D), converted to float32.
+        n_clusters: number of clusters, at most the number of points that take part.
+        seed: seed of the initial centres.
+        n_iterations: iterations of k-means.
+        left_out: (N,) bool, points that are excluded from the clustering and only assigned to the nearest centre; None:
+            all points take part.
 
     Returns:
         Labels (N,) int64 in [0, n_clusters), some possibly unused, and the squared distances (N,) float32 of the points
-        to their centres. The distances of points that took part sum to the inertia; those of the others are NaN.
+        to their centres. Distances of the points that took part sum to the inertia; those of the others are NaN.
     """
     points = np.ascontiguousarray(points, dtype=np.float32)
     taking_part = points if left_out is None or not left_out.any() else points[~left_out]
     every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(taking_part)}
     clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
-    if processes.world_size() > 1:  # torchrun allows each process one thread, and the others wait for this one
+    if processes.world_size() > 1:  # torchrun limits each process to one thread, but here the others wait
         faiss.omp_set_num_threads(n_cores())
     log.info(f"clustering {len(taking_part):,} points of {points.shape[1]:,} dimensions into {n_clusters:,}")
     clustering.train(taking_part)
@@ -294,9 +304,10 @@ def kmeans(
 
 
 def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Give parameters that took no part in a step a gradient of zero, not None, once they have been trained.
+    """Set missing gradients to zero for parameters that the optimiser has already updated.
 
-    So it was under the published code's PyTorch: Adam's momentum and weight decay move them on.
+    Adam skips parameters whose grad is None. The published code's PyTorch zeroed gradients instead, so momentum and
+    weight decay kept acting on parameters that took no part in a step; reproduce that.
     """
     for parameter in parameters:
         if parameter.grad is None and parameter in optimizer.state:
@@ -304,24 +315,24 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
 
 
 def gpu_events(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
-    """Return what makes events for the work on a GPU; None for the CPU, where nothing runs behind the host's back."""
+    """Return a function that makes events to time work on a GPU; None for the CPU, which has no queue."""
     return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
 
 
 def recorded(new_event: Callable[[], torch.cuda.Event]) -> torch.cuda.Event:
-    """Return a new event behind all work that the GPU has been given so far."""
+    """Record a new event after all work that the GPU has been given so far."""
     event = new_event()
     event.record()
     return event
 
 
 def seconds_since(start: float) -> float:
-    """Return the seconds since a time of time.monotonic(), as logs hold them."""
+    """Return the seconds since a value of time.monotonic(), rounded as in the logs."""
     return round(time.monotonic() - start, 2)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the most bytes that this process and its GPU have had; Windows does not say the former."""
+    """Return the peak memory of this process and its GPU in bytes; Windows does not report that of the process."""
     memory = {}
     with contextlib.suppress(ImportError):
         import resource
@@ -334,9 +345,14 @@ def peak_memory(device: torch.device) -> dict[str, float]:
 
 
 class LossMeter:
-    """Sums loss terms by name; the values stay on the device until `read`, so that a step never waits for them.
+    """Sum loss terms by name.
 
-    sums, counts: of each term, as far as they were read.
+    The values stay on the device until `read`, so that training steps do not wait for them.
+
+    Attributes:
+        sums: sum of each term, over the values read so far.
+        counts: number of values of each term read so far.
+        pending: (step, term, value) not yet read.
     """
 
     def __init__(self):
@@ -345,13 +361,14 @@ class LossMeter:
         self.pending: list[tuple[str, str, torch.Tensor]] = []
 
     def add(self, step: str, terms: Mapping[str, torch.Tensor]) -> None:
-        """Take the scalar terms of one step. step: in words, for messages."""
+        """Add the scalar loss terms of one step; `step` describes it for messages."""
         self.pending += [(step, term, value.detach()) for term, value in terms.items()]
 
     def read(self) -> dict[str, str]:
-        """Copy what is pending to the host and return the running averages as text.
+        """Copy pending values to the host and return the running averages as text.
 
-        Raises DivergedError for a value that is not finite.
+        Raises:
+            DivergedError: a value is not finite.
         """
         values = torch.stack([value for *_, value in self.pending]).tolist() if self.pending else []
         for (step, term, _), value in zip(self.pending, values, strict=True):
@@ -364,8 +381,11 @@ class LossMeter:
         return {term: f"{total / self.counts[term]:.4g}" for term, total in self.sums.items()}
 
     def averages(self, n_steps: int, tasks: Sequence[str], directions: Sequence[str]) -> dict[str, float | None]:
-        """Return the row of an epoch of n_steps steps: the average of all terms over all steps, that of each task over
-        its own, that of the adversarial terms over all; None for what took no step."""
+        """Return the average losses of an epoch of n_steps steps; None for a loss that took no step.
+
+        "Train Loss" averages all terms over all steps, each task's loss only over the task's own steps, and
+        "Adversarial Loss" the adversarial terms over all steps.
+        """
         row: dict[str, float | None] = {"Train Loss": sum(self.sums.values()) / n_steps if n_steps else None}
         for task in tasks:
             row[f"{task} Loss"] = self.sums[task] / self.counts[task] if task in self.sums else None
@@ -374,9 +394,14 @@ class LossMeter:
 
 
 class Stopwatch:
-    """Splits the time of a run between activities; what is measured within another activity counts for the inner one.
+    """Split the time of a run between activities.
 
-    seconds: activity to seconds so far, plain values for a checkpoint.
+    While an activity is measured within another one, time counts only for the inner one.
+
+    Attributes:
+        seconds: {activity: seconds so far}, plain values for a checkpoint.
+        running: the current activity, if any.
+        since: when it started, as time.perf_counter() counts.
     """
 
     def __init__(self):
@@ -386,7 +411,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, activity: str) -> Iterator[None]:
-        """Count the block for an activity."""
+        """Count the time of the block for an activity."""
         outer = self.running
         self._turn_to(activity)
         try:
@@ -395,18 +420,18 @@ class Stopwatch:
             self._turn_to(outer)
 
     def _turn_to(self, activity: str | None) -> None:
-        """Count the time up to now for what was running, and from now on for another activity."""
+        """Add the time up to now to the running activity, then switch to another one."""
         now = time.perf_counter()
         if self.running is not None:
             self.seconds[self.running] += now - self.since
         self.running, self.since = activity, now
 
     def loading(self, loader: Iterable, new_event: Callable[[], torch.cuda.Event] | None = None) -> Iterator:
-        """Yield a loader's batches, and count the time that the steps wait for them as loading.
+        """Yield a loader's batches and count the time that training steps wait for them as loading.
 
         Args:
             loader: any iterable of batches.
-            new_event: of the GPU that the steps run on, see gpu_events; None where they run on the CPU.
+            new_event: makes events of the GPU that the steps run on (see gpu_events); None on the CPU.
         """
         if new_event:
             yield from self._loading_for_gpu(loader, new_event)
@@ -421,10 +446,10 @@ class Stopwatch:
             yield batch
 
     def _loading_for_gpu(self, loader: Iterable, new_event: Callable[[], torch.cuda.Event]) -> Iterator:
-        """Yield a loader's batches, and count as loading the time in which the GPU has nothing to do.
+        """Yield a loader's batches and count the time that the GPU is idle as loading.
 
-        While the host waits for a batch, the GPU may still work on the steps before. So the time counts that passes on
-        the GPU between an event behind these steps and one that is recorded when the batch has come.
+        While the host waits for a batch, the GPU may still work on earlier steps. So measure on the GPU: from an event
+        after these steps to an event recorded when the batch has arrived.
         """
         waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         start, batches = recorded(new_event), iter(loader)
@@ -432,10 +457,10 @@ class Stopwatch:
             waits.append((start, recorded(new_event)))
             yield batch
             start = recorded(new_event)
-            # The steps run behind the host, which must not wait for them. The losses of the last one have been read
+            # Ask without waiting, as the GPU runs steps behind the host. The last step is done, as its losses were read
             while waits and waits[0][1].query():
                 before, after = waits.popleft()
                 seconds = before.elapsed_time(after) / 1000
                 self.seconds["loading"] += seconds
-                if self.running is not None:  # will get the whole time that passed on the host
+                if self.running is not None:  # it will be given all the time that passed on the host
                     self.seconds[self.running] -= seconds

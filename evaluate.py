@@ -1,4 +1,4 @@
-"""What an embedding is worth: feature extraction, retrieval and clustering scores, the probe.
+"""Evaluate embeddings: feature extraction, retrieval and clustering scores, and the nearest-neighbour probe.
 
 The probe measures how well classes, mined labels and known factors can be read from each embedding. As a command:
 
@@ -36,7 +36,7 @@ from support.errors import DivergedError, InputError
 from support.output import Progress, log
 
 PROBE_IMAGES = 1000
-"""Most images of a set that are probed."""
+"""Largest number of images of a set that are probed."""
 
 MODES = {
     "score": ("checkpoint", "embedding", "save_embeddings", "gpu", "kernels", "dataset", "source_path"),
@@ -44,7 +44,7 @@ MODES = {
     "compare": ("compare", "over", "against", "csv", "plot"),
     "page": ("page",),
 }
-"""What the command does, and the flags of each."""
+"""Modes of the command and the flags that each of them takes."""
 
 
 @torch.inference_mode()
@@ -56,11 +56,22 @@ def extract_features(
     to_all: bool = True,
     what: str = "embedding",
 ) -> dict[str, np.ndarray | None]:
-    """Embed every image of a loader, in its order, in evaluation mode; the network's mode is restored.
+    """Embed every image of a loader, in its order, in evaluation mode.
 
-    Each process embeds its shard, and all of them get the features. outputs: names that EmbeddingNetwork.forward takes.
-    amp: none, bf16 or fp16. to_all: False gives the features to the first process, and None to the others. what: said
-    on the progress. Returns {output: (N, D) float32}. Raises DivergedError where they are not finite.
+    Afterwards the network is back in the mode it was in. With several processes, each embeds its shard.
+
+    Args:
+        loader: batches of images (B, 3, S, S) uint8 and labels; the labels are ignored.
+        outputs: names that EmbeddingNetwork.forward takes.
+        amp: none, bf16 or fp16.
+        to_all: whether all processes get the features; False: the first process gets them, the others None.
+        what: name of the activity in the progress display.
+
+    Returns:
+        {output: (N, D) float32}.
+
+    Raises:
+        DivergedError: features are not finite.
     """
     was_training, device = network.training, network.mean.device
     network.eval()
@@ -90,7 +101,7 @@ def extract_features(
 def embed_batch(
     network: netlib.EmbeddingNetwork, images: Tensor, outputs: Sequence[str], amp: str
 ) -> dict[str, Tensor]:
-    """Return the outputs {name: (B, D)} of a batch of images (B, 3, S, S), on the network's device."""
+    """Return the outputs {name: (B, D)} for a batch of images (B, 3, S, S), on the network's device."""
     device = network.mean.device
     with netlib.autocast(device, amp):
         return network(images.to(device, non_blocking=True), outputs)
@@ -99,11 +110,13 @@ def embed_batch(
 def on_host(
     batches: Iterable[Mapping[str, Tensor]], new_event: Callable[[], torch.cuda.Event] | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches {name: (B, D)} as arrays, each after the next one has been started, so that a GPU never idles.
+    """Copy batches {name: (B, D)} to the host and yield them as arrays.
+
+    Start each batch before yielding the one before it, so that a GPU never idles.
 
     Args:
-        batches: each is started by asking for it.
-        new_event: of the GPU that computes them, see auxiliaries.gpu_events; None for the CPU.
+        batches: batches that are computed when they are asked for.
+        new_event: makes events of the GPU that computes the batches (see auxiliaries.gpu_events); None on the CPU.
     """
     previous = None
     for batch in batches:
@@ -117,11 +130,11 @@ def on_host(
 
 
 def awaited(copies: Mapping[str, Tensor], event: torch.cuda.Event | None) -> dict[str, np.ndarray]:
-    """Return copies on the host as arrays, once the GPU has passed the event behind them."""
+    """Wait until the GPU has reached the event recorded after the copies, then return the copies as arrays."""
     if event is None:
         return {name: values.numpy() for name, values in copies.items()}
     event.synchronize()
-    # Copied once more: what a GPU copies to is page-locked memory, which the next batches are to take again
+    # The GPU copied into page-locked memory. Copy once more to free that memory for the next batches
     return {name: values.numpy().copy() for name, values in copies.items()}
 
 
@@ -133,22 +146,35 @@ def retrieval_scores(
     is_query: np.ndarray | None = None,
     block_size: int = 256,
 ) -> dict[str, float]:
-    """Score how well each query finds the points of its class by Euclidean distance.
+    """Score how well each query retrieves the points of its class by Euclidean distance.
 
-    Recall @ k: the fraction of queries with a point of their class among their k nearest. With R the number of
-    positives in the gallery, R-Precision is the fraction of positives among the R nearest, and mAP @ R the sum of the
-    precisions at their ranks, over R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020). Where distances
-    tie within float32, negatives come first: a collapsed embedding scores 0. A query without positives scores 0.
+    Recall @ k is the fraction of queries with a point of their class among their k nearest points. With R the number of
+    positives of a query in the gallery, R-Precision is the fraction of positives among the R nearest points, and mAP @
+    R the sum of the precisions at the ranks of these positives, divided by R. Distances that float32 cannot tell apart
+    count against the query, so a collapsed embedding scores 0. A query without positives scores 0.
 
-    embeddings: (N, D) float, finite. labels: (N,) int. is_query: (N,) bool, the queries, which are searched in the
-    other points; None: each point is searched in all others. block_size: queries at a time; memory grows with
-    block_size * N. Several processes share the queries. Returns {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
+    Several processes share the queries.
+
+    Args:
+        embeddings: (N, D) float, finite.
+        labels: (N,) int.
+        k_vals: the k of Recall @ k.
+        device: device that computes the distances.
+        is_query: (N,) bool; queries are searched among the points that are no queries. None: each point is searched
+            among all others.
+        block_size: queries processed at a time; memory grows with block_size * N.
+
+    Returns:
+        {"Recall @ k" for each k, "mAP @ R", "R-Precision"}.
+
+    Reference:
+        Musgrave et al., "A Metric Learning Reality Check", ECCV 2020.
     """
     is_gallery = np.ones(len(labels), dtype=bool) if is_query is None else ~is_query
     queries = np.flatnonzero(is_gallery if is_query is None else is_query)
     share = processes.shard(len(queries))
     points = torch.as_tensor(np.asarray(embeddings), device=device).double()
-    points = points - points.mean(0)  # around the origin, float32 products tell distances apart best
+    points = points - points.mean(0)  # float32 products are most precise around the origin
     points = (points / points.norm(dim=1).max().clamp_min(torch.finfo(torch.float64).tiny)).float()
     rows = [np.empty((0, 3))]
     queries, gallery = queries[share.start : share.stop], np.flatnonzero(is_gallery)
@@ -162,16 +188,16 @@ def retrieval_scores(
 
 
 TIE = 3e-7
-"""Difference of x.y - |y|^2/2, for points in the unit ball, that float32 cannot be trusted to tell."""
+"""Margin of x.y - |y|^2/2, for points in the unit ball, within which float32 cannot order two points reliably."""
 
 
 def class_ranks(
     points: Tensor, labels: np.ndarray, queries: np.ndarray, gallery: np.ndarray, block_size: int
 ) -> Iterator[np.ndarray]:
-    """Rank the points of each query's class among all others, a block of queries at a time.
+    """Rank the points of each query's class among all others, one block of queries at a time.
 
-    No query finds itself. In the comments Q is the number of queries, B of those in a block, G of gallery points, and C
-    the size of the largest class in the gallery.
+    A query never finds itself. In the comments Q is the number of queries, B that of a block, G the number of gallery
+    points, and C the size of the largest class in the gallery.
 
     Args:
         points: (N, D) float32 in the unit ball.
@@ -181,25 +207,25 @@ def class_ranks(
         block_size: B.
 
     Yields:
-        (B, 3) of a block: rank of the first hit from 0, average precision at R, R-precision.
+        (B, 3) for each block: rank of the first hit from 0, average precision at R, R-precision.
     """
     device = points.device
-    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # columns: the points of a class stand together
+    gallery = gallery[np.argsort(labels[gallery], kind="stable")]  # the columns of a class are adjacent
     first, stop = (np.searchsorted(labels[gallery], labels[queries], side) for side in ("left", "right"))
     column_of = np.full(len(labels), -1)  # -1: not in the gallery
     column_of[gallery] = np.arange(len(gallery))
     n_positives = stop - first - (column_of[queries] >= 0)
-    # Of each query: point, first column and size of its class, own column, number of positives; copied once, (Q, 5)
+    # (Q, 5), copied to the device once: point, first column and size of its class, own column, number of positives
     described = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
     described = torch.as_tensor(described, device=device)
-    offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,) from the first column of a class
+    offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,), relative to a class's first column
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
         block = described[start : start + block_size]
         left, (first_columns, sizes, own_columns, n_wanted) = points[block[:, 0]], block[:, 1:].split(1, dim=1)
-        # x.y - |y|^2/2 of each query x and gallery point y, (B, G): the larger, the nearer
+        # x.y - |y|^2/2 of each query x and gallery point y, (B, G): larger means nearer
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
         positives = take_out_positives(closeness, first_columns + offsets, sizes, own_columns)
         most = min(n_positives[start : start + block_size].max(initial=1), len(gallery))
@@ -207,18 +233,20 @@ def class_ranks(
 
 
 def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_columns: Tensor) -> Tensor:
-    """Return the closeness to each query's positives, (B, C), nearest first and then -inf, and leave the negatives.
-
-    It is lowered by TIE, so that ties count against the query.
+    """Move the closeness of each query's positives out of `closeness`, which keeps that of the negatives.
 
     Args:
-        closeness: (B, G); the query's class, with the query itself, becomes -inf.
-        columns: (B, C) of the class, which ends before where it is smaller than C.
-        sizes: (B, 1) of the class.
-        own_columns: (B, 1) of the query itself.
+        closeness: (B, G); changed in place: the query's class, including the query itself, becomes -inf.
+        columns: (B, C) columns of the class; if it is smaller than C, the columns after its end are ignored.
+        sizes: (B, 1) size of the class.
+        own_columns: (B, 1) column of the query itself.
+
+    Returns:
+        (B, C) closeness to the positives, nearest first, padded with -inf. It is lowered by TIE, so that ties count
+        against the query.
     """
     in_class = columns < columns[:, :1] + sizes
-    # Behind its end the first column stands again; a class without points in the gallery may begin behind the last one
+    # Past its end repeat the first column. A class with no point in the gallery may start past the last column
     columns = torch.where(in_class, columns, columns[:, :1]).clamp_(max=closeness.shape[1] - 1)
     to_class = closeness.gather(1, columns)
     is_positive = in_class & (columns != own_columns)
@@ -227,17 +255,20 @@ def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_co
 
 
 def rank_among(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: int) -> Tensor:
-    """Return (B, 3) float64: rank of the first hit from 0, inf for none, average precision at R, R-precision.
+    """Rank the positives of each query among its negatives.
 
     Args:
-        negatives: (B, G) closeness, -inf for what is none.
+        negatives: (B, G) closeness, -inf for points that are not negatives.
         positives: (B, C) closeness, nearest first.
         n_positives: (B, 1), R of each query.
-        most: the largest of them, at least 1 and at most G.
+        most: the largest R, at least 1 and at most G.
+
+    Returns:
+        (B, 3) float64: rank of the first hit from 0 (inf if there is none), average precision at R, R-precision.
     """
-    # All negatives at least as near as the nearest positive come before it
+    # The nearest positive ranks behind all negatives that are at least as near
     first_hits = torch.where(n_positives[:, 0] > 0, count_at_least(negatives, positives[:, :1]), torch.inf)
-    # The n-th positive has rank n plus the number of nearer negatives, of which the R nearest are enough
+    # The rank of the n-th positive is n plus the number of nearer negatives. It is enough to count the R nearest ones
     nearest = largest_values(negatives, most)
     nth = torch.arange(1, positives.shape[1] + 1, device=positives.device)
     ranks = nth + torch.searchsorted(-nearest, -positives, right=True)
@@ -249,7 +280,7 @@ def rank_among(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: 
 def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
     """Return the k largest values of each of (B, N) rows, largest first.
 
-    Of long rows only the k groups of columns with the largest maxima are searched.
+    For long rows, search only the k groups of columns with the largest maxima: they hold all k values.
     """
     if rows.shape[1] < 4 * group * k:
         return rows.topk(k, dim=1).values
@@ -261,17 +292,17 @@ def largest_values(rows: Tensor, k: int, group: int = 64) -> Tensor:
 
 
 def count_at_least(rows: Tensor, bounds: Tensor) -> Tensor:
-    """Return how many values of each of (B, N) rows are no less than the row's bound (B, 1); (B,) int64."""
+    """Count, for each of (B, N) rows, the values not below the row's bound (B, 1); return (B,) int64."""
     if rows.device.type != "cpu":
         return (rows >= bounds).sum(1)
-    # A row at a time stays in the processor's cache, and NumPy counts ten times as fast as torch's sum
+    # One row at a time stays in the processor's cache, and NumPy counts ten times as fast as torch's sum
     return torch.tensor([np.count_nonzero(row >= bound) for row, bound in zip(rows.numpy(), bounds.numpy())])
 
 
 def clustering_scores(labels: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
-    """Return (NMI, F1) of a clustering, both label arrays (N,) int.
+    """Return (NMI, F1) of a clustering, from two label arrays (N,) int.
 
-    NMI has the arithmetic mean as normalisation. F1 is over pairs of points in the same class and in the same cluster.
+    NMI is normalised by the arithmetic mean. F1 is computed over pairs of points: same class against same cluster.
     """
     (_, same_cluster_only), (same_class_only, same_both) = pair_confusion_matrix(labels, clusters).tolist()
     nmi = float(normalized_mutual_info_score(labels, clusters))
@@ -287,13 +318,20 @@ def score_set(
     is_query: np.ndarray | None = None,
     with_clustering: bool = True,
 ) -> dict[str, float | None]:
-    """Return the retrieval_scores of one test set, and {"NMI", "F1"} of a k-means with as many clusters as classes.
+    """Score one test set: its retrieval_scores, and NMI and F1 of a k-means with as many clusters as classes.
 
-    seed: of the k-means. with_clustering: False leaves NMI and F1 out, as None.
+    Args:
+        embeddings: (N, D) float, finite.
+        labels: (N,) int.
+        k_vals: the k of Recall @ k.
+        seed: seed of the k-means.
+        device: device that computes the distances.
+        is_query: see retrieval_scores.
+        with_clustering: False skips the k-means; NMI and F1 are then None.
     """
     nmi = f1 = None
     if with_clustering:
-        if processes.is_first():  # the others wait for it
+        if processes.is_first():  # the other processes wait for the result
             clusters, _ = auxiliaries.kmeans(embeddings, len(np.unique(labels)), seed)
             nmi, f1 = clustering_scores(labels, clusters)
         nmi, f1 = processes.broadcast((nmi, f1))
@@ -307,14 +345,21 @@ def describe_clusters(
     factors: Mapping[str, np.ndarray],
     previous: np.ndarray | None = None,
 ) -> dict[str, int | float | None]:
-    """Describe mined labels: numbers of clusters with images and without, sizes of the former, what they agree with.
+    """Describe mined labels: how many clusters have images, their sizes, and how they agree with other labels.
 
-    Agreement is 1 for the same partition and 0 on average for random labels: the adjusted Rand index with the labels
-    mined before, adjusted mutual information (AMI) with class and known factors. NMI would not do: it grows
-    with the number of labels, to almost 0.5 for random labels of In-Shop's size.
+    Agreement is 1 for the same partition and 0 on average for random labels. It is the adjusted Rand index (ARI) with
+    the previous labels, and the adjusted mutual information (AMI) with the class and known factors. NMI would mislead:
+    it grows with the number of labels, to almost 0.5 for random labels of In-Shop's size.
 
-    clusters: (N,) int in [0, n_clusters). labels: (N,) int. factors: name to (N,) int levels. previous: (N,) int; None
-    for the first mining.
+    Args:
+        clusters: (N,) int in [0, n_clusters).
+        n_clusters: number of clusters, with or without images.
+        labels: (N,) int, the classes.
+        factors: factor name to (N,) int levels.
+        previous: (N,) int labels of the mining before; None for the first mining.
+
+    Returns:
+        A value for each column of log_mining.csv that describes the clusters; sizes are those of clusters with images.
     """
     sizes = np.bincount(clusters)
     sizes = sizes[sizes > 0]
@@ -330,11 +375,19 @@ def describe_clusters(
 
 
 def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
-    """Return the images of a set that are probed: sorted indices, the same for the same seed.
+    """Choose the images of a set that are probed; the same seed gives the same choice.
 
-    A quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. Where that is
-    fewer than images_per_class of each, images_per_class of random classes instead. Classes with a single image in the
-    choice are left out: they have no neighbour to be read from. labels: (N,) int in [0, n_classes).
+    Take a quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. If that is
+    fewer than images_per_class of each class, take images_per_class of randomly chosen classes instead. Classes with
+    only one image in the choice are dropped, as that image has no neighbour of its class.
+
+    Args:
+        labels: (N,) int in [0, n_classes).
+        seed: seed of the choice.
+        images_per_class: fewest images of a class.
+
+    Returns:
+        Sorted indices, int64.
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
     n_per_class = max(images_per_class, n_images // n_classes)
@@ -352,8 +405,15 @@ def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np
 
 
 def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: int = 5) -> float:
-    """Return the fraction of points whose label is the most frequent among their k nearest other points, of labels
-    that tie the nearest. embeddings: (N, D) float, N of some 1,000. labels: (N,) int."""
+    """Return the fraction of points whose label is the most frequent one among their k nearest other points.
+
+    Ties between labels go to the label of the nearest point.
+
+    Args:
+        embeddings: (N, D) float, with N of about 1,000.
+        labels: (N,) int.
+        k: number of neighbours.
+    """
     points = torch.as_tensor(embeddings).double()
     distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     nearest = distances.topk(min(k, len(labels) - 1), largest=False, sorted=True).indices.numpy()
@@ -363,12 +423,18 @@ def nearest_neighbour_accuracy(embeddings: np.ndarray, labels: np.ndarray, k: in
 
 
 def probe_scores(embeddings: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Return how well labels are read from the embeddings, by nearest_neighbour_accuracy, and by chance: by always
-    guessing the most frequent label.
+    """Measure how well labels can be read from the embeddings, by nearest_neighbour_accuracy.
 
-    The adversarial term is to push "Class from Shared" and "Mined from Class" down to chance; of known factors, Class
-    is to lose them and Shared to hold them. embeddings: "Class" and, where it is trained, "Shared" to (N, D). labels:
-    "Class", "Mined" where labels are mined, and the known factors to (N,) int.
+    The adversarial term should push "Class from Shared" and "Mined from Class" down to chance. Of known factors, the
+    Class embedding should lose them and the Shared embedding should hold them.
+
+    Args:
+        embeddings: "Class" and, if it is trained, "Shared" to (N, D).
+        labels: "Class", "Mined" if labels are mined, and the known factors, each to (N,) int.
+
+    Returns:
+        {"label from embedding": accuracy}, and {"label by chance": accuracy of always guessing the most frequent
+        label}.
     """
     pairs = [("Class", "Shared"), ("Mined", "Class"), ("Class", "Class"), ("Mined", "Shared")]
     pairs += [(name, task) for name in labels for task in ("Class", "Shared") if name not in ("Class", "Mined")]
@@ -391,8 +457,13 @@ def probe_sets(
 ) -> dict[str, float]:
     """Return the probe_scores of training images, and of each test set whose factors are known.
 
-    mined: labels of all training images (N,); None where none are mined, and the Shared head is neither trained nor
-    probed. test_embeddings: {test set: {task: (N, D)}}.
+    Args:
+        loaders: the loaders, with the probed training images.
+        mined: labels (N,) of all training images; None if none are mined, when the Shared head is neither trained nor
+            probed.
+        test_embeddings: {test set: {task: (N, D)}}.
+        seed: seed of probe_subset.
+        amp: none, bf16 or fp16.
     """
     tasks = ["Class"] if mined is None else ["Class", "Shared"]
     images, chosen = loaders.images, loaders.probe.dataset.indices
@@ -425,7 +496,7 @@ def score_sets(
     device: torch.device,
     with_clustering: bool,
 ) -> Row:
-    """Return the scores of one task's embedding on each test set by itself, by column; see score_set."""
+    """Score one task's embedding on each test set separately; return the scores by log column (see score_set)."""
     row = {}
     for name, images in tests.items():
         points = embeddings[name][task]
@@ -435,7 +506,7 @@ def score_sets(
 
 
 def score_run(args: argparse.Namespace) -> None:
-    """Score each test set with its best checkpoint beside what the run logged; store embeddings where asked for."""
+    """Score each test set with its best checkpoint, beside the logged scores; store embeddings on request."""
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
     read = functools.cache(weights.read_checkpoint)
@@ -469,7 +540,7 @@ def score_run(args: argparse.Namespace) -> None:
         n_images = errors.counted(len(images), f"{dataset} image")
         print(f"{checkpoint}, {args.embedding} embedding of {n_images}{of_set}")
         rows = read(checkpoint)["progress"]["rows"]
-        # The log has the scores of the Class embedding, unless the checkpoint has been trained on since
+        # Logged scores are of the Class embedding, and comparable only if no epoch was trained after the evaluation
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
         is_logged = is_logged and args.embedding == "Class" and dataset == flags["dataset"]
         print_scores(scores, rows["val"][-1] if is_logged else {}, name)
@@ -480,7 +551,7 @@ def score_run(args: argparse.Namespace) -> None:
 
 
 def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) -> None:
-    """Print scores with all their digits, beside those of a row of the run's log, if there is one."""
+    """Print scores with all their digits, beside those of a row of the run's log if there is one."""
     logged, width = scores_of(row, test_set), max(map(len, scores))
     lines = [("score", "now", f"logged in epoch {row['Epochs']}" if row else None)]
     lines += [(name, repr(value), logged.get(name)) for name, value in scores.items()]
@@ -489,7 +560,7 @@ def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) ->
 
 
 def prepare(flags: Mapping[str, object], gpu: int) -> tuple[torch.device, str]:
-    """Return the device, and the amp to embed with: that of a run of these flags where the device has it."""
+    """Return the device and the amp mode for embedding: the run's own mode if the device supports it."""
     device = auxiliaries.pick_device(gpu)
     capability = auxiliaries.compute_capability(device)
     tf32, amp = auxiliaries.supported_precision(capability, flags["tf32"], flags["amp"])
@@ -506,10 +577,22 @@ def embed(
     device: torch.device,
     amp: str,
 ) -> np.ndarray:
-    """Return the embeddings (N, D) float32 of images by the network of a checkpoint, as its run embeds test images.
+    """Embed images with the network of a checkpoint, as its run embeds test images.
 
-    stored: what the checkpoint holds. embedding: Class or Shared. n_workers: of the loader; None: as in the run.
-    device, amp: see prepare. Raises InputError and DivergedError.
+    Args:
+        checkpoint: path of the checkpoint, for messages.
+        stored: content of the checkpoint.
+        embedding: Class or Shared.
+        n_workers: loader workers; None: as in the run.
+        device: see prepare.
+        amp: see prepare.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        InputError: the network or an image cannot be read.
+        DivergedError: embeddings are not finite.
     """
     flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
@@ -526,9 +609,13 @@ def embed(
 
 
 def embed_folder(args: argparse.Namespace) -> None:
-    """Store the embeddings of every image below a folder, in any layout, and their paths.
+    """Store the embeddings and paths of all images below a folder, in any layout.
 
-    Exits with code 1 after the rest is stored where something cannot be read. Raises InputError.
+
+    Exits with code 1, after the rest is stored, if something cannot be read.
+
+    Raises:
+        InputError: there is nothing to embed, or the checkpoint cannot be used.
     """
     root = Path(args.embed)
     found = survey(root)
@@ -541,7 +628,7 @@ def embed_folder(args: argparse.Namespace) -> None:
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
-    stored = weights.read_checkpoint(checkpoint)  # what is wrong with it, or with the GPU, shows before decoding
+    stored = weights.read_checkpoint(checkpoint)  # first, as decoding takes long
     device, amp = prepare(stored["flags"], args.gpu)
     reasons = datasets.decoding_errors([ImageSet(paths, np.zeros(len(paths), dtype=np.int64), [""])])
     lost["broken image"] = broken = [reason for reason in reasons if reason is not None]
@@ -559,8 +646,12 @@ def embed_folder(args: argparse.Namespace) -> None:
 
 
 def draw_page(folder: Path) -> None:
-    """Draw page and plots of a stored run anew. Raises InputError."""
-    from report import page  # so that scoring loads no plotting
+    """Redraw page and plots of a stored run.
+
+    Raises:
+        InputError: the run cannot be read.
+    """
+    from report import page  # imported here, so that scoring need not load Matplotlib
 
     history = History.read(folder)
     if not history.written:
@@ -572,14 +663,14 @@ def draw_page(folder: Path) -> None:
 
 
 def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
-    """Store embeddings (N, D) float32, and labels, paths and the like of the images, as .npz."""
+    """Store embeddings (N, D) float32, and facts of the images such as labels and paths, as .npz."""
     with files.replaced_file(path) as file:
         np.savez(file, embeddings=embeddings, **of_images)
     print(f"stored {path}: {errors.counted(len(embeddings), 'embedding')}")
 
 
 def get_args_parser() -> errors.OneLineParser:
-    """Return the parser of the command."""
+    """Build the parser of the command."""
     parser = errors.OneLineParser(
         prog="evaluate.py",
         description="Score a stored run with the flags it was trained with, embed images, or compare stored runs.",
@@ -626,7 +717,7 @@ def get_args_parser() -> errors.OneLineParser:
 
 
 def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
-    """Exit with `parser.error` on flags that do not fit together and files that cannot be written."""
+    """Exit with `parser.error` if flags do not fit together or a file cannot be written."""
     mode = next((mode for mode in ("compare", "page", "embed") if getattr(args, mode) is not None), "score")
     for flag, value in vars(args).items():
         if value is not None and flag not in ("run", *MODES[mode]):
@@ -662,13 +753,13 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
 @errors.signals_stop()
 @errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score a run or compare runs, as a command line asks."""
+    """Score, embed, draw or compare runs, as a command line asks."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(args, parser)
     args.gpu, args.embedding = args.gpu or 0, args.embedding or "Class"
     if args.compare:
-        from report import compare  # so that scoring loads no plotting
+        from report import compare  # imported here, so that scoring need not load Matplotlib
 
         compare.compare_runs(args.run, over=args.over, against=args.against, csv=args.csv, plot=args.plot)
     elif args.page:

@@ -6,14 +6,19 @@ from torch import Tensor, nn
 
 
 class GoogLeNet(nn.Module):
-    """torchvision's GoogLeNet: (B, 3, H, W) images, normalised as for ImageNet, to (B, 1024) pooled features.
+    """torchvision's GoogLeNet as a backbone, with BatchNorm and without the auxiliary classifiers.
 
-    Szegedy et al.: Going Deeper with Convolutions, CVPR 2015, with BatchNorm and without the auxiliary classifiers.
-    The published weights were ported from a network that saw images in [-1, 1], so images are brought to that range
-    first, with any weights, as torchvision's `transform_input` does. The dropout before torchvision's classifier is
-    left out: it would make the distances between embeddings of one batch noisy.
-    Random weights follow He et al. 2015. torchvision's own, of deviation 0.01, make the output vanish until BatchNorm
-    has seen data: before training all embeddings would coincide.
+    It maps (B, 3, H, W) images, normalised as for ImageNet, to (B, 1024) pooled features.
+
+    The published weights were ported from a network that took images in [-1, 1]. So images are first rescaled to that
+    range, with any weights, as torchvision's `transform_input` does. The dropout before torchvision's classifier is
+    left out, because it would add noise to the distances between embeddings of a batch.
+
+    Random weights follow He et al. 2015. torchvision's own, with a standard deviation of 0.01, make the output vanish
+    until BatchNorm has seen data, so that all embeddings would coincide before training.
+
+    Reference:
+        Szegedy et al., "Going Deeper with Convolutions", CVPR 2015.
     """
 
     out_features = 1024
@@ -32,8 +37,16 @@ class GoogLeNet(nn.Module):
         self.register_buffer("input_shift", ((mean - 0.5) / 0.5).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return the output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4), and that of the
-        last inception block, globally average-pooled, (B, 1024)."""
+        """Return early maps and pooled features of normalised images.
+
+        Args:
+            images: (B, 3, H, W), normalised as for ImageNet.
+            with_pooled: whether to compute the pooled features.
+
+        Returns:
+            The output of conv3, the last layer before the inception blocks, (B, 192, H/4, W/4), and the globally
+            average-pooled output of the last inception block, (B, 1024), or None without with_pooled.
+        """
         net = self.layers
         images = images * self.input_scale + self.input_shift
         early_maps = net.conv3(net.conv2(net.maxpool1(net.conv1(images))))

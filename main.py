@@ -1,6 +1,6 @@
 """Train MIC: deep metric learning with mined interclass characteristics (Roth, Brattoli, Ommer, ICCV 2019).
 
-The flags, and the algorithm: mining of shared labels, the training epoch, and `train`, which puts all parts together.
+This file holds the flags, the mining of shared labels, the training epoch, and `train`, which runs it all.
 """
 
 import argparse
@@ -40,14 +40,14 @@ from support.output import Progress, clock, log
 DIRECTIONS = ("Class-Shared", "Shared-Class")
 CLUSTER_MODES = ("no_norm", "mean", "mstd")
 LOSS_READ_INTERVAL = 20
-"""Steps between two looks at the losses, which wait for the device."""
+"""Read the losses every 20 steps; each read waits for the device."""
 
 SMALLEST_SCALE = 2.0**-14
-"""Scale of a float16 loss below which it is not the scale that makes gradients overflow."""
+"""Loss scale of fp16 training below which gradients that overflow mean divergence, not a scale that is too large."""
 
 
 def get_args_parser() -> OneLineParser:
-    """Return the parser of all flags; options.resolve reads a command line with it."""
+    """Build the parser of all flags. `options.resolve` uses it to read a command line."""
     pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
     parser = OneLineParser(
         prog="main.py",
@@ -191,9 +191,17 @@ def get_args_parser() -> OneLineParser:
 
 
 def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.Loaders:
-    """Return the loaders of the training images and the test sets, decoded where they are cached.
+    """Load the data set and build the loaders of the training images and the test sets.
 
-    Raises InputError for bad data, and where they are not the images of the run that is resumed.
+    With --cache ram all images are decoded here.
+
+    Args:
+        run: the run, which records the fingerprints of the images.
+        pin_memory: whether loaders return batches in page-locked memory.
+
+    Raises:
+        InputError: the data are unusable, too few for the flags, differ between processes, or are not those that the
+            resumed run was trained with.
     """
     train, tests = datasets.load_dataset(args.dataset, args.source_path)
     warnings = datasets.count_warnings(args.dataset, train, tests)
@@ -214,7 +222,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         part = " that are not alone in their class, which alone take part in the first clustering"
         n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
         raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
-    if args.cache == "ram":  # takes minutes
+    if args.cache == "ram":  # last, as decoding takes minutes
         tests = cached({"train": train, **tests}, processes.local_world_size())
         train = tests.pop("train")
     log.info("\n".join(datasets.summary_lines(train, tests)))
@@ -239,8 +247,8 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
 
 
 def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> netlib.EmbeddingNetwork:
-    """Return the network as a new run starts with it; the weights of a resumed run are yet to be restored."""
-    with processes.rank_zero_first():  # it downloads the weights
+    """Build the network with the weights that a new run starts from; those of a resumed run are restored later."""
+    with processes.rank_zero_first():  # so that only one process per machine downloads the weights
         network = netlib.build_network(
             args.arch,
             {name: task.embed_sizes for name, task in options.per_task(args).items()},
@@ -257,7 +265,7 @@ def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> n
 
 
 def build_objective(args: argparse.Namespace, images: ImageSet, device: torch.device) -> losses.Objective:
-    """Return the losses of both tasks and the adversarial terms."""
+    """Build the losses of both tasks and the adversarial terms."""
     n_classes = {"Class": len(images.class_names), "Shared": args.shared_num_classes}
     directions = dict(zip(args.adversarial, args.adv_weights, strict=True))
     return losses.build_objective(options.per_task(args), n_classes, directions, args.adv_dim, args.lr).to(device)
@@ -266,7 +274,7 @@ def build_objective(args: argparse.Namespace, images: ImageSet, device: torch.de
 def build_optimizer(
     args: argparse.Namespace, network: nn.Module, objective: losses.Objective
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return one Adam over the network and all that the objective trains, and the scheduler of its learning rates."""
+    """Build one Adam optimiser for the network and the objective's parameters, and its learning rate scheduler."""
     groups = [{"params": list(network.parameters()), "lr": args.lr, "weight_decay": args.decay}]
     optimizer = torch.optim.Adam(groups + objective.param_groups(), fused=True)
     if args.scheduler == "exp":
@@ -276,15 +284,21 @@ def build_optimizer(
 
 
 def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -> np.ndarray:
-    """Take class information out of features before the first clustering (MIC paper, section 3.2).
+    """Remove class information from features before the first clustering.
 
-    An image that is alone in its class would be exactly zero. It is standardised by all images instead.
+    The only image of a class would become exactly zero, so it is standardised by the statistics of all images instead.
 
     Args:
         features: (N, D) float32.
         labels: (N,) int in [0, n_classes).
-        mode: no_norm, mean (subtract the class's mean), or mstd (and divide by the class's standard deviation per
-            dimension; a dimension that does not vary becomes 0).
+        mode: "no_norm": change nothing; "mean": subtract the class mean; "mstd": also divide by the class standard
+            deviation of each dimension, where a dimension that does not vary becomes 0.
+
+    Returns:
+        (N, D) float32.
+
+    Reference:
+        MIC paper, section 3.2.
     """
     if mode == "no_norm":
         return features
@@ -305,15 +319,17 @@ def standardise_per_class(features: np.ndarray, labels: np.ndarray, mode: str) -
 def mine_labels(
     args: argparse.Namespace, network: netlib.EmbeddingNetwork, loader: DataLoader, is_first_time: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster all training images: first by early features, standardised per class, later by the Shared embedding.
+    """Mine labels by clustering all training images.
+
+    The first mining clusters early features, standardised per class; later ones cluster the Shared embedding.
 
     Args:
         loader: the training images in order.
         is_first_time: whether no labels have been mined yet.
 
     Returns:
-        Labels (N,) int64 in [0, --shared_num_classes), and squared distances (N,) to the centres, NaN for images that
-        took no part, see left_out_of_mining.
+        Labels (N,) int64 in [0, --shared_num_classes), and squared distances (N,) to the cluster centres, which are NaN
+        for images excluded from the clustering (see left_out_of_mining).
 
     Reference:
         MIC paper, section 3.2.
@@ -321,7 +337,7 @@ def mine_labels(
     output = "Early" if is_first_time else "Shared"
     features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
     clustered = left_out = None
-    if processes.is_first():  # it alone has the features; the others wait for the labels
+    if processes.is_first():  # only this process has the features; the others wait for the labels
         if is_first_time:
             labels = loader.dataset.images.labels
             features = standardise_per_class(features, labels, args.cluster_mode)
@@ -331,13 +347,13 @@ def mine_labels(
 
 
 def left_out_of_mining(labels: np.ndarray, mode: str) -> np.ndarray:
-    """Return which images take no part in the first clustering, (N,) bool: those that are alone in their class.
+    """Return a mask (N,) bool of the images excluded from the first clustering: those that are alone in their class.
 
-    Less the mean of its class such an image is zero, so all of them would make up a cluster.
+    Subtracting the class mean turns each of them into zero, so together they would form a cluster of their own.
 
     Args:
         labels: (N,) int in [0, n_classes).
-        mode: see standardise_per_class; no_norm leaves out none.
+        mode: see standardise_per_class; "no_norm" excludes none.
     """
     return (np.bincount(labels) == 1)[labels] & (mode != "no_norm")
 
@@ -350,13 +366,13 @@ def renew_labels(
     previous: np.ndarray | None,
     epoch: int,
 ) -> np.ndarray:
-    """Mine new labels before an epoch, log and draw them.
+    """Mine new labels before an epoch, then log and draw them.
 
-    Clusters are numbered anew each time; betas and proxies stay with the number, as published.
+    Cluster numbers are assigned anew at each mining. Betas and proxies stay with the number, as in the published code.
 
     Args:
         loader: the training images in order.
-        previous: the labels (N,) so far, None for the first time.
+        previous: the labels (N,) so far; None for the first mining.
         epoch: the epoch that begins with the new labels.
 
     Returns:
@@ -396,15 +412,22 @@ def train_one_epoch(
     amp: str,
     progress: Progress,
 ) -> dict[str, float | None]:
-    """Train one epoch and return the average losses, None for what took no step.
+    """Train one epoch and return the average losses; None for a loss that took no step.
 
-    An iteration has up to two steps, Class then Shared. Each is a step of the optimiser on a batch of its own, for the
-    loss of its task and the adversarial term, which needs both heads.
+    An iteration has up to two steps, Class then Shared. Each step takes its own batch and minimises the loss of its
+    task plus the adversarial terms, which need both heads.
 
-    trained: the network as netlib.for_training returns it. scaler: of the loss, for fp16; it leaves out steps whose
-    gradients overflow. steps: (iteration, task) of each. batches: images (B, 3, S, S) uint8 and labels (B,) of each
-    step. progress: told of every image and at times of the losses.
-    Raises DivergedError that names the term, the iteration and the task.
+    Args:
+        trained: the network as netlib.for_training returns it.
+        scaler: scales the loss for fp16 and skips steps whose gradients overflow.
+        steps: (iteration, task) of each step.
+        batches: images (B, 3, S, S) uint8 and labels (B,) of each step.
+        amp: none, bf16 or fp16.
+        progress: counts the images and shows the losses now and then.
+
+    Raises:
+        DivergedError: a loss is not finite (the message names the term, iteration and task), or the float16 gradients
+            overflow at every step (it names the iteration).
     """
     trained.train()
     device = next(trained.parameters()).device
@@ -415,7 +438,7 @@ def train_one_epoch(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with netlib.autocast(device, amp):
             embeddings = trained(images, objective.heads(task))
-        # Every process computes the loss of the whole batch, from embeddings that are gathered with their gradient
+        # Every process computes the loss of the whole batch. Gradients flow back through the gathered embeddings
         embeddings, labels = processes.gather_batch(embeddings, labels)
         terms = objective(task, embeddings, labels)
         scaler.scale(sum(terms.values())).backward()
@@ -423,7 +446,7 @@ def train_one_epoch(
         auxiliaries.fill_gradients(idle_parameters, optimizer)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad()  # here, and not before the next backward pass: the forward pass needs the memory
+        optimizer.zero_grad()  # free the gradients now, as the next forward pass needs the memory
         meter.add(f"at iteration {iteration} ({task} step)", terms)
         progress.update(len(labels))
         if i % LOSS_READ_INTERVAL == LOSS_READ_INTERVAL - 1 or i == len(steps) - 1:
@@ -456,8 +479,8 @@ def evaluate_epoch(
     mined: np.ndarray | None,
     epoch: int,
 ) -> None:
-    """Score and probe the test sets, log it, keep the best network, and draw its nearest neighbours."""
-    tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the epoch scored before
+    """Score and probe the test sets, log the scores, save the best network and draw its nearest neighbours."""
+    tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the previous evaluation
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
@@ -481,7 +504,11 @@ def evaluate_epoch(
 
 
 def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
-    """Seed all generators and return the device of the run, set to its precision. Raises InputError for another one."""
+    """Seed all generators and return the run's device, set to the precision that the flags ask for.
+
+    Raises:
+        InputError: the device cannot be used, or lacks the precision.
+    """
     auxiliaries.set_seeds(args.seed)
     device = auxiliaries.pick_device(args.gpu)
     capability = auxiliaries.compute_capability(device)
@@ -498,7 +525,12 @@ def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
 
 
 def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | None) -> Path:
-    """Start the run that the flags ask for, or resume a stored one, train it to its end, and return its folder."""
+    """Start a new run or resume a stored one, train it to its end and return its folder.
+
+    Args:
+        argv: the command line, recorded with the run.
+        stored: the run to resume; None for a new one.
+    """
     device = prepare_device(args, is_resumed=stored is not None)
     started = provenance(argv, device, [args.arch, *args.losses])
     log.info(f"{as_text(started)}\ncommand: {started['command']}")
@@ -528,7 +560,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
             if run.is_new:
                 score_before_training(args, run, network, loaders)
                 if args.task_p[1] == 0:
-                    datasets.decode_all(loaders.train)  # a broken image is bad input; mining would find it
+                    datasets.decode_all(loaders.train)  # find broken images before training, as mining would
             else:
                 mined = run.restore(network, parts, images.names)
                 if warning := warning_of_threads(run.history.provenance):
@@ -559,8 +591,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 with run.stopwatch.measure("drawing"):
                     page.draw(run.history)
     finally:
-        if run.is_new or run.is_resumable:  # one that is not restored stays as it was
-            page.draw(run.history)  # how it ended, if its folder is still there
+        if run.is_new or run.is_resumable:  # leave a run untouched that was not restored
+            page.draw(run.history)  # shows how the run ended, if its folder still exists
     log.info(run.history.summary())
     if args.dataset == "shapes" and mined is not None:
         log.info(lesson(run.history))
@@ -568,7 +600,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
 
 
 def epoch_line(run: Run, epoch: int, seconds: float) -> str:
-    """Return what an epoch is told by: its losses, scores if it was scored, seconds, and the time left of the run."""
+    """Return the log line of an epoch: losses, scores if there are any, seconds taken, and time left of the run."""
     rows, parts = run.history.rows, []
     if rows["val"] and rows["val"][-1]["Epochs"] == epoch:
         parts = [row_text(rows["val"][-1]), f"(best Recall @ 1: {run.history.best_line()})"]
@@ -577,7 +609,7 @@ def epoch_line(run: Run, epoch: int, seconds: float) -> str:
 
 
 def what_was_mined(row: Row) -> str:
-    """Return which known factor a mining agrees with most; nothing for a row that an older version logged."""
+    """Return, as text, the known factor that a mining agrees with most; empty for a row of an older version."""
     agreements = {name.removeprefix("AMI "): value for name, value in row.items() if name.startswith("AMI ")}
     with_class = agreements.pop("class", 0.0)
     if not agreements:
@@ -589,7 +621,7 @@ def what_was_mined(row: Row) -> str:
 
 
 def lesson(history: History) -> str:
-    """Return the three lines that the demo ends with: what was learned, what to look at, what to try next."""
+    """Return the three lines that end the demo: what was learned, what to look at, what to try next."""
     before, after = (row["Recall @ 1"] for row in (history.initial_scores, history.rows["val"][-1]))
     learned = f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}"
     return (
@@ -603,7 +635,7 @@ def lesson(history: History) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
-    """Train with the flags of a command line, and return the run folder."""
+    """Train with the flags of a command line and return the run folder."""
     argv = sys.argv[1:] if argv is None else argv
     locks = contextlib.ExitStack()
     with output.logged(), errors.signals_stop(), errors.one_line_errors("main.py"), locks:

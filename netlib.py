@@ -1,4 +1,4 @@
-"""The two-headed embedding network: its backbones by name, BatchNorm policy, precision, building and loading."""
+"""The two-headed embedding network: backbones by name, BatchNorm policy, precision, building and loading."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,17 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PREFIX = "backbone.layers."
-"""What stands before torchvision's names in the state dict of an EmbeddingNetwork."""
+"""Prefix of torchvision's names in the state dict of an EmbeddingNetwork."""
 
 
 class ResNet50(nn.Module):
     """torchvision's ResNet50 as a backbone.
 
-    Random weights start with every residual branch at zero (Goyal et al. 2017, section 5.1), which helps a metric loss
-    out of the collapsed state in which all embeddings coincide.
+    With random weights every residual branch starts at zero, which helps a metric loss to leave the collapsed state in
+    which all embeddings coincide.
+
+    Reference:
+        Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017, section 5.1.
     """
 
     out_features = 2048
@@ -40,8 +43,16 @@ class ResNet50(nn.Module):
         self.layers.fc = nn.Identity()
 
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return the output of the first residual stage, (B, 256, H/4, W/4), and that of the last one, globally
-        average-pooled, (B, 2048), of (B, 3, H, W) normalised images."""
+        """Return early maps and pooled features of normalised images.
+
+        Args:
+            images: (B, 3, H, W) normalised.
+            with_pooled: whether to compute the pooled features.
+
+        Returns:
+            The output of the first residual stage, (B, 256, H/4, W/4), and the globally average-pooled output of the
+            last one, (B, 2048), or None without with_pooled.
+        """
         net = self.layers
         early_maps = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))
         if not with_pooled:
@@ -52,26 +63,37 @@ class ResNet50(nn.Module):
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
 """Backbones by name; those of timm are called timm/NAME.
 
-A backbone is a module that maps normalised images (B, 3, H, W) to (early maps (B, C, h, w), pooled features
-(B, out_features) or None without with_pooled). `layers` is the network whose state dict weight files hold, but for
-names that begin with one of `unused_weights`, its classifiers; `weights` are torchvision's to download. `mean` and
-`std` normalise the images, by default those of ImageNet.
+A backbone is a module that maps normalised images (B, 3, H, W) to early maps (B, C, h, w) and pooled features
+(B, out_features), or None in place of the latter without with_pooled. Its attributes:
+    out_features: number of pooled features.
+    layers: the network whose state dict weight files hold.
+    unused_weights: prefixes of names in weight files that are ignored: the classifiers.
+    weights: torchvision's weights to download.
+    mean, std: normalisation of the images; by default that of ImageNet.
 """
 
 
 def build_backbone(arch: str, img_size: int) -> nn.Module:
-    """Return the backbone of a name, with random weights. Raises InputError for a name or size that cannot be."""
+    """Return the backbone of a name, with random weights.
+
+    Raises:
+        InputError: timm has no such model, or the model cannot take this image size.
+    """
     return TimmBackbone(arch.removeprefix("timm/"), img_size) if arch.startswith("timm/") else BACKBONES[arch]()
 
 
 class EmbeddingNetwork(nn.Module):
-    """One backbone with a linear head per task, both outputs L2-normalised (MIC paper, section 3).
+    """One backbone with a linear head per task; outputs of the heads are L2-normalised.
 
-    backbone: see BACKBONES; images are normalised with its `mean` and `std`, or those of ImageNet.
-    embed_sizes: task name to embedding dimension D, e.g. {"Class": 128, "Shared": 128}.
-    freeze_batchnorm: keep the running statistics of all BatchNorm layers (evaluation mode) also in training; their
-    scale and shift are trained either way.
-    detached_heads: tasks whose heads pass no gradient on to the backbone.
+    Args:
+        backbone: see BACKBONES; images are normalised with its `mean` and `std`, or those of ImageNet.
+        embed_sizes: task name to embedding dimension D, such as {"Class": 128, "Shared": 128}.
+        freeze_batchnorm: keep all BatchNorm layers in evaluation mode, with their running statistics, also in training.
+            Their scale and shift are trained either way.
+        detached_heads: tasks whose heads pass no gradient to the backbone.
+
+    Reference:
+        MIC paper, section 3.
     """
 
     def __init__(
@@ -101,13 +123,19 @@ class EmbeddingNetwork(nn.Module):
         return self
 
     def forward(self, images: Tensor, outputs: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Embed a batch.
+        """Embed a batch of images.
 
-        images: (B, 3, H, W) uint8 RGB; normalisation happens here, on the device.
-        outputs: what to compute: head names; "Pooled", the backbone's (B, out_features) output; "Early", the features
-        of the first clustering, (B, 16 times the channels of the early maps), L2-normalised: 4096 for ResNet50, 3072
-        for GoogLeNet. Default: all heads.
-        Returns {output: (B, D) float32}, rows of heads L2-normalised. Raises TypeError for other images.
+        Args:
+            images: (B, 3, H, W) uint8 RGB; they are normalised here, on the device.
+            outputs: what to compute: head names; "Pooled", the backbone's (B, out_features) output; "Early", the
+                features of the first clustering, (B, 16 * channels of the early maps), L2-normalised: 4096 for
+                ResNet50, 3072 for GoogLeNet. None: all heads.
+
+        Returns:
+            {output: (B, D) float32}; rows of heads are L2-normalised.
+
+        Raises:
+            TypeError: the images have another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise TypeError(f"images are (B, 3, H, W) uint8 RGB; got {tuple(images.shape)} {images.dtype}")
@@ -119,7 +147,7 @@ class EmbeddingNetwork(nn.Module):
             features["Early"] = F.normalize(torch.flatten(pool_to_grid(early_maps.float()), 1), dim=1)
         if pooled is not None:
             features["Pooled"] = pooled.float()
-            # The heads are cheap: in full precision even under autocast, for the digits of the scores
+            # Compute the heads in float32 even under autocast: they are cheap, and the scores gain precision
             with torch.autocast(images.device.type, enabled=False):
                 for task, head in self.heads.items():
                     if task in outputs:
@@ -129,14 +157,17 @@ class EmbeddingNetwork(nn.Module):
 
 
 def pool_to_grid(maps: Tensor) -> Tensor:
-    """Average-pool (B, C, H, W) maps to (B, C, 4, 4): window 18, stride 12 at 56 x 56 as published, else adaptive."""
+    """Average-pool (B, C, H, W) maps to (B, C, 4, 4).
+
+    Maps of 56 x 56 are pooled with window 18 and stride 12, as in the published code; other sizes adaptively.
+    """
     if maps.shape[-2:] == (56, 56):
         return F.avg_pool2d(maps, kernel_size=18, stride=12)
     return F.adaptive_avg_pool2d(maps, 4)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Return the context in which the network runs: amp is none (float32) or a name of AMP_TYPES."""
+    """Return the autocast context for the network; amp is none (float32) or a name of AMP_TYPES."""
     return torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp in AMP_TYPES)
 
 
@@ -152,10 +183,20 @@ def build_network(
 ) -> EmbeddingNetwork:
     """Build the network for a name of BACKBONES or "timm/NAME", in channels_last memory format.
 
-    pretrained: load ImageNet weights by torchvision's or timm's name. weights_file: load these weights instead, the
-    backbone's or this program's, with those heads that have the right size. img_size: side of the images, for backbones
-    of timm. `started_from` says which weights these are.
-    Raises InputError when the weights cannot be downloaded, read or fitted, KeyError for an unknown `arch`.
+    The attribute `started_from` of the network says which weights it starts from.
+
+    Args:
+        embed_sizes: see EmbeddingNetwork.
+        pretrained: download torchvision's or timm's ImageNet weights.
+        weights_file: load these weights instead: a state dict of the backbone, or a checkpoint of this program, of
+            which heads of matching size are loaded as well.
+        freeze_batchnorm: see EmbeddingNetwork.
+        img_size: side of the images in pixels, for backbones of timm.
+        detached_heads: see EmbeddingNetwork.
+
+    Raises:
+        InputError: the weights cannot be downloaded or read, or do not fit the network.
+        KeyError: `arch` is unknown.
     """
     network = EmbeddingNetwork(build_backbone(arch, img_size), embed_sizes, freeze_batchnorm, detached_heads)
     if weights_file is not None:
@@ -178,7 +219,11 @@ def build_network(
 
 
 def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
-    """Return a pretrained state dict from the cache of torchvision or timm, or the network. Raises InputError."""
+    """Return a pretrained state dict, from the cache of torchvision or timm or downloaded.
+
+    Raises:
+        InputError: there are no such weights, or they cannot be downloaded or read.
+    """
     name, cached = arch.removeprefix("timm/"), "in the cache"
     if name == arch:
         cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
@@ -189,19 +234,26 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
         if name == arch:
             return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return create_timm_model(name, img_size, pretrained=True).state_dict()
-    except OSError as error:  # as those of urllib, requests and the hub are
+    except OSError as error:  # errors of urllib, requests and the hub are OSErrors
         reason = f"cannot download the pretrained {arch} weights ({first_line(error)})"
         raise InputError(f"{reason}: {elsewhere}") from error
-    except Exception as error:  # a damaged file makes the unpickler raise almost anything
+    except Exception as error:  # the unpickler raises almost anything on a damaged file
         reason = f"the pretrained {arch} weights cannot be read ({first_line(error)})"
         raise InputError(f"{reason}: delete the damaged file {cached}, or {elsewhere}") from error
 
 
 def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename keys to ours; heads that are missing or of another size start fresh.
+    """Rename the keys of a state dict to those of an EmbeddingNetwork.
 
-    state: of torchvision's or timm's network, or of this program's. Returns the state and the tasks of fresh heads,
-    none where the state is not of this program and holds no heads at all.
+    Heads that are missing or have another size keep their initial weights.
+
+    Args:
+        network: the network that will load the state dict.
+        state: state dict of torchvision's or timm's network, or of this program's.
+
+    Returns:
+        The state dict, and the tasks of heads that keep their initial weights; empty for state dicts of other programs,
+        which have no heads at all.
     """
     is_ours = any(name.startswith(PREFIX) for name in state)
     if not is_ours:
@@ -219,26 +271,42 @@ def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[
 
 
 def load_state(network: EmbeddingNetwork, state: dict[str, Tensor], source: str, arch: str) -> None:
-    """Copy a state dict into a network. Raises InputError where a name is missing on one side, or a shape differs."""
+    """Load a state dict into a network.
+
+    Raises:
+        InputError: a name is missing on one side, or a shape differs.
+    """
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:  # a line for each kind of misfit, with all names
+    except RuntimeError as error:  # its message has one line per kind of mismatch, with all names
         reasons = [line.strip()[:120] for line in str(error).splitlines()[1:4]]
         raise InputError(f"{source}: not the weights of {arch} ({'; '.join(reasons)})") from error
 
 
 def load(run_folder: str | Path, checkpoint: str = "checkpoint.pth.tar") -> EmbeddingNetwork:
-    """Rebuild the network of a run in evaluation mode, on the CPU: uint8 RGB (B, 3, H, W) to {"Class", "Shared"}.
+    """Rebuild the network of a run on the CPU, in evaluation mode.
 
-    run_folder: a run folder, of which `checkpoint` is read, or a checkpoint file. Nothing is downloaded, and no code in
-    the file is executed. Raises InputError with one line for whatever is wrong with it.
+    It maps images (B, 3, H, W) uint8 RGB to embeddings {"Class", "Shared"}. Nothing is downloaded, and no code in the
+    file is executed.
+
+    Args:
+        run_folder: a run folder, or a checkpoint file.
+        checkpoint: name of the checkpoint in the run folder.
+
+    Raises:
+        InputError: the checkpoint cannot be used; the message is one line.
     """
     path = weights.checkpoint_path(run_folder, checkpoint)
     return rebuild(weights.read_checkpoint(path), path)
 
 
 def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
-    """Return the network of a checkpoint that was read from a path, see load."""
+    """Build the network of a checkpoint; see load.
+
+    Args:
+        stored: content of the checkpoint.
+        path: path of the checkpoint, for messages.
+    """
     flags, state = stored["flags"], stored["state_dict"]
     try:
         arch = flags["arch"]
@@ -254,10 +322,14 @@ def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
 
 
 def try_compile(device: torch.device) -> None:
-    """Compile a small function and its gradient. Raises InputError where torch.compile cannot be used on a device."""
+    """Compile a small function and its gradient, to find out early whether torch.compile works on a device.
+
+    Raises:
+        InputError: it does not work.
+    """
     try:
         torch.compile(lambda x: (x * x).sum())(torch.ones(8, device=device, requires_grad=True)).backward()
-    except Exception as error:  # without a compiler, Python's headers or a GPU new enough it raises almost anything
+    except Exception as error:  # it raises almost anything without a compiler, Python's headers or a recent GPU
         reason = next((line for line in str(error).splitlines() if "error: " in line), first_line(error))
         raise InputError(
             f"--compile: torch.compile cannot be used here ({reason}); install what is missing, or start a new run "
@@ -266,20 +338,21 @@ def try_compile(device: torch.device) -> None:
 
 
 def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bool) -> nn.Module:
-    """Return the network as training steps run it: compiled, and with gradients that are the mean over all processes.
+    """Wrap the network for training steps: compiled, and with gradients averaged over all processes.
 
-    It shares weights and mode with `network`, which is what is evaluated and stored. On GPUs, BatchNorm that trains
-    takes its statistics over the batch of all processes; on CPUs it is refused in run/options.py.
+    The wrapped network shares weights and mode with `network`, which is the one to evaluate and store. On GPUs,
+    BatchNorm that trains computes its statistics over the batch of all processes; on CPUs run/options.py rejects that
+    combination.
 
     Args:
-        network: on its device.
-        compiled: as a whole, with the exchange of gradients, which splits the graph so that it overlaps the backward
-            pass.
-        has_unused_heads: some heads take no part in a step.
+        network: the network, on its device.
+        compiled: compile the network together with the exchange of gradients, which splits the graph so that it
+            overlaps the backward pass.
+        has_unused_heads: whether some heads take no part in a step.
     """
     if processes.world_size() > 1 and not network.freeze_batchnorm:
         convert = nn.SyncBatchNorm.convert_sync_batchnorm
-        if isinstance(network.backbone, TimmBackbone):  # whose BatchNorm may hold an activation
+        if isinstance(network.backbone, TimmBackbone):  # its BatchNorm may include an activation
             from timm.layers import convert_sync_batchnorm as convert
         convert(network)
     trained = network
@@ -287,7 +360,7 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
         trained = DistributedDataParallel(
             network, find_unused_parameters=has_unused_heads, gradient_as_bucket_view=True
         )
-        # DDP has just broadcast the first process's buffers. They stay equal, as all that changes them sees the whole
-        # batch. The constructor's argument of this name is deprecated, and would skip that first broadcast too
+        # DDP has just broadcast the first process's buffers. They stay equal, as whatever changes them uses the whole
+        # batch. The constructor's argument of this name is deprecated, and would also skip this first broadcast
         trained.broadcast_buffers = False
     return torch.compile(trained, dynamic=False) if compiled else trained

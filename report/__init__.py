@@ -1,9 +1,9 @@
-"""Runs drawn, compared and repeated."""
+"""Reports: runs drawn, compared and repeated."""
 
 import os
 
-# A notebook's MPLBACKEND may name a backend that this environment lacks, and a matplotlibrc may be in another encoding:
-# with either, Matplotlib cannot be imported. Plots depend on neither
+# Matplotlib cannot be imported if MPLBACKEND (set by a notebook) names a backend that this environment lacks, or if a
+# matplotlibrc is in another encoding. Plots depend on neither, so hide both during the import
 SET_ASIDE = {name: os.environ.pop(name) for name in ("MPLBACKEND", "MATPLOTLIBRC") if name in os.environ}
 os.environ["MATPLOTLIBRC"] = os.devnull
 try:

@@ -1,4 +1,4 @@
-"""A series of runs, one for each value of a flag and each seed, and their comparison at the end.
+"""Train a series of runs, one for each value of a flag and each seed, and compare them at the end.
 
 bash Result_Runs.sh ablation SERIES DATASET [--seeds N] [--values V ...] [more flags of main.py]
 """
@@ -28,10 +28,10 @@ PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ("cub200", "cars196", "online_products", "in-shop", "vehicle_id")
 SETUPS = {**{name: name for name in PUBLISHED}, "shapes": "demo"}
-"""Data sets with a set-up in Result_Runs.sh, and its name."""
+"""Data sets with a set-up in Result_Runs.sh, and the names of the set-ups."""
 
 STOPPED = (129, 130, 143)
-"""Exit codes of a run that was told to stop, which end the series."""
+"""Exit codes of a run that was asked to stop; they end the series."""
 
 SERIES = {
     "clusters": ("shared_num_classes", "5 10 20 30 50 100 150 200 250 300", "number of mined clusters"),
@@ -45,7 +45,7 @@ SERIES = {
                "--cluster_mode no_norm; shared_head is MIC with --shared_gradient head. The series ends with the "
                "differences to the first of the values, paired by seed"),
 }  # fmt: skip
-"""A series' flag, its values, and what they are; mining sets several flags."""
+"""Flag and values of each series, and what they are; "mining" sets several flags."""
 
 HELP = """\
 Train one run for each value of a flag and each of N seeds, with the set-up of the data set (shapes: the demo's; your
@@ -60,7 +60,7 @@ SERIES is one of
 
 
 def get_args_parser() -> OneLineParser:
-    """Return the parser of the series' own flags; all others are main.py's."""
+    """Build the parser of the series' own flags; all others are those of main.py."""
     lines = []
     for name, (flag, values, about) in SERIES.items():
         line = f"  {name:<13} {f'--{flag}: ' if flag else ''}{values}: {about}"
@@ -84,7 +84,7 @@ def get_args_parser() -> OneLineParser:
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the flags of the series, and those of main.py; what does not fit ends in one line, with exit code 2."""
+    """Return the flags of the series, and those for main.py; exit with one line and code 2 if they do not fit."""
     parser = get_args_parser()
     args, flags = parser.parse_known_args(argv)
     for flag in flags:
@@ -101,14 +101,14 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 
 def value_flags(series: str, value: str, base: argparse.Namespace) -> list[str]:
-    """Return the flags of a value of a series. base: the flags that all its runs have in common.
+    """Return the flags for a value of a series; `base` are the flags that all its runs have in common.
 
-    margin_steps trains so many epochs that the Class task alone takes as many steps as both tasks.
+    With margin_steps, the Class task alone trains for so many epochs that it takes as many steps as both tasks do.
     """
     no_adversarial = ["--adv_weights", *["0"] * len(base.adversarial)]
     margin = ["--task_p", "1", "0", *no_adversarial]
     if series == "mining":
-        per_iteration = sum(Fraction(str(p)) for p in base.task_p)  # steps of both tasks
+        per_iteration = sum(Fraction(str(p)) for p in base.task_p)  # expected steps of both tasks
         n_epochs, *tau = (str(math.ceil(per_iteration * epoch)) for epoch in (base.n_epochs, *base.tau))
         return {
             "margin": margin,
@@ -126,12 +126,12 @@ def value_flags(series: str, value: str, base: argparse.Namespace) -> list[str]:
 
 
 def train(words: Sequence[str]) -> int:
-    """Run a command to its end and return its exit code, as a shell does."""
+    """Run a command to its end and return its exit code as a shell does."""
     process = subprocess.Popen(words)
     try:
         code = process.wait()
     except KeyboardInterrupt as stop:
-        if errors.stop_signal not in (None, signal.SIGINT):  # Ctrl-C reaches the run by itself
+        if errors.stop_signal not in (None, signal.SIGINT):  # Ctrl-C already reaches the run
             process.send_signal(errors.stop_signal)
         process.wait()
         stop.add_note("the same command resumes the series")
@@ -140,13 +140,13 @@ def train(words: Sequence[str]) -> int:
 
 
 def trained_folder(folder: Path) -> Path | None:
-    """Return the folder of a run of this name that stored something; it may have a counter behind its name."""
+    """Return the folder of a run of this name with a checkpoint; a counter may follow the name."""
     folders = [folder, *sorted(folder.parent.glob(f"{glob.escape(folder.name)}_[0-9]*"))]
     return next((path for path in folders if (path / "last.pth.tar").exists()), None)
 
 
 def is_being_trained(folder: Path) -> bool:
-    """Tell whether another process trains the run in a folder."""
+    """Tell whether another process is training the run in a folder."""
     try:
         with locked(folder) if (folder / ".lock").exists() else contextlib.nullcontext():
             return False
@@ -155,8 +155,8 @@ def is_being_trained(folder: Path) -> bool:
 
 
 def fits(words: Sequence[str], parser: OneLineParser) -> bool:
-    """Tell whether main.py takes a command line, which says why not."""
-    logging.disable(logging.INFO)  # what the run says too
+    """Tell whether main.py accepts a command line; if not, it prints why."""
+    logging.disable(logging.INFO)  # the run itself will log the same
     try:
         return bool(options.resolve(words, parser, contextlib.ExitStack()))
     except SystemExit:
@@ -166,7 +166,13 @@ def fits(words: Sequence[str], parser: OneLineParser) -> bool:
 
 
 def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]], table: str) -> None:
-    """Compare the runs of a series and replace its table and plot. first: its first value. folders: of each value."""
+    """Compare the runs of a series, and replace its table and plot.
+
+    Args:
+        first: first value of the series.
+        folders: run folders of each value.
+        table: path of the table and the plot, without suffix.
+    """
     against = folders[first][0] if series == "mining" and first in folders else None
     if series == "mining" and against is None:
         print(f"no run of {first} to compare with")
@@ -180,17 +186,19 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
 def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks.
 
-    get_main_parser: main.get_args_parser. Result_Runs.sh hands it in, as report/ stands below main.py.
+    Args:
+        get_main_parser: main.get_args_parser. Result_Runs.sh passes it, as report/ must not import main.py.
+        argv: the command line after the program's name; None: that of this process.
     """
     args, flags = parse_args(argv)
-    os.environ.setdefault("PYTHON", sys.executable)  # what Result_Runs.sh starts
+    os.environ.setdefault("PYTHON", sys.executable)  # Result_Runs.sh runs this Python
     setup = ["--dataset", args.dataset]
     command = [os.environ["PYTHON"], str(ROOT / "main.py"), *setup]
     if args.dataset in SETUPS:
         command = ["bash", str(ROOT / PROG), SETUPS[args.dataset]]
         setup = subprocess.check_output([*command[:2], "flags", SETUPS[args.dataset]], text=True).split()
     setup += ["--savename", args.savename, *flags]
-    base, _ = options.resolve(setup, get_main_parser(), contextlib.ExitStack())  # what it refuses fits no value
+    base, _ = options.resolve(setup, get_main_parser(), contextlib.ExitStack())  # exits on bad input
     values = {value: value_flags(args.series, value, base) for value in args.values}
     failed = [value for value in values if not fits([*setup, *values[value]], get_main_parser())]
     if len(failed) == len(values):
@@ -209,7 +217,7 @@ def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | Non
                     sys.exit(code)
                 failed.append(f"{value}_seed{seed}")
                 if code == 2:
-                    break  # bad input is so for all seeds
+                    break  # bad input fails with every seed
             if trained_folder(folder):
                 folders.setdefault(value, []).append(trained_folder(folder))
     if folders:

@@ -1,4 +1,4 @@
-"""Stored runs against each other and against the paper."""
+"""Comparison of stored runs with each other and with the paper."""
 
 import os
 import re
@@ -21,9 +21,13 @@ from support.files import replaced_file
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs on a data set that differ in the seed only.
+    """Runs on a data set that differ only in the seed.
 
-    flags: those in which the settings differ, as they are typed. counted: the runs that count for means, by seed.
+    Attributes:
+        name: name of the setting.
+        flags: flags in which the settings differ, as they are typed.
+        runs: all runs of the setting.
+        counted: runs that count for means, by seed.
     """
 
     name: str
@@ -32,16 +36,16 @@ class Setting:
     counted: dict[str, History]
 
     def scores(self, test_set: str, at: str) -> pd.DataFrame:
-        """Return the scores of the runs that count, (seeds, scores), at the "best" or the "last" epoch."""
+        """Return the scores of the counted runs, (seeds, scores), at the "best" or the "last" epoch."""
         by_seed = {seed: scores_at(run, test_set, at)[1] for seed, run in self.counted.items()}
         return pd.DataFrame(by_seed, dtype=float).T
 
     def differences(self, base: "Setting", test_set: str, at: str) -> pd.DataFrame:
-        """Return the scores less those of another setting, paired by seed: both start with the same weights."""
+        """Return the scores minus those of another setting, paired by seed: such runs start with equal weights."""
         return (self.scores(test_set, at) - base.scores(test_set, at)).dropna(how="all")
 
     def curve(self, test_set: str) -> pd.DataFrame:
-        """Return Recall@1 of the runs that count, (epochs that all of them have scored, runs)."""
+        """Return Recall@1 of the counted runs, (epochs that all of them have scored, runs)."""
         by_seed = {
             seed: {row["Epochs"]: row[column(test_set, "Recall @ 1")] for row in run.rows["val"]}
             for seed, run in self.counted.items()
@@ -59,9 +63,15 @@ def compare_runs(
 ) -> None:
     """Print a table of stored runs for each data set and test set.
 
-    roots: run folders, or folders of them. over: a flag; print Recall@1 over it too. against: the folder of one of the
-    runs; give the differences to its setting too. csv, plot: files that take the table, and the curves over the epochs
-    or what `over` or `against` ask for. Raises InputError where there is nothing to compare.
+    Args:
+        roots: run folders, or folders that contain run folders.
+        over: a flag; also print Recall@1 over its values.
+        against: folder of one of the runs; also give the differences to its setting.
+        csv: file for the table.
+        plot: file for the curves over the epochs, or for what `over` or `against` ask for.
+
+    Raises:
+        InputError: there is nothing to compare or to plot, or no run matches `over` or `against`.
     """
     runs = read_runs(roots)
     reference = runs.get(Path(os.path.realpath(against))) if against else None
@@ -105,9 +115,10 @@ def compare_runs(
 
 
 def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
-    """Return the runs in some folders, or in folders of runs, by their resolved paths; what cannot be read is named.
+    """Return the runs in some folders, or in folders of runs, by resolved path; print which ones cannot be read.
 
-    Raises InputError where nothing can be read.
+    Raises:
+        InputError: no run can be read.
     """
     folders = [folder for root in roots for folder in run_folders(Path(root))]
     runs = {}
@@ -125,7 +136,11 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
 
 
 def read_scored(folder: Path) -> History:
-    """Return the history of a run that has been scored. Raises InputError."""
+    """Return the history of a run that has been scored.
+
+    Raises:
+        InputError: the run cannot be read, or no epoch has been scored.
+    """
     history = History.read(folder)
     if not history.rows["val"]:
         raise InputError(f"{folder}: no epoch has been scored yet")
@@ -133,7 +148,7 @@ def read_scored(folder: Path) -> History:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """Return a run folder itself, or the folders in a folder of runs; what cannot be read is returned itself."""
+    """Return a run folder itself, or the folders in a folder of runs; if there are none, the root itself."""
     if os.path.exists(root / "hypa.pkl"):
         return [root]
     try:
@@ -144,7 +159,7 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def parts_of(runs: Sequence[History]) -> list[tuple[str, str, list[Setting]]]:
-    """Return each data set, test set of it, and the settings scored on that."""
+    """Return (data set, test set, settings scored on it) for each data set and test set."""
     parts: dict[tuple[str, str], list[Setting]] = {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         for setting in settings_of([run for run in runs if run.flags["dataset"] == dataset]):
@@ -154,10 +169,10 @@ def parts_of(runs: Sequence[History]) -> list[tuple[str, str, list[Setting]]]:
 
 
 def settings_of(runs: Sequence[History]) -> list[Setting]:
-    """Return the settings of the runs on a data set.
+    """Group the runs on a data set into settings.
 
-    Finished runs count for means and differences, of each seed the first by name; the others are named. So are versions
-    of the program and of packages where the runs of a setting come from several.
+    Means and differences count finished runs, for each seed the first one by name; print which ones are left out. Also
+    print if the runs of a setting come from different versions of the program or of packages.
     """
     settings = []
     groups = [(flags, [runs[i] for i in members]) for flags, members in grouped(setting_flags(runs))]
@@ -181,10 +196,10 @@ def settings_of(runs: Sequence[History]) -> list[Setting]:
 
 
 def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]]) -> list[str]:
-    """Name settings, each given by the flags in which they differ and its runs.
+    """Name settings, each given by the flags in which settings differ, and its runs.
 
-    Runs of a series, whose folders' names differ in _seedN only, are called by the rest of that name, without the
-    ablation_SERIES that Result_Runs.sh puts in front; others by the flags that differ.
+    If the folder names of a setting's runs differ only in _seedN, use the rest of that name, without the
+    ablation_SERIES that Result_Runs.sh puts in front. Otherwise use the flags that differ.
     """
     names = []
     for _, members in groups:
@@ -196,7 +211,7 @@ def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]])
 
 
 def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
-    """Group runs by their flags, a row each; return of each group the flags in which groups differ, and its rows."""
+    """Group runs by their flags, one row each; return each group's values of the flags that differ, and rows."""
     flags = flags.loc[:, flags.nunique() > 1]
     if flags.empty:
         return [({}, list(flags.index))]
@@ -205,13 +220,13 @@ def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
 
 
 def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
-    """Return the flags that make the settings of runs, as they are typed: a row for each run, a column a flag."""
+    """Return the flags that define the settings of runs, as they are typed: one row per run, one column per flag."""
     names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
     return pd.DataFrame([{flag: shown(run.flags.get(flag)) for flag in names} for run in runs], dtype=object)
 
 
 def seed_of(run: History) -> str:
-    """Return the seed of a run as text, empty where it has none."""
+    """Return the seed of a run as text, empty if it has none."""
     return shown(run.flags.get("seed", ""))
 
 
@@ -222,8 +237,9 @@ def scores_at(run: History, test_set: str, at: str) -> tuple[int, dict[str, floa
 
 
 def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, test_set: str) -> pd.DataFrame:
-    """Return the table of a test set: the runs and the summary_rows of each setting at the best and at the last epoch,
-    and the paper's row.
+    """Return the table of a test set.
+
+    It has the runs and the summary_rows of each setting, at the best and at the last epoch, and the paper's row.
     """
     paper, rows = scores_of(published_info(dataset).scores, test_set), []
     for setting in settings:
@@ -246,8 +262,10 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
 def summary_rows(
     setting: Setting, base: Setting | None, paper: Mapping[str, float], test_set: str, at: str
 ) -> dict[str, pd.Series]:
-    """Return the rows below the runs of a setting, by name: mean and standard deviation, differences to the base with
-    their confidence interval, gap to the paper; none where no run counts.
+    """Return the rows below the runs of a setting, by name; none if no run counts.
+
+    They are the mean and standard deviation, differences to the base with their confidence interval, and the gap to the
+    paper.
     """
     scores, rows = setting.scores(test_set, at), {}
     means = scores.mean(skipna=False)
@@ -268,7 +286,7 @@ def summary_rows(
 def mean_and_half_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
     """Return the mean of each column, and half the width of its 95 % confidence interval by Student's t.
 
-    A column with a gap has neither, and a single row no interval: there it is NaN.
+    Columns with missing values have neither (NaN), and a single row has no interval (NaN).
     """
     half = values.sem(skipna=False) * stats.t.ppf(0.975, len(values) - 1)
     return values.mean(skipna=False), half
@@ -284,9 +302,9 @@ def table_text(table: pd.DataFrame, flags: Iterable[str]) -> str:
 def points_to_draw(
     settings: Sequence[Setting], base: Setting, test_set: str, prefix: str
 ) -> dict[tuple[str, str, str], tuple[np.ndarray, float]]:
-    """Return the differences of the other settings to the base as plots.draw_differences draws them.
+    """Return the differences of the other settings to the base, as plots.draw_differences takes them.
 
-    A score that some seed lacks is left out.
+    Scores that are missing for some seed are left out.
     """
     points = {}
     for setting in [setting for setting in settings if setting is not base]:
@@ -300,9 +318,10 @@ def points_to_draw(
 
 
 def ablated_value(run: History, flag: str) -> str:
-    """Return a run's value of a flag as it is typed, None where it has no such flag; of a pair that of the Shared task.
+    """Return a run's value of a flag as it is typed; "None" if the run lacks the flag.
 
-    A run without the Shared task has a Shared embedding of size 0.
+    Of a pair of values this is the Shared task's. A run without the Shared task counts as having a Shared embedding of
+    size 0.
     """
     if flag == "embed_sizes" and run.flags.get("task_p", [1])[-1] == 0:
         return "0"
@@ -315,16 +334,20 @@ def ablated_value(run: History, flag: str) -> str:
 def ablation_lines(
     settings: Sequence[Setting], dataset: str, test_set: str, flag: str, prefix: str
 ) -> dict[str, dict[str, list[float]]]:
-    """Return lines of Recall@1 over a flag, {name: {value of the flag: of each run}}: at the best epoch, at the last,
-    and the paper's where there is one. Runs that differ in other flags than this one and the seed are in other lines,
-    which are named by these flags behind the prefix.
+    """Return lines of Recall@1 over a flag: at the best epoch, at the last one, and the paper's if there is one.
+
+    Runs that differ in other flags than this one and the seed are in different lines, named after the prefix by these
+    flags.
+
+    Returns:
+        {name of the line: {value of the flag: Recall@1 of each run}}.
     """
 
     runs = [run for setting in settings for run in setting.counted.values()]
     flags = setting_flags(runs).drop(columns=flag, errors="ignore")
-    if flag in PAIRS:  # the Shared task's value is the one that varies
+    if flag in PAIRS:  # only the Shared task's value varies along a line
         flags[f"{flag} of Class"] = [shown(run.flags[flag][0]) if flag in run.flags else "None" for run in runs]
-    # A run without the Shared task, of an embedding of size 0, belongs to every line
+    # A run without the Shared task counts as one with an embedding of size 0, and belongs to every line
     without = [i for i, run in enumerate(runs) if flag == "embed_sizes" and ablated_value(run, flag) == "0"]
     alike = flags.drop(columns=["task_p", "adv_weights"], errors="ignore")
     lines: dict[str, dict[str, list[float]]] = {}
@@ -342,13 +365,13 @@ def ablation_lines(
 
 
 def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> pd.DataFrame:
-    """Return ablation_lines with a row for each value of the flag, numbers by size, then words; NaN for no runs."""
+    """Return ablation_lines as a table, one row per value of the flag: numbers, then words; NaN for no runs."""
     table = pd.DataFrame({name: pd.Series(points, dtype=object) for name, points in lines.items()})
     return table.sort_index(key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
 
 
 def mean_text(recalls: Sequence[float] | float) -> str:
-    """Return the mean, with standard deviation and number where there are several runs, and nothing for NaN."""
+    """Return the mean, with standard deviation and number if there are several runs; empty for NaN."""
     if isinstance(recalls, float):
         return ""
     spread = f" +- {np.std(recalls, ddof=1):.4f} ({len(recalls)} runs)" if len(recalls) > 1 else ""

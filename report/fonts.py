@@ -1,4 +1,4 @@
-"""Fonts for names in scripts that Matplotlib's own font, DejaVu Sans, does not have: Chinese, Japanese, emoji."""
+"""Fonts for scripts that Matplotlib's own font, DejaVu Sans, does not cover: Chinese, Japanese, emoji."""
 
 import functools
 import itertools
@@ -12,7 +12,7 @@ from matplotlib.ft2font import FT2Font
 
 OWN = "DejaVu Sans"
 USELESS = ("Last Resort", "Color Emoji")
-"""In names of fonts: placeholders for every character there is, and pictures that cannot be drawn as outlines."""
+"""Parts of the names of unusable fonts: placeholders for every character, and pictures that have no outlines."""
 
 
 def own_font() -> str:
@@ -21,7 +21,7 @@ def own_font() -> str:
 
 
 def characters_of(file: str) -> np.ndarray:
-    """Return the code points that a font has; none where its file has gone since Matplotlib listed it."""
+    """Return the code points that a font covers; empty if its file has gone since Matplotlib listed it."""
     try:
         return np.fromiter(FT2Font(file).get_charmap(), dtype=np.int64)
     except (OSError, RuntimeError):
@@ -30,9 +30,9 @@ def characters_of(file: str) -> np.ndarray:
 
 @functools.cache
 def system_fonts() -> dict[str, tuple[str, np.ndarray]]:
-    """Return a font of each family that Matplotlib knows of, {family: (file, code points)}, plain and sans serif first.
+    """Return one font of each family that Matplotlib knows, {family: (file, code points)}, plain and sans serif first.
 
-    All of them are opened, in about a second, and only if a name needs it.
+    This opens all of them, which takes about a second, and is only called if a name needs it.
     """
     entries = [font for font in font_manager.fontManager.ttflist if not any(word in font.name for word in USELESS)]
     entries.sort(key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name, font.fname))
@@ -50,7 +50,7 @@ def own_characters() -> frozenset[int]:
 
 @functools.cache
 def font_of(character: str) -> tuple[str, str]:
-    """Return family and file of the font that draws a character: DejaVu Sans where it has it, or where no font has."""
+    """Return family and file of the font for a character: DejaVu Sans if it covers the character or no font does."""
     if character.isprintable() and ord(character) not in own_characters():
         for family, (file, characters) in system_fonts().items():
             if ord(character) in characters:
@@ -59,15 +59,15 @@ def font_of(character: str) -> tuple[str, str]:
 
 
 def families_for(text: str) -> list[str]:
-    """Return the families that Matplotlib is to try for a text, one after the other; none but its own if that does.
+    """Return the font families for Matplotlib to try for a text, in order; empty if its own font is enough.
 
-    The last one is for the browser that shows an SVG: it may have fonts that this machine has not.
+    The last family is for browsers that show an SVG, which may have fonts that this machine lacks.
     """
     others = dict.fromkeys(font_of(character)[0] for character in text if font_of(character)[0] != OWN)
     return [OWN, *others, "sans-serif"] if others else []
 
 
 def runs_of(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the parts of a text that one font draws, as (file of the font, part)."""
+    """Split a text into parts with one font each; yield (file of the font, part)."""
     for file, characters in itertools.groupby(text, lambda character: font_of(character)[1]):
         yield file, "".join(characters)

@@ -1,6 +1,6 @@
-"""A run on one page, page.html in its folder, and the runs of a data set in a table, index.html above their folders.
+"""HTML pages: page.html in a run folder, and index.html above the run folders, with a table of a data set's runs.
 
-Both are complete by themselves: a browser opens them from the disk, and asks for nothing but the runs' own pictures.
+Both are self-contained: a browser opens them from disk and loads nothing but the runs' own pictures.
 """
 
 import contextlib
@@ -44,21 +44,21 @@ from support.errors import InputError
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
-"""Seconds after which a running run counts as silent, unless its epochs take long; before the first one is done."""
+"""Seconds after which a running run counts as silent, after its first epoch (longer for long epochs) and before."""
 
 FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(InfoPlot_.*|network)\.svg"]
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]
-"""What a page links to where it exists, as regular expressions."""
+"""Files that a page links to if they exist, as regular expressions."""
 
 MARKER = b'<meta name="generator" content="MIC">'
-"""Tells an index.html of ours from one of the user's."""
+"""Marks an index.html as ours, not the user's."""
 
 
 def draw(history: History) -> None:
     """Draw what is new of a run: its plots after an evaluation, its page, and the index of the runs beside it.
 
-    Before the first evaluation the plots show the losses, and before the first checkpoint there is no index. Does
-    nothing where the run folder has gone, and in processes that are not the first. What cannot be drawn is a warning.
+    Before the first evaluation the plots show only losses; before the first checkpoint there is no index. Do nothing if
+    the run folder has gone, or in processes other than the first. Failures to draw are logged as warnings.
     """
     if not processes.is_first() or not history.folder.is_dir():
         return
@@ -73,12 +73,12 @@ def draw(history: History) -> None:
 
 
 def modified(path: Path) -> int:
-    """Return when a file was written last, 0 where there is none."""
+    """Return when a file was last modified, in nanoseconds since 1970; 0 if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def draw_plots(history: History) -> None:
-    """Draw InfoPlot_Class.svg of each test set and InfoPlot_Probe.svg; what cannot be drawn is a warning."""
+    """Draw InfoPlot_Class.svg of each test set and InfoPlot_Probe.svg; failures are logged as warnings."""
     for test_set in [name for name in history.test_sets if name != VALIDATION] if history.rows["train"] else []:
         path = info_plot(history.folder, test_set)
         with warned(path):
@@ -121,7 +121,7 @@ def write_page(history: History) -> None:
 
 
 def score_panel(history: History, test_set: str) -> dict[str, object]:
-    """Return the table of a test set's scores and the plot of its run."""
+    """Return the score table of a test set and the plot of its run."""
     rows, index = history.rows["val"], history.best_index(test_set)
     table = history.score_table(test_set)
     table["gap"] = table["best"].astype(float) - table["paper"]
@@ -136,26 +136,26 @@ def score_panel(history: History, test_set: str) -> dict[str, object]:
 
 
 def last_values(*logs: Sequence[Row]) -> str:
-    """Return the last values of some logs in words, for those who cannot see their plot."""
+    """Describe the last values of some logs in words, for readers who cannot see the plot."""
     values = {name: value for rows in logs for name, value in (rows[-1] if rows else {}).items()}
     texts = [f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "Time"]
     return f"Over the epochs, at the last: {', '.join(texts)}"
 
 
 def picture(path: Path, words: str) -> dict[str, object] | None:
-    """Return a picture in a run folder as the page shows it, None where there is none. words: in its place."""
+    """Return a picture in a run folder as the page shows it, None if it does not exist; `words` describe it."""
     if not path.exists():
         return None
     size = None
     if path.suffix != ".svg":
-        with contextlib.suppress(OSError, ValueError), Image.open(path) as image:  # the browser sees for itself
+        with contextlib.suppress(OSError, ValueError), Image.open(path) as image:  # the size is optional
             size = image.size
     folder = "mined/" if path.parent.name == "mined" else ""
     return {"url": url(folder + path.name), "words": words, "size": size}
 
 
 def mining_slides(history: History) -> list[dict[str, object]]:
-    """Return what the page's slider shows of each mining, oldest first."""
+    """Return what the page's slider shows for each mining, oldest first."""
     rows, slides = history.rows["mining"], []
     agreements = [name for name in (rows[-1] if rows else {}) if name.startswith(("AMI ", "ARI "))]
     for row in rows:
@@ -170,14 +170,14 @@ def mining_slides(history: History) -> list[dict[str, object]]:
 
 
 def strongest_factor(history: History) -> str:
-    """Return the known factor that the labels mined last agree with most, empty where there is none."""
+    """Return the known factor that the labels mined last agree with most; empty if there is none."""
     last = history.rows["mining"][-1] if history.rows["mining"] else {}
     factors = {name[4:]: value for name, value in last.items() if name.startswith("AMI ") and name != "AMI class"}
     return max(factors, key=factors.get, default="")
 
 
 def neighbours(history: History) -> dict[str, list[dict[str, object]]]:
-    """Return the sheets of nearest neighbours that there are, {test set: sheets by the Class and Shared embedding}."""
+    """Return the existing sheets of nearest neighbours, {test set: sheets by the Class and by the Shared embedding}."""
     sets = {}
     for name in history.test_sets:
         for task in ("Class", "Shared"):
@@ -189,7 +189,7 @@ def neighbours(history: History) -> dict[str, list[dict[str, object]]]:
 
 
 def commands(history: History) -> dict[str, str]:
-    """Return what can be done with the run, {in words: command line}."""
+    """Return commands for the run, {description: command line}."""
     folder, parent = (shlex.quote(str(path)) for path in (history.folder.absolute(), history.folder.absolute().parent))
     start = history.provenance[-1] if history.provenance else {}
     more = ["--n_epochs", str(2 * history.n_epochs)] if history.state == "finished" else []
@@ -204,14 +204,14 @@ def commands(history: History) -> dict[str, str]:
 
 
 def patience(history: History) -> float:
-    """Return the seconds of silence after which a running run is likely to have been killed."""
+    """Return the seconds of silence after which a running run has probably been killed."""
     return max(SILENCE, 3 * history.seconds / history.epoch) if history.epoch else FIRST_SILENCE
 
 
 def draw_index(folder: Path) -> None:
-    """Write index.html beside a run folder; what cannot be drawn is a warning.
+    """Write index.html beside a run folder; failures are logged as warnings.
 
-    An index.html that is not ours is left alone. Of two runs that write it at once the last one wins.
+    Someone else's index.html is left alone. If two runs write it at once, the last one wins.
     """
     parent, path = folder.parent, folder.parent / "index.html"
     with warned(path):
@@ -232,16 +232,16 @@ def draw_index(folder: Path) -> None:
             test_set=test_set,
             paper=scores_of(published_info(dataset).scores, test_set),
         )
-        temporary = folder / ".index.html.tmp"  # in a folder where no other run writes
+        temporary = folder / ".index.html.tmp"  # in the run's own folder, where no other run writes
         temporary.write_bytes(content)
         os.replace(temporary, path)
 
 
 def read_histories(parent: Path) -> list[History]:
-    """Return the histories of the runs in a folder; what cannot be read is skipped."""
+    """Return the histories of the runs in a folder, without those that cannot be read."""
     histories = []
     for name in sorted(os.listdir(parent)):
-        with contextlib.suppress(OSError):  # somebody else's
+        with contextlib.suppress(OSError):  # another user's folder
             times = tuple(modified(parent / name / file) for file in ("hypa.pkl", STATE_FILE, LOGS["val"]))
             history = read_history(parent / name, times) if (parent / name / "hypa.pkl").is_file() else None
             histories += [history] if history else []
@@ -250,7 +250,7 @@ def read_histories(parent: Path) -> list[History]:
 
 @functools.lru_cache(maxsize=4096)
 def read_history(folder: Path, times: tuple[int, ...]) -> History | None:
-    """Return the history in a run folder, None where it cannot be read. times: of its files, for the cache."""
+    """Return the history in a run folder, None if it cannot be read; `times`, of its files, serve as the cache key."""
     try:
         return History.read(folder)
     except InputError:
@@ -258,7 +258,7 @@ def read_history(folder: Path, times: tuple[int, ...]) -> History | None:
 
 
 def index_entry(history: History, differences: dict[str, str]) -> dict[str, object]:
-    """Return what the index shows of a run. differences: its flags in which the runs differ."""
+    """Return what the index shows of a run; `differences` are the flags in which the runs differ."""
     name, rows = history.folder.name, history.rows["val"]
     test_set = history.test_sets[0] if history.test_sets else "test"
     recall, index = column(test_set, "Recall @ 1"), history.best_index(test_set)
@@ -280,7 +280,7 @@ def index_entry(history: History, differences: dict[str, str]) -> dict[str, obje
 
 
 def sparklines(entries: Sequence[dict[str, object]]) -> list[str]:
-    """Return the Recall@1 of each run as an SVG path on 100 x 24 units, all on one scale."""
+    """Return the Recall@1 of each run as an SVG path in 100 x 24 units, all on the same scale."""
     epochs = [epoch for entry in entries for epoch, _ in entry["curve"]]
     recalls = [recall for entry in entries for _, recall in entry["curve"]]
     last, low = max(epochs, default=0) or 1, min(recalls, default=0)
@@ -293,18 +293,18 @@ def sparklines(entries: Sequence[dict[str, object]]) -> list[str]:
 
 
 def finite(value: object) -> float | None:
-    """Return a number, or None for what was left out: None, NaN, or infinite."""
+    """Return a value as a float; None if it is not a finite number."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def number_text(value: object, form: str = ".4f") -> str:
-    """Return a number as text, a dash for what was left out."""
+    """Return a number as text; a dash for None, NaN and infinity."""
     number = finite(value)
     return "–" if number is None else format(number, form)
 
 
 def duration(seconds: float) -> str:
-    """Return a time as text: "45 s", "12 min", "3 h 05 min", "2 d 4 h"."""
+    """Return a duration as text: "45 s", "12 min", "3 h 05 min", "2 d 4 h"."""
     minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -315,7 +315,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """Return a time since 1970 as local date and time."""
+    """Return seconds since 1970 as local date and time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
@@ -326,7 +326,7 @@ def url(path: str) -> str:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Return what renders the templates; whatever they show is escaped."""
+    """Return the template environment; whatever templates show is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     look = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
     made = jinja2.Environment(loader=loader, **look)
@@ -336,6 +336,6 @@ def environment() -> jinja2.Environment:
 
 
 def rendered(template: str, **values: object) -> bytes:
-    """Return a template filled in, as UTF-8; bytes of names that are none become replacement characters."""
+    """Render a template as UTF-8; bytes of names that cannot be decoded become replacement characters."""
     text = environment().get_template(template).render(**values)
     return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()

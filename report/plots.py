@@ -1,4 +1,4 @@
-"""Plots of one run, and of runs against each other. The same figure gives the same bytes."""
+"""Plots of single runs and comparisons. The same figure always gives the same bytes."""
 
 import contextlib
 import functools
@@ -25,13 +25,13 @@ from support.files import replaced_file
 from support.output import log
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999933")
-"""Colours that colour-blind readers can tell apart (Okabe and Ito), darker in place of yellow."""
+"""Colours that colour-blind readers can tell apart (Okabe and Ito), with a darker one in place of yellow."""
 
 MARKERS, LINES = "osD^vP*X", ("-", "--", ":", "-.")
 
 STYLE = {
     "svg.hashsalt": "mic",
-    "svg.fonttype": "none",  # text that can be edited, in a quarter less time
+    "svg.fonttype": "none",  # keeps text editable, and takes a quarter less time
     "font.size": 10.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,14 +42,14 @@ BEST_MARK = {"marker": "*", "markersize": 17, "color": "#e69f00", "markeredgecol
 
 @contextlib.contextmanager
 def saved_figure(path: Path, **options) -> Iterator[Figure]:
-    """Yield a new figure to draw on; write it in the format of the path's ending, .svg, .png or .pdf, and undated.
+    """Yield a new figure to draw on, then write it, without a date, as .svg, .png or .pdf by the path's suffix.
 
     It looks the same whatever the user's matplotlibrc says.
     """
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        # A name that no font of this machine can draw is boxes in it; in an SVG the browser has another try
+        # Characters that no font of this machine covers appear as boxes; in an SVG the browser may still find a font
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         figure = Figure(**options)
         yield figure
@@ -70,11 +70,11 @@ def warn(path: Path, reason: str) -> None:
 
 @contextlib.contextmanager
 def warned(path: Path) -> Iterator[None]:
-    """Turn what keeps a picture or a page from being drawn into a warning: training is worth more."""
+    """Log failures to draw a picture or a page as warnings, as they must not end training."""
     try:
         yield
     except Exception as error:
-        if str(error).startswith("DataLoader worker"):  # it may die at any time, and ends the run
+        if str(error).startswith("DataLoader worker"):  # a worker may die at any time; that must end the run
             raise
         if isinstance(error, OSError):
             warn(path, f"cannot be written ({error.strerror or first_line(error)})")
@@ -83,9 +83,10 @@ def warned(path: Path) -> Iterator[None]:
 
 
 def draw_progress(path: Path, history: History, test_set: str) -> None:
-    """Draw a run: left a panel for each part of the loss and one for the learning rate, right a test set's scores.
+    """Draw a run: losses and learning rate on the left, one panel each, a test set's scores on the right.
 
-    Minings, lower learning rates and the best epoch are marked. Before the first evaluation the right side is empty.
+    Minings, drops of the learning rate and the best epoch are marked. Before the first evaluation the right side is
+    empty.
     """
     losses = logged_values(history.rows["train"])
     scores = logged_values([plotted_scores(row, test_set) for row in history.rows["val"]])
@@ -123,7 +124,7 @@ def draw_progress(path: Path, history: History, test_set: str) -> None:
 
 
 def draw_loss(axis: Axes, values: pd.DataFrame, first_look: int) -> None:
-    """Draw a part of the loss, or the learning rate on a logarithmic axis, over the epochs."""
+    """Draw a loss, or the learning rate on a logarithmic axis, over the epochs."""
     name = values.columns[0]
     draw_curves(axis, values, first_look)
     axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
@@ -137,25 +138,25 @@ def draw_loss(axis: Axes, values: pd.DataFrame, first_look: int) -> None:
 
 
 def run_title(history: History, test_set: str) -> str:
-    """Return the name of a run, and of a test set with a name."""
+    """Return the name of a run, followed by that of a test set unless it is "test"."""
     return shortened(history.folder.name, 50) + ("" if test_set == "test" else f" {test_set}")
 
 
 def plotted_scores(row: Row, test_set: str) -> Row:
-    """Return the scores of a test set in a row of "val", with Recall@1 on the classes held out, if there are any."""
+    """Return the scores of a test set in a row of "val", with Recall@1 on the held-out classes if there are any."""
     held_out = column(VALIDATION, "Recall @ 1")
     first = {held_out: row[held_out]} if held_out in row else {}
     return {"Epochs": row["Epochs"], "Time": row["Time"], **first, **scores_of(row, test_set)}
 
 
 def logged_values(rows: Sequence[Row], epochs: str = "Epochs") -> pd.DataFrame:
-    """Return the rows of a log by epoch, float, without the columns that hold no value."""
+    """Return the rows of a log by epoch, as floats, without columns that have no value."""
     table = pd.DataFrame(rows, columns=None if rows else [epochs, "Time"])
     return table.set_index(epochs).drop(columns="Time").astype(float).dropna(axis=1, how="all")
 
 
 def mark_epochs(axis: Axes, history: History, best: int | None) -> list[Line2D]:
-    """Mark minings, lower learning rates and the best epoch; return the marks that are there, for a legend."""
+    """Mark minings, drops of the learning rate and the best epoch; return the marks drawn, for a legend."""
     last = history.rows["train"][-1]["Epochs"]
     axis.set_xlim(-0.7, last + 0.7)
     marks = []
@@ -164,7 +165,7 @@ def mark_epochs(axis: Axes, history: History, best: int | None) -> list[Line2D]:
         (rate_steps(history.flags), "learning rate lowered", {"color": "black", "linestyle": "dotted"}),
     ]:
         starts = [epoch - 0.5 for epoch in epochs if epoch <= last + 1]
-        low = 0 if len(starts) <= 40 else 0.96  # many would hide the curves: short ones at the top
+        low = 0 if len(starts) <= 40 else 0.96  # many lines would hide the curves, so draw short ones at the top
         axis.vlines(starts, low, 1, **look, linewidth=1, zorder=0, transform=axis.get_xaxis_transform())
         if starts:
             marks.append(Line2D([], [], **look, linewidth=1, label=label))
@@ -180,25 +181,25 @@ def rate_steps(flags: Mapping[str, object]) -> Sequence[int]:
 
 
 def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
-    """Draw the columns of a table over its index, the epochs, told apart by colour and marker; without what is NaN."""
+    """Draw the columns of a table over its epochs, in different colours and markers, without NaN."""
     for i, name in enumerate(table, start=first_look):
         points = table[name].dropna()
         look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
         axis.plot(points.index, points, **look, markevery=max(1, len(points) // 25), label=name)
-    format_axis(axis, 4)  # ticks take most of the time of a plot
+    format_axis(axis, 4)  # few ticks, as they take most of the time
 
 
 def format_axis(axis: Axes, n_values: int) -> None:
-    """Set whole epochs below an axis, about n_values values beside it, and lines across."""
+    """Use whole epochs below an axis, about n_values values beside it, and horizontal grid lines."""
     axis.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(n_values))
     axis.grid(axis="y", alpha=0.25)
 
 
 def draw_probe(path: Path, history: History) -> None:
-    """Draw what the probe read, a panel for each kind of label: training images with marks, test images thin.
+    """Draw what the probe read, one panel per kind of label; training images with markers, test images as thin lines.
 
-    A last panel shows what the mined labels agree with.
+    A last panel shows the agreement of the mined labels with other labels.
     """
     table, mined = logged_values(history.rows["probe"]), logged_values(history.rows["mining"], "Before Epoch")
     agreements = mined[[name for name in mined if name.startswith("AMI ")]]
@@ -220,7 +221,7 @@ def draw_probe(path: Path, history: History) -> None:
             for source, look in looks.items():
                 for test_set in ("", *test_sets):
                     column = f"{test_set}{kind} {source}"
-                    if column in table:  # no mined labels of test images, no Shared embedding of a plain baseline
+                    if column in table:  # test images have no mined labels, and a plain baseline no Shared embedding
                         axis.plot(table.index, table[column], **look | (thin if test_set else marked))
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind, 24))
             low_from = "Shared" if kind == "Class" else "Class"
@@ -243,7 +244,7 @@ def draw_probe(path: Path, history: History) -> None:
 
 
 def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
-    """Draw the adjusted mutual information of mined labels with class and known factors over the minings."""
+    """Draw the adjusted mutual information of the mined labels with class and known factors over the minings."""
     draw_curves(axis, agreements.rename(columns=lambda name: plain(name.removeprefix("AMI "), 20)))
     axis.set_title("AMI of the mined labels", loc="left", fontsize=11)
     axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch")
@@ -252,12 +253,15 @@ def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
 
 
 def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
-    """Draw Recall@1 over the epochs: of each setting the mean, in a band of one standard deviation.
+    """Draw Recall@1 over the epochs: the mean of each setting, with a band of one standard deviation.
 
-    curves: setting to recall (epochs, runs). The legend is beside the curves, however many there are.
+    The legend is beside the curves, however many there are.
+
+    Args:
+        curves: name of the setting to Recall@1 (epochs, runs).
     """
     with saved_figure(path, figsize=(9, max(5.5, 0.22 * len(curves)))) as figure:
-        matplotlib.rcParams["savefig.bbox"] = "tight"  # grow by the legend
+        matplotlib.rcParams["savefig.bbox"] = "tight"  # grow to fit the legend
         axis = figure.subplots()
         for i, (setting, recalls) in enumerate(curves.items()):
             label = f"{plain(setting, 110)} ({recalls.shape[1]} run{'s' if recalls.shape[1] > 1 else ''})"
@@ -271,20 +275,23 @@ def draw_comparison(path: Path, curves: Mapping[str, pd.DataFrame]) -> None:
 
 
 def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
-    """Draw Recall@1 over a flag: the mean of the runs in a band of one standard deviation, runs as dots.
+    """Draw Recall@1 over a flag: the mean of the runs with a band of one standard deviation, and the runs as dots.
 
-    table: the lists of Recall@1 of the runs at each value of the flag (rows), for each line (columns), NaN where there
-    is none. Values are drawn at equal distances. A line whose name starts with "paper" has published numbers.
+    Values of the flag are drawn at equal distances.
+
+    Args:
+        table: the lists of Recall@1 of the runs at each value of the flag (rows) for each line (columns), NaN if there
+            are none. A line whose name starts with "paper" has published numbers.
     """
     values = [plain(str(value), 40) for value in table.index]
-    is_crowded = sum(len(value) + 2 for value in values) > 85  # characters that fit side by side
+    is_crowded = sum(len(value) + 2 for value in values) > 85  # more characters than fit side by side
     height = 4.6 + 0.25 * len(table.columns) + (0.08 * max(map(len, values)) if is_crowded else 0)
     with saved_figure(path, figsize=(max(8.4, 0.22 * len(values)), height), layout="constrained") as figure:
         axis = figure.subplots()
         for i, name in enumerate(table):
             places = np.flatnonzero(table[name].notna())
             look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": "-:"[i % 2]}
-            look["markersize"] = (9, 5)[i % 2]  # where two lines coincide both are seen
+            look["markersize"] = (9, 5)[i % 2]  # so that both of two coinciding lines are visible
             look |= {"color": "0.35", "linestyle": "--", "marker": "x"} if name.startswith("paper") else {}
             recalls = list(table[name].dropna())
             draw_means(axis, places, recalls, look, plain(name, 90))
@@ -299,7 +306,7 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
 
 
 def draw_means(axis: Axes, places: Sequence[float], runs: Sequence[Sequence[float]], look: Mapping, label: str) -> None:
-    """Draw the means of the runs at each place as a line, in a band of one standard deviation, 0 of a single run."""
+    """Draw the means of the runs at each place as a line, with a band of one standard deviation; 0 for a single run."""
     means = np.array([np.mean(values) for values in runs])
     deviations = np.array([np.std(values, ddof=1) if len(values) > 1 else 0 for values in runs])
     axis.plot(places, means, label=label, **look)
@@ -307,9 +314,12 @@ def draw_means(axis: Axes, places: Sequence[float], runs: Sequence[Sequence[floa
 
 
 def draw_differences(path: Path, points: Mapping[tuple[str, str, str], tuple[np.ndarray, float]], base: str) -> None:
-    """Draw the differences of settings to a base setting: a panel for each score, a row for each setting.
+    """Draw the differences of settings to a base setting: one panel per score, one row per setting.
 
-    points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), half their confidence interval)}.
+    Args:
+        points: {(score, setting, "best" or "last" epoch): (differences of the seeds (n,), half the width of their
+            confidence interval)}.
+        base: name of the base setting.
     """
     scores, settings = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
     size = (3.4 + 2.9 * len(scores), 1.6 + 0.75 * len(settings))
@@ -333,7 +343,12 @@ def draw_differences(path: Path, points: Mapping[tuple[str, str, str], tuple[np.
 
 
 def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float]], **look: str) -> None:
-    """Draw rows of draw_differences, (place, values, half the interval): dots, and at their mean a mark with a bar."""
+    """Draw rows of draw_differences: the values as dots, and their mean with a bar for the interval.
+
+    Args:
+        rows: (place, values (n,), half the width of the interval).
+        look: options of Matplotlib's errorbar.
+    """
     places, means = [place for place, *_ in rows], [values.mean() for _, values, _ in rows]
     axis.errorbar(means, places, xerr=[half for *_, half in rows], linestyle="none", markersize=6, linewidth=2, **look)
     for place, values, _ in rows:
@@ -341,10 +356,10 @@ def draw_intervals(axis: Axes, rows: Sequence[tuple[float, np.ndarray, float]], 
 
 
 def shortened(name: str, length: int) -> str:
-    """Return a name cut to `length` characters."""
+    """Return a name, shortened to `length` characters if it is longer."""
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def plain(name: str, length: int = 80) -> str:
-    """Return a name cut to `length` characters that Matplotlib does not take for a formula."""
+    """Return a name, shortened to `length` characters, that Matplotlib does not parse as a formula."""
     return shortened(name, length).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Contact sheets, drawn with Pillow in a twentieth of the time that Matplotlib needs for as many images."""
+"""Contact sheets, drawn with Pillow, which takes a twentieth of Matplotlib's time for as many images."""
 
 import functools
 import zlib
@@ -20,14 +20,14 @@ TILE, EDGE, LINE = 128, 16, 26
 """Side of an image, margin of a sheet, and height of a line of text above the images, in pixels."""
 
 BORDER = (1 - 224 / 256) / 2
-"""What evaluation crops from each side of an image."""
+"""Fraction of an image that evaluation crops from each side."""
 
 FRAMES = {"query": ("#333333", ""), "same": ("#009e73", "✓"), "other": ("#d55e00", "✗"), "plain": ("#999999", "")}
-"""Kind of a tile to the colour of its frame and its mark; the frame of "other" is dashed."""
+"""Colour of the frame and the mark of each kind of tile; the frame of "other" is dashed."""
 
 
 class Tile(NamedTuple):
-    """An image (H, W, 3) uint8, drawn as evaluation crops it, the text below it, and a kind of FRAMES."""
+    """An image (H, W, 3) uint8, drawn as evaluation crops it, the text below it, and its kind, a key of FRAMES."""
 
     image: np.ndarray
     caption: str
@@ -40,12 +40,10 @@ def draw_neighbours(
     """Draw the nearest neighbours in each test set whose best epoch is the one scored last.
 
     Args:
-        history: of the run.
-        tests: the test sets.
-        embeddings: {test set: {task: (N, D)}}; Shared is shown where labels were mined.
+        embeddings: {test set: {task: (N, D)}}; Shared is drawn only if labels were mined.
 
     Returns:
-        The files.
+        The files that were drawn.
     """
     epoch, paths = history.rows["val"][-1]["Epochs"], []
     for name in history.improved_sets():
@@ -59,7 +57,16 @@ def draw_neighbours(
 
 
 def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> list[Path]:
-    """Draw the last mining, see draw_clusters, to mined_clusters.png and to a sheet that stays; return the former."""
+    """Draw the last mining (see draw_clusters) to mined_clusters.png, and to a sheet of its own that stays.
+
+    Args:
+        images: the training images.
+        mined: labels (N,).
+        squared_distances: (N,), see draw_clusters.
+
+    Returns:
+        mined_clusters.png, or nothing if it could not be drawn.
+    """
     epoch, latest = history.mined_epochs[-1], history.folder / "mined_clusters.png"
     path = mining_sheet(history.folder, epoch)
     with warned(latest):
@@ -74,9 +81,9 @@ def draw_recoveries(
 ) -> None:
     """Draw test images, each with its nearest neighbours by embeddings (N, D), as a PNG to check a run by eye.
 
-    Queries are searched in the gallery, or where there is none each in all other images. They are spread evenly over
-    the images that something can be found for, if there are any, and are the same for every embedding. A neighbour of
-    the query's class has a solid green frame and a tick, one of another class a dashed orange frame and a cross.
+    Queries are searched in the gallery or, without one, among all other images. They are the same for every embedding,
+    spread evenly over the images that have a positive (over all images if none has). A neighbour of the query's class
+    has a solid green frame and a tick, one of another class a dashed orange frame and a cross.
     """
     queries = gallery = np.arange(len(images.labels))
     if images.is_query is not None:
@@ -85,7 +92,7 @@ def draw_recoveries(
     findable = queries[can_be_found[images.labels[queries]]]
     queries = findable if len(findable) else queries
     queries = queries[np.linspace(0, len(queries) - 1, min(n_queries, len(queries))).round().astype(int)]
-    # squared, less the query's own norm
+    # squared distances, minus the query's squared norm
     distances = (embeddings[gallery] ** 2).sum(1) - 2 * embeddings[queries] @ embeddings[gallery].T
     distances[queries[:, None] == gallery] = np.inf
     neighbours = gallery[np.argsort(distances, axis=1, kind="stable")[:, :n_neighbours]]
@@ -106,7 +113,15 @@ def draw_clusters(
     mined: np.ndarray,
     squared_distances: np.ndarray,
 ) -> None:
-    """Draw mined clusters to files, PNG or JPEG; see clusters_to_show. mined, squared_distances: (N,)."""
+    """Draw mined clusters to PNG or JPEG files; see clusters_to_show.
+
+    Args:
+        run_name: name of the run, for the title.
+        before_epoch: the epoch that begins with these labels.
+        images: the training images.
+        mined: labels (N,).
+        squared_distances: (N,) to the centre of the cluster; NaN for images that are left out.
+    """
     clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors)
     n_clusters = len(set(mined[~np.isnan(squared_distances)]))
     which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
@@ -125,14 +140,23 @@ def clusters_to_show(
     factors: Mapping[str, np.ndarray],
     n_images: int = 8,
 ) -> list[tuple[str, np.ndarray]]:
-    """Return caption and images of clusters, largest first: all, or of many the largest, middle and smallest ones.
+    """Choose clusters and images to show, largest cluster first.
 
-    Of each cluster the images nearest to its centre, each of another class. The caption has the cluster's size, its
-    number of classes, and where there are factors the one that most images have in common beyond what as many random
-    images have: a factor of many levels would win in small clusters otherwise. None where no factor is beyond that.
-    clusters, labels: (N,) int. squared_distances: (N,) of the images to the centre of their cluster; images with NaN
-    are left out. factors: name to (N,) int levels. Returns (caption, indices (at most n_images,)) for at most 10
+    Show all clusters or, if there are more than 10, the largest, middle and smallest ones; of each cluster the images
+    nearest to its centre, no two of the same class. The caption gives the cluster's size, its number of classes, and
+    the known factor with the largest excess, if that is positive: the share of images with the most frequent level,
+    minus what as many random images reach. Without subtracting that, a factor with many levels would win in small
     clusters.
+
+    Args:
+        clusters: (N,) int.
+        squared_distances: (N,) of the images to the centre of their cluster; images with NaN are left out.
+        labels: (N,) int, the classes.
+        factors: factor name to (N,) int levels.
+        n_images: largest number of images of a cluster.
+
+    Returns:
+        (caption, indices (at most n_images,)) for at most 10 clusters.
     """
     counts = ~np.isnan(squared_distances)
     sizes = np.bincount(clusters[counts])
@@ -163,23 +187,23 @@ def largest_share(levels: np.ndarray) -> float:
 
 
 def share_by_chance(levels: np.ndarray, n_images: int) -> float:
-    """Return a largest_share that n_images random images hardly exceed: mean and three deviations over some draws."""
+    """Return a largest_share that n_images random images rarely exceed: mean plus three deviations over some draws."""
     draws = np.random.default_rng(0).choice(levels, (20 + 500 // n_images, n_images))
     shares = [largest_share(draw) for draw in draws]
     return float(np.mean(shares) + 3 * np.std(shares))
 
 
 def read_tile(images: ImageSet, index: int, kind: str) -> Tile:
-    """Return the tile of an image, its class as the caption: one line that fits below it, in characters that exist."""
+    """Read the tile of an image; its caption is the class, as one line that fits and that can be encoded."""
     name = " ".join(images.class_names[images.labels[index]].encode(errors="replace").decode().split())
     caption = shortened(name, 16)
-    while text_width(caption, 13) > TILE + 10:  # of a script as wide as it is high
+    while text_width(caption, 13) > TILE + 10:  # scripts such as Chinese are wider
         caption = shortened(name, len(caption) - 1)
     return Tile(images.read(index).permute(1, 2, 0).numpy(), caption, kind)
 
 
 def draw_sheet(lines: Sequence[str], headings: Sequence[str], rows: Sequence[Sequence[Tile]]) -> Image.Image:
-    """Draw rows of tiles, each row behind its heading of one line or several. lines: text above all rows."""
+    """Draw rows of tiles, each after its heading of one or more lines; `lines` is the text above all rows."""
     step, row_height = TILE + 18, TILE + 36
     heading_width = max(text_width(line, 13) for heading in headings for line in heading.split("\n"))
     left, top = EDGE + (heading_width + EDGE if heading_width else 0), EDGE + LINE * len(lines)
@@ -199,16 +223,16 @@ def draw_sheet(lines: Sequence[str], headings: Sequence[str], rows: Sequence[Seq
 
 
 def save(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet in the format of the path's ending, .png or .jpg."""
+    """Write a sheet in the format of the path's suffix, .png or .jpg."""
     with replaced_file(path) as file:
         if path.suffix == ".jpg":
             sheet.save(file, "JPEG", quality=60)
-        else:  # as small as by default, in half the time
+        else:  # as small as with the defaults, in half the time
             sheet.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
 
 
 def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile: Tile) -> None:
-    """Draw a tile on a sheet with its frame, mark and caption; x, y: its upper left corner."""
+    """Draw a tile on a sheet with its frame, mark and caption; (x, y) is its upper left corner."""
     colour, mark = FRAMES[tile.kind]
     image = ImageOps.fit(Image.fromarray(tile.image), (TILE, TILE), Image.Resampling.BICUBIC, bleed=BORDER)
     sheet.paste(image, (x, y))
@@ -227,17 +251,17 @@ def draw_tile(sheet: Image.Image, pen: ImageDraw.ImageDraw, x: int, y: int, tile
 
 @functools.cache
 def sheet_font(size: int, file: str) -> ImageFont.FreeTypeFont:
-    """Return the font of a file."""
+    """Load the font in a file."""
     return ImageFont.truetype(file, size)
 
 
 def text_width(text: str, size: int) -> float:
-    """Return how many pixels wide draw_text draws a text."""
+    """Return the width in pixels of a text as draw_text draws it."""
     return sum(sheet_font(size, file).getlength(part) for file, part in fonts.runs_of(text))
 
 
 def draw_text(pen: ImageDraw.ImageDraw, x: float, middle: float, text: str, colour: str, size: int) -> None:
-    """Draw a line of text from x on around a height, all of it on one base line whatever fonts it takes."""
+    """Draw a line of text from x on, centred on the height `middle`, on one base line for all fonts it needs."""
     ascent, descent = sheet_font(size, fonts.own_font()).getmetrics()
     for file, part in fonts.runs_of(text):
         font = sheet_font(size, file)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is saved, and how a run is restored from it."""
+"""Checkpoints of a run: saving them, and restoring a run from one."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,11 @@ def save(
     network: torch.nn.Module,
     parts: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a checkpoint, which holds tensors and plain values only.
+    """Write a checkpoint. It holds only tensors and plain values.
 
     Args:
-        path: of the file.
-        history: of the run.
-        minings: mined labels (N,) of all training images, of each mining.
-        network: the network.
-        parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: the network alone is kept.
+        minings: mined labels (N,) of all training images, for each mining.
+        parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: save the network alone.
     """
     progress = {"rows": history.rows, "initial_scores": history.initial_scores, "contents": history.image_sets}
     progress["mined_labels"] = torch.from_numpy(smallest(np.stack(minings))) if minings else None
@@ -52,21 +49,20 @@ def save(
     with replaced_file(path) as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:  # what the archive's writer makes of a full disk
+        except RuntimeError as error:  # PyTorch's archive writer raises this on a full disk
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
-    """Lock a run folder, in the first process, and read its last.pth.tar.
+    """Lock a run folder, in the first process only, and read its last.pth.tar.
 
     Args:
-        folder: the run folder.
-        locks: holds the lock.
+        locks: takes over the lock.
 
     Raises:
-        InputError: another process trains the run, or it holds nothing to resume from.
+        InputError: another process trains the run, or it has no checkpoint to resume from.
     """
     path = weights.checkpoint_path(folder, LAST)
     if processes.is_first():
@@ -78,7 +74,7 @@ def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
 
 
 def restore_history(history: History, content: Mapping[str, dict]) -> list[np.ndarray]:
-    """Set a history to what a checkpoint holds.
+    """Restore a history from a checkpoint.
 
     Returns:
         The mined labels (N,) of each mining.
@@ -101,10 +97,10 @@ def restore_history(history: History, content: Mapping[str, dict]) -> list[np.nd
 
 
 def complete_history(history: History) -> None:
-    """Add what only the last.pth.tar of an earlier version's run holds to its history, if there is one.
+    """Complete the history of an earlier version's run with what only its last.pth.tar holds, if it has one.
 
     Raises:
-        InputError: it is damaged.
+        InputError: the checkpoint is damaged.
     """
     path = history.folder / LAST
     if path.exists():
@@ -117,7 +113,11 @@ def complete_history(history: History) -> None:
 
 
 def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mapping[str, object]) -> None:
-    """Set network, parts and random states to what `save` wrote. Raises InputError for parts that do not fit."""
+    """Restore network, parts and random states to what `save` wrote.
+
+    Raises:
+        InputError: the checkpoint does not fit them.
+    """
     training = content["training"]
     try:
         network.load_state_dict(content["state_dict"])
@@ -130,5 +130,5 @@ def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mappin
 
 
 def smallest(labels: np.ndarray) -> np.ndarray:
-    """Return labels as the smallest integers that hold them, of those that a checkpoint can hold."""
+    """Convert labels to the smallest integer type that holds them, of those that a checkpoint can hold."""
     return labels.astype(next(kind for kind in (np.uint8, np.int16, np.int32) if labels.max() <= np.iinfo(kind).max))

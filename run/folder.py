@@ -1,4 +1,4 @@
-"""The run in training: its folder and lock, what it logs and saves, and how it ends."""
+"""A run in training: its folder and lock, what it logs and saves, and how it ends."""
 
 import contextlib
 import shutil
@@ -23,18 +23,18 @@ from support.output import log, log_to
 
 
 class Run:
-    """A run in training, a new one or one that is resumed from its last complete epoch.
+    """A run in training, either new or resumed from its last complete epoch.
 
-    As a context it makes and locks the folder of a new run. Whatever ends a new run before its first checkpoint removes
-    that folder. Of several processes all keep the history, and the first one writes files.
+    As a context manager it makes and locks the folder of a new run. If a new run ends before its first checkpoint, for
+    whatever reason, its folder is removed. With several processes all keep the history, and the first one writes files.
 
     Args:
-        folder: the wanted run folder, or the one to resume.
-        flags: kept with the run.
+        folder: the folder that a new run should get (a counter is added if it exists), or that of the run to resume.
+        flags: flags that are stored with the run.
         defaults: default of each flag whose value differs from it.
-        provenance: of this start, {what: text}.
+        provenance: provenance of this start, {what: text}.
         stored: the run to resume; None for a new one.
-        may_restart: start in a folder of this name that a killed run left before its first checkpoint.
+        may_restart: whether to reuse a folder of this name that a killed run left before its first checkpoint.
 
     Raises:
         InputError: the stored run is damaged.
@@ -67,7 +67,7 @@ class Run:
             self.start -= history.seconds
             with contextlib.suppress(InputError):
                 history.peak_memory = read_state(stored.folder / STATE_FILE)["peak_memory"]
-            self.is_resumable = self.is_finished  # there is nothing to restore
+            self.is_resumable = self.is_finished  # a finished run needs no restoring
         self.history.spent = self.stopwatch.seconds
         self.start_timing()
 
@@ -96,13 +96,13 @@ class Run:
                 log_to(self.folder / "log.txt")
                 if self.is_new:
                     self._open()
-        except BaseException as error:  # ends as in the block
+        except BaseException as error:  # clean up as for an error inside the block
             self.__exit__(type(error), error, None)
             raise
         return self
 
     def _make_folder(self) -> None:
-        """Make and lock the folder of a new run, or take that of a run that was killed before its first checkpoint."""
+        """Make and lock the folder of a new run, or reuse that of a run that was killed before its first checkpoint."""
         folder = self.folder
         if self.may_restart and (folder / LOCK).exists():
             self.stack.enter_context(locked(folder))
@@ -119,8 +119,8 @@ class Run:
         try_file_system(self.folder)
 
     def _open(self) -> None:
-        """Write all files of the history as it is so far, and open TensorBoard's."""
-        for leftover in self.folder.glob("**/.*.tmp"):  # of a process that was killed
+        """Write all files of the history so far, and open the TensorBoard log."""
+        for leftover in self.folder.glob("**/.*.tmp"):  # left by a killed process
             leftover.unlink(missing_ok=True)
         self.history.write()
         if self.history.flags["tensorboard"]:
@@ -130,7 +130,7 @@ class Run:
             self.stack.callback(self.board.close)
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Write how the run ended, tell in a note of the error how to resume it, and release the folder."""
+        """Write how the run ended, add to the error how to resume it, and release the folder."""
         history = self.history
         history.state = "stopped" if error else "finished"
         if error:
@@ -145,8 +145,8 @@ class Run:
         if self.writes:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()
-            ):  # what ended the run is to be told
-                if self.stored is None:  # it was trained, or restored
+            ):  # report what ended the run, not a failure to write
+                if self.stored is None:  # the run was trained or restored
                     self._update_times(history.epoch)
                 history.write_state()
         self.stack.close()
@@ -154,13 +154,13 @@ class Run:
             error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
         elif error:
             error.add_note(f"last complete epoch saved; {resume}")
-        if isinstance(error, InputError):  # an image that has gone or broken since
+        if isinstance(error, InputError):  # an image has disappeared or been damaged since
             stopped = StoppedError(str(error))
             stopped.__notes__ = error.__notes__
             raise stopped from error
 
     def _remove(self) -> None:
-        """Remove what this start made, after its files are closed; what ended the run is to be told, not this."""
+        """Close the files of this start and remove what it made; a failure must not hide what ended the run."""
         with contextlib.suppress(OSError):
             self.stack.close()
             if self.made:
@@ -169,7 +169,14 @@ class Run:
                 remove_empty(self.made[:-1])
 
     def require_images(self, image_sets: Mapping[str, Mapping]) -> None:
-        """Raise InputError where these are not the images of the run that is resumed, see data.images."""
+        """Record the images of the run and, on resume, check that they are those that it was trained with.
+
+        Args:
+            image_sets: fingerprints of each image set, see data.images.
+
+        Raises:
+            InputError: they have changed since.
+        """
         change = None if self.is_new else describe_change(self.history.image_sets, image_sets)
         if change:
             raise InputError(
@@ -186,7 +193,7 @@ class Run:
             self.history.write_flags()
 
     def log(self, name: str, row: Row) -> None:
-        """Add a row to a log, see history.LOGS."""
+        """Add a row to a log of history.LOGS."""
         self.history.rows[name].append(row)
         if self.writes:
             self.history.write_log(name)
@@ -195,37 +202,42 @@ class Run:
             for key, value in row.items():
                 if value is not None and key not in ("Epochs", "Before Epoch"):
                     self.board.add_scalar(f"{name}/{key}", value, step)
-            self.board.flush()  # it is to be there when last.pth.tar holds its epoch
+            self.board.flush()  # must be on disk before last.pth.tar holds its epoch
 
     def log_mining(self, row: Row, mined: np.ndarray, paths: Sequence[str]) -> None:
-        """Add a mining: its row, and the labels (N,) int of the images at `paths`."""
+        """Log a mining.
+
+        Args:
+            row: its row of log_mining.csv.
+            mined: labels (N,) int of the images at `paths`.
+        """
         self.minings.append(mined)
         self.log("mining", row)
         self._write_minings(paths)
 
     def _write_minings(self, paths: Sequence[str]) -> None:
-        """Write mined_labels.npz, if there are any: paths (N,), labels (M, N), epochs (M,) they begin."""
+        """Write any minings to mined_labels.npz: paths (N,), labels (M, N) and the epochs (M,) they begin."""
         if self.writes and self.minings:
             labels = checkpoint.smallest(np.stack(self.minings))
             with replaced_file(self.folder / "mined_labels.npz") as file:
                 np.savez_compressed(file, paths=np.array(paths), labels=labels, epochs=self.history.mined_epochs)
 
     def show(self, pictures: Iterable[Path], step: int) -> None:
-        """Give PNG files to TensorBoard, if it is wanted."""
+        """Add PNG files to the TensorBoard log, if it is wanted."""
         for path in pictures if self.board else []:
             with Image.open(path) as picture:
                 self.board.add_image(path.stem, np.asarray(picture), step, dataformats="HWC")
 
     def start_timing(self) -> None:
-        """Count the epochs from now on for the time left."""
+        """Start timing epochs here, for the estimate of the time left."""
         self.trained_since = time.monotonic(), self.history.epoch, self.stopwatch.seconds["mining"]
 
     def seconds_left(self, epochs: int, share: float = 0.0) -> float | None:
-        """Return how long the run will take from here, by the epochs of this start and the last mining.
+        """Estimate how long the run will take from here, from the epochs since this start and the last mining.
 
         Args:
             epochs: number of complete epochs.
-            share: how much of the next one is done.
+            share: fraction of the next epoch that is done.
 
         Returns:
             Seconds; None before anything was trained.
@@ -246,7 +258,7 @@ class Run:
             checkpoint.save(path, self.history, self.minings, network)
 
     def save(self, network: torch.nn.Module, parts: Mapping[str, object], epoch: int) -> None:
-        """Save all that `restore` needs to go on with an epoch, as last.pth.tar; from then on the run is resumable."""
+        """Save all that `restore` needs to continue at an epoch, as last.pth.tar; the run is now resumable."""
         history = self.history
         history.epoch = epoch
         self._update_times(epoch)
@@ -258,23 +270,27 @@ class Run:
             history.write_state()
 
     def _update_times(self, epoch: int) -> None:
-        """Set the times of the history to now."""
+        """Update the time spent and the time left in the history."""
         self.history.seconds = time.monotonic() - self.start
         self.history.seconds_left = self.seconds_left(epoch)
 
     def restore(self, network: torch.nn.Module, parts: Mapping[str, object], paths: Sequence[str]) -> np.ndarray | None:
-        """Set network, parts and random states to what `save` wrote.
+        """Restore network, parts and random states to what `save` wrote.
+
+        Args:
+            parts: what else has a state_dict, by the names given to `save`.
+            paths: paths of the training images.
 
         Returns:
-            The mined labels (N,) of the images at `paths`, None where there are none.
+            The mined labels (N,) int64 of the images at `paths`; None if there are none.
 
         Raises:
-            InputError: they do not fit.
+            InputError: the checkpoint does not fit them.
         """
         checkpoint.restore(self.stored.content, network, parts)
         if self.minings and self.minings[-1].shape != (len(paths),):
             raise InputError(f"{self.folder / LAST}: its mined labels are not those of these images")
-        self.stored = None  # as large as all parts
+        self.stored = None  # free its memory, as much as all parts take
         if self.writes:
             self._open()
         self._write_minings(paths)
@@ -284,7 +300,7 @@ class Run:
 
 
 def is_unfinished_start(folder: Path) -> bool:
-    """Tell whether a folder is of a run that was killed before its first checkpoint."""
+    """Tell whether a folder belongs to a run that was killed before its first checkpoint."""
     if (folder / LAST).exists() or not (folder / STATE_FILE).exists():
         return False
     try:

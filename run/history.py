@@ -1,4 +1,4 @@
-"""What a run has logged, as plain values: the run in training writes it, and any run folder is read into it."""
+"""What a run has logged, as plain values. The run in training writes it, and any run folder can be read into it."""
 
 import csv
 import json
@@ -25,17 +25,17 @@ LOGS = {
     "shared": "log_val_Shared.csv",
     "probe": "log_probe.csv",
 }
-"""The CSV files of a run folder, by the names of their rows in a checkpoint."""
+"""CSV files of a run folder, by the names of their rows in a checkpoint."""
 
 STATE_FILE = "run.json"
 
 NOTES = ("started_from", "images", "left_out")
-"""What is learned at the start of a run and noted with its flags."""
+"""Facts that are learned at the start of a run and recorded with its flags."""
 
 PAPER_NOTE = "paper: MIC with margin loss, ResNet50 (arXiv 1909.11574)"
 
 Row = dict[str, object]
-"""A row of a log, {column of its CSV: value}; None where a value was left out."""
+"""A row of a log, {column of its CSV: value}; None if the value was left out."""
 
 
 @dataclass(eq=False)
@@ -44,19 +44,20 @@ class History:
 
     Attributes:
         folder: the run folder.
-        flags: of the run, with what was learned at its start ("started_from", "images").
+        flags: flags of the run, with the facts in NOTES.
         defaults: default of each flag whose value differs from it.
-        provenance: of each start of the run, {what: text}.
-        rows: of each log in LOGS, in order.
+        provenance: provenance of each start of the run, {what: text}.
+        rows: rows of each log in LOGS, in order.
         state: "running", "finished" or "stopped".
-        reason: why it was stopped, one line.
+        reason: why the run was stopped, one line.
         epoch: number of complete epochs.
-        seconds: time spent in all starts; seconds_left is None where it is not known.
+        seconds: time spent in all starts.
+        seconds_left: estimated time left; None if unknown.
         spent: seconds by activity, see auxiliaries.Stopwatch.
         initial_scores: scores before training, by column.
         image_sets: numbers of images and classes and digest of each image set, see data.images.
-        peak_memory: most bytes that the first process of the last start has had, and its GPU.
-        written: when it was last written, in seconds since 1970; 0 where there is no run.json.
+        peak_memory: peak memory in bytes of the first process of the last start, and of its GPU.
+        written: when the history was last written, in seconds since 1970; 0 without a run.json.
     """
 
     folder: Path
@@ -82,25 +83,26 @@ class History:
 
     @property
     def mined_epochs(self) -> list[int]:
-        """The epochs that began with new mined labels."""
+        """The epochs that began with newly mined labels."""
         return [row["Before Epoch"] for row in self.rows["mining"]]
 
     @property
     def test_sets(self) -> list[str]:
-        """The names of the test sets with scores, the classes held out last."""
+        """The names of the test sets with scores; held-out training classes come last."""
         names = test_sets_of(self.rows["val"][-1] if self.rows["val"] else self.initial_scores)
         return sorted(names, key=lambda name: name == VALIDATION)
 
     def mining_is_due(self, epoch: int) -> bool:
-        """Tell whether an epoch is to begin with new mined labels: every cluster_update_freq + 1 epochs, once."""
+        """Tell whether to mine labels before an epoch: every cluster_update_freq + 1 epochs, once per epoch."""
         if self.flags["task_p"][1] == 0:
             return False
         return epoch % (self.flags["cluster_update_freq"] + 1) == 0 and epoch not in self.mined_epochs
 
     def best_index(self, test_set: str) -> int | None:
-        """Return which row of "val" is of a test set's best epoch; None before the first evaluation.
+        """Return the index of the row of "val" of a test set's best epoch; None before the first evaluation.
 
-        It is the first one with the highest Recall@1 on that set or, with --select val, on the classes held out.
+        The best epoch is the first one with the highest Recall@1 on that set or, with --select val, on the held-out
+        classes.
         """
         rows = self.rows["val"]
         recall = column(VALIDATION if self.flags.get("select") == "val" else test_set, "Recall @ 1")
@@ -112,7 +114,7 @@ class History:
         return [name for name in self.test_sets if name != VALIDATION and self.best_index(name) == last]
 
     def best_line(self) -> str:
-        """Return the best Recall@1 of each test set so far as text."""
+        """Return the best Recall@1 of each test set so far, as text."""
         texts = []
         for name in [name for name in self.test_sets if name != VALIDATION]:
             best, prefix = self.rows["val"][self.best_index(name)], "" if name == "test" else f"{name} "
@@ -120,10 +122,10 @@ class History:
         return ", ".join(texts)
 
     def score_table(self, test_set: str) -> pd.DataFrame:
-        """Return a test set's scores, a row each, Recall@k first.
+        """Return a test set's scores, one per row, Recall@k first.
 
-        Columns: "highest" and the "epoch" of it, "best" (of the best epoch), "last", "before" training, "paper"; NaN
-        where there is none.
+        Columns: "highest" and its "epoch", "best" (at the best epoch), "last", "before" training, "paper"; NaN for
+        missing values.
         """
         rows = [scores_of(row, test_set) for row in self.rows["val"]]
         epochs = [row["Epochs"] for row in self.rows["val"]]
@@ -139,7 +141,7 @@ class History:
         return table
 
     def write(self) -> None:
-        """Write all files of the history anew, over whatever has happened to them."""
+        """Rewrite all files of the history, whatever has happened to them."""
         self.write_flags()
         for name in LOGS:
             self.write_log(name)
@@ -159,7 +161,7 @@ class History:
         write_file(self.folder / "Parameter_Info.txt", text.encode(errors="surrogateescape"))
 
     def write_log(self, name: str) -> None:
-        """Write a log as CSV; without rows there is none."""
+        """Write a log as CSV; remove the file if the log has no rows."""
         path = self.folder / LOGS[name]
         if not self.rows[name]:
             path.unlink(missing_ok=True)
@@ -168,7 +170,7 @@ class History:
             pd.DataFrame(self.rows[name], dtype=object).to_csv(file, index=False, lineterminator="\n")
 
     def write_state(self) -> None:
-        """Write run.json, which holds what has no other place, and Curr_Summary_Class.txt."""
+        """Write Curr_Summary_Class.txt, and run.json, which holds what no other file holds."""
         self.written = time.time()
         state = {name: getattr(self, name) for name in STATE}
         write_file(self.folder / STATE_FILE, json.dumps(state, indent=1).encode())
@@ -203,7 +205,7 @@ class History:
 
     @classmethod
     def read(cls, folder: Path) -> "History":
-        """Read the run in a folder, be it finished, running, stopped or killed; no code in its files is executed.
+        """Read the run in a folder: finished, running, stopped or killed. No code in its files is executed.
 
         Raises:
             InputError: the folder cannot be read, or a file in it is damaged.
@@ -232,7 +234,7 @@ class History:
 
 
 def fill_in_flags(histories: Sequence[History]) -> None:
-    """Give histories the flags that their programs did not have yet, at the default that later ones tell."""
+    """Add flags that the programs of older runs did not have yet, with the defaults that newer runs record."""
     defaults = {}
     for history in [history for history in histories if history.written]:
         defaults |= {flag: value for flag, value in history.flags.items() if flag not in NOTES} | history.defaults
@@ -245,18 +247,22 @@ STATE = {
     "state": str, "reason": str, "epoch": int, "seconds": NUMBER, "seconds_left": (*NUMBER, type(None)), "spent": dict,
     "initial_scores": dict, "image_sets": dict, "defaults": dict, "peak_memory": dict, "written": NUMBER,
 }  # fmt: skip
-"""What run.json holds, and of which type."""
+"""Entries of run.json and their types."""
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values (dict, list, str, numbers) and refuses everything that would run code."""
+    """Unpickle plain values only (dict, list, str, numbers) and refuse everything that would run code."""
 
     def find_class(self, module: str, name: str) -> None:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
-    """Return flags and provenance in the hypa.pkl of a run folder. Raises InputError."""
+    """Return flags and provenance from the hypa.pkl of a run folder.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     try:
         with open(folder / "hypa.pkl", "rb") as file:
             flags = PlainUnpickler(file).load()
@@ -265,13 +271,17 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
             raise ValueError("no flags of a run")
         if not weights.is_provenance(provenance):
             raise ValueError("its provenance is none")
-    except Exception as error:  # damaged bytes make the unpickler raise almost anything
+    except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     return flags, provenance
 
 
 def read_log(path: Path) -> list[Row]:
-    """Return the rows of a CSV file of a run with the numbers that were written. Raises InputError."""
+    """Return the rows of a CSV file of a run, with the numbers exactly as they were written.
+
+    Raises:
+        InputError: the file cannot be read or is damaged.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
@@ -284,7 +294,11 @@ def read_log(path: Path) -> list[Row]:
 
 
 def number_of(text: str | None) -> int | float | None:
-    """Return the number in a cell, None of an empty one. Raises ValueError."""
+    """Return the number in a cell, None for an empty cell.
+
+    Raises:
+        ValueError: the text is not a number.
+    """
     if not text:
         return None
     try:
@@ -294,7 +308,11 @@ def number_of(text: str | None) -> int | float | None:
 
 
 def read_state(path: Path) -> dict[str, object]:
-    """Return what run.json holds, see STATE. Raises InputError."""
+    """Return the content of run.json, see STATE.
+
+    Raises:
+        InputError: the file cannot be read or is damaged.
+    """
     try:
         stored = json.loads(path.read_bytes())
         for name, kind in STATE.items():
@@ -308,12 +326,12 @@ def read_state(path: Path) -> dict[str, object]:
 
 
 def file_suffix(test_set: str) -> str:
-    """Return what a test set's name adds to file names: "_set1" for "Set 1", nothing for "test"."""
+    """Return the suffix that a test set adds to file names: "_set1" for "Set 1", nothing for "test"."""
     return "" if test_set == "test" else f"_{test_set.lower().replace(' ', '')}"
 
 
 def column(test_set: str, score: str) -> str:
-    """Return the column of a test set's score: the score for "test", else the set's name in front."""
+    """Return the column of a test set's score: the score's name, preceded by the set's name unless that is "test"."""
     return score if test_set == "test" else f"{test_set} {score}"
 
 
@@ -323,7 +341,7 @@ def test_sets_of(row: Mapping[str, object]) -> list[str]:
 
 
 def scores_of(row: Mapping[str, float | None], test_set: str) -> dict[str, float | None]:
-    """Return one test set's scores in a row, by their names without the set's."""
+    """Return one test set's scores in a row, by name without the set's prefix."""
     if test_set != "test":
         return {name.removeprefix(f"{test_set} "): row[name] for name in row if name.startswith(f"{test_set} ")}
     others = tuple(f"{name} " for name in test_sets_of(row) if name != "test")
@@ -331,24 +349,24 @@ def scores_of(row: Mapping[str, float | None], test_set: str) -> dict[str, float
 
 
 def row_text(row: Row, names: Sequence[str] | None = None) -> str:
-    """Return the values of a row as one line of text, without its epoch and time and what was left out."""
+    """Return the values of a row as one line of text, without epoch, time and values that were left out."""
     values = {name: row[name] for name in names or row if name not in ("Epochs", "Time") and row[name] is not None}
     return "  ".join(f"{name} {value:.4g}" if name == "Learning Rate" else f"{name} {value:.4f}"
                      for name, value in values.items())  # fmt: skip
 
 
 def mining_sheet(folder: Path, epoch: int) -> Path:
-    """Return the contact sheet of the mining before an epoch."""
+    """Return the path of the contact sheet of the mining before an epoch."""
     return folder / "mined" / f"before_epoch_{epoch:04d}.jpg"
 
 
 def neighbour_sheet(folder: Path, test_set: str, task: str) -> Path:
-    """Return the sheet of a test set's nearest neighbours by a task's embedding."""
+    """Return the path of the sheet of a test set's nearest neighbours by a task's embedding."""
     return folder / f"sample_recoveries{'' if task == 'Class' else f'_{task}'}{file_suffix(test_set)}.png"
 
 
 def info_plot(folder: Path, test_set: str) -> Path:
-    """Return the plot of losses and of a test set's scores."""
+    """Return the path of the plot of losses and of a test set's scores."""
     return folder / f"InfoPlot_Class{file_suffix(test_set)}.svg"
 
 

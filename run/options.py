@@ -1,4 +1,4 @@
-"""Flags of main.py: what they take, which do not fit together, and which a resumed run keeps."""
+"""Flags of main.py: their types, which do not fit together, and which a resumed run keeps."""
 
 import argparse
 import contextlib
@@ -23,23 +23,23 @@ from support.output import log
 
 TASKS = ("Class", "Shared")
 PAIRS = ("task_p", "cs_per_bs", "embed_sizes", "losses", "sampling", "proxy_lr", "beta", "beta_lr", "nu", "margin")
-"""Flags with a value for the Class and one for the Shared task."""
+"""Flags with one value for the Class task and one for the Shared task."""
 
 MACHINE = ("gpu", "kernels", "cache", "source_path")
-"""Flags that change no result and may be given anew when a run is resumed."""
+"""Flags that change no result and may be changed when a run is resumed."""
 
 START = ("resume", "go_on")
-"""Flags that say which run is meant and are not kept with it."""
+"""Flags that say which run is meant; they are not stored with it."""
 
 OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_shared")
-"""Flags that change no result, only what is written and where; a resumed run keeps its own."""
+"""Flags that change no result, only what is written and where; a resumed run keeps its stored values."""
 
 GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
-"""What may be given anew when a run is resumed, in words."""
+"""What may be changed when a run is resumed, in words."""
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
-    """Help that shows list defaults and pairs as they are typed."""
+    """Help formatter that shows list defaults and pairs as they are typed."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
@@ -58,7 +58,7 @@ def shown(value: object) -> str:
 
 
 def typed(flag: str, value: object) -> str:
-    """Return a flag with its value as it can be pasted into a command line; "no --flag" where it is not to be given."""
+    """Return a flag with its value, to paste into a command line; "no --flag" if the flag is not given."""
     if value is None or value is False:
         return f"no --{flag}"
     values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
@@ -66,7 +66,13 @@ def typed(flag: str, value: object) -> str:
 
 
 def number(kind: type, holds: Callable[[float], bool], words: str) -> Callable[[str], float]:
-    """Return an argparse type: a number of `kind` for which `holds`, which NaN does not; `words` says so."""
+    """Return an argparse type for numbers.
+
+    Args:
+        kind: int or float.
+        holds: condition on the number; it must be false for NaN.
+        words: the condition in words, for the error message.
+    """
 
     def convert(text: str) -> float:
         """Return the number; see argparse."""
@@ -87,7 +93,7 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
 
 
 def name_of(registry: Iterable[str], prefix: str) -> Callable[[str], str]:
-    """Return an argparse type: a name in a registry, or any that begins with a prefix."""
+    """Return an argparse type: a name in a registry, or any name that begins with a prefix."""
 
     def convert(text: str) -> str:
         """Return the name; see argparse."""
@@ -104,17 +110,25 @@ NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at le
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
 PATH = os.path.expanduser
-"""An argparse type: a path; ~ is the home folder, which shells put in its place only where a word begins with it."""
+"""An argparse type: a path. It expands ~, as shells do so only at the start of a word."""
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
 def resolve(
     argv: Sequence[str] | None, parser: OneLineParser, locks: contextlib.ExitStack
 ) -> tuple[argparse.Namespace, StoredRun | None]:
-    """Return the flags of the run that a command line asks for; `parser.error` where there can be none.
+    """Return the flags of the run that a command line asks for, and the stored run that it resumes, if any.
 
-    They are those of a new run, or of the stored run that --resume or --go_on finds, but for what may be given anew.
-    That run is returned too; locks holds its lock. Raises InputError where it cannot be resumed.
+    The flags are those of a new run, or of the stored run that --resume or --go_on finds, except for those that may be
+    changed on resuming.
+
+    Args:
+        argv: the command line after the program's name; None: that of this process.
+        parser: the parser of all flags; its `error` reports flags that cannot be used.
+        locks: takes over the lock of the stored run.
+
+    Raises:
+        InputError: the stored run cannot be resumed.
     """
     args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
     stored = None
@@ -131,7 +145,7 @@ def resolve(
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return a new run's flags, those that depend on others filled in; `parser.error` on flags that do not fit."""
+    """Return a new run's flags with dependent defaults filled in; `parser.error` if flags do not fit together."""
     args = argparse.Namespace(**vars(args))
     check_names(args, parser)
     check_objective(args, parser)
@@ -151,7 +165,7 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
 
 
 def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuse names of data set and run that are no folder names."""
+    """Reject names of data set and run that cannot be folder names."""
     try:
         check_name(args.dataset, args.source_path)
     except InputError as error:
@@ -163,7 +177,7 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuse pairs that are none, tasks that train nothing, and weights that fit no direction."""
+    """Reject pairs without two values, tasks that train nothing, and more or fewer weights than directions."""
     for flag in PAIRS:
         values = getattr(args, flag)
         if len(values) != len(TASKS):
@@ -178,7 +192,7 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuse what needs a package that is missing or cannot be imported, and names that the packages do not know."""
+    """Reject flags whose package is missing or cannot be imported, or does not know the given name."""
     problems = packages.missing_for_graphs() if args.make_graph and not args.resume else []
     if problems:
         parser.error(f"--make_graph: {'; '.join(problems)}")
@@ -203,7 +217,7 @@ def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Refuse batch sizes that the tasks' classes or the processes do not divide."""
+    """Reject batch sizes that do not fit the images per class or the number of processes."""
     for task, name, images_per_class, p in zip(TASKS, args.losses, args.cs_per_bs, args.task_p):
         if p == 0:
             continue
@@ -224,8 +238,11 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
 
 
 def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
-    """Return warnings of flags that train badly: random weights with a low rate, batches of few classes many times, a
-    compiled network that exchanges statistics."""
+    """Return warnings of flags that train badly.
+
+    These are a low learning rate for random weights, batches that draw the same few classes repeatedly, and a compiled
+    network that synchronises BatchNorm between processes.
+    """
     warnings = []
     if args.not_pretrained and not args.resume and args.lr < 1e-4:
         warnings.append(f"--lr {args.lr:g} with --not_pretrained: random weights want about 1e-3")
@@ -244,7 +261,7 @@ def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
 
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
-    """Return what belongs to each task: its values of the flags in PAIRS, under their names."""
+    """Return the flags in PAIRS of each task, under their names."""
     return {
         task: argparse.Namespace(**{flag: getattr(args, flag)[i] for flag in PAIRS}) for i, task in enumerate(TASKS)
     }
@@ -262,24 +279,28 @@ def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict
 
 
 def makes_setting(flag: str) -> bool:
-    """Tell whether runs that differ in a flag are of different settings."""
+    """Tell whether runs that differ in a flag belong to different settings."""
     return flag not in (*MACHINE, *OUTPUT, "seed", "left_out")
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """Return the folder that a new run is to have."""
-    arch = args.arch.replace("/", "_")  # of timm/NAME
+    """Return the folder for a new run."""
+    arch = args.arch.replace("/", "_")  # timm/NAME contains one
     name = args.savename or f"{args.dataset}_{arch}_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return Path(args.save_path) / args.dataset / name
 
 
 def stored_flags(args: argparse.Namespace) -> dict[str, object]:
-    """Return the flags that are kept with a run."""
+    """Return the flags that are stored with a run."""
     return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
 def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
-    """Lock and read a run to resume, named by its folder or its last.pth.tar. Raises InputError."""
+    """Lock and read a run to resume, given its folder or its last.pth.tar.
+
+    Raises:
+        InputError: it cannot be resumed.
+    """
     folder = path.parent if path.name == LAST else path
     try:
         return read_to_resume(folder, locks)
@@ -291,7 +312,11 @@ def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
 
 
 def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) -> StoredRun | None:
-    """Lock and read the run of this name, for --go_on; None where there is none. Raises InputError."""
+    """Lock and read the run named --savename, for --go_on; return None if there is none.
+
+    Raises:
+        InputError: it cannot be resumed.
+    """
     parent, named = Path(args.save_path) / args.dataset, re.compile(rf"{re.escape(args.savename)}(_\d+)?")
     for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
         flags, _ = read_flags(folder)
@@ -301,9 +326,9 @@ def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) ->
 
 
 def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folder: Path, parser: OneLineParser) -> None:
-    """Refuse flags that differ from those of the stored run in a folder, but for what may be given anew."""
+    """Reject flags that differ from those of the stored run in a folder, except for those that may change."""
     free = {*MACHINE, *START} | ({"n_epochs"} if args.n_epochs >= stored["n_epochs"] else set())
-    free |= {"save_path"} if args.go_on else set()  # where it was found, however that was spelt then
+    free |= {"save_path"} if args.go_on else set()  # the run was found there, even if the path was spelt differently
     other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
         changes = "; ".join(f"{typed(flag, stored[flag])}, not {typed(flag, getattr(args, flag))}" for flag in other)

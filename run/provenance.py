@@ -1,4 +1,4 @@
-"""Where a run comes from: the program's version, the packages, the machine, the command."""
+"""Provenance of a run: versions of the program and the packages, the machine, the command."""
 
 import os
 import platform
@@ -15,13 +15,16 @@ import torch
 from support import processes
 
 VERSIONS = ("program", "python", "torch", "torchvision", "faiss", "timm", "pytorch-metric-learning")
-"""Entries that name a version; results may differ between two of them."""
+"""Entries that name a version; results may differ between two versions."""
 
 
 def provenance(argv: Sequence[str], device: torch.device, names: Sequence[str]) -> dict[str, str]:
-    """Return what starts a run now, all as plain text.
+    """Return the provenance of a start of a run as plain text.
 
-    argv: the command line behind the program's name. names: of the backbone and the losses, which may need packages.
+    Args:
+        argv: the command line after the program's name.
+        device: the device that the run uses.
+        names: names of the backbone and the losses, which may need packages.
     """
     counts = {"processes": str(processes.world_size()), "machines": str(processes.n_machines())}
     entry = {"started": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "command": command(argv, counts)}
@@ -36,9 +39,13 @@ def provenance(argv: Sequence[str], device: torch.device, names: Sequence[str]) 
 
 
 def command(argv: Sequence[str], start: Mapping[str, str]) -> str:
-    """Return a command line of main.py as it can be pasted, on as many processes and machines as a start of a run.
+    """Return a command line of main.py to paste, for as many processes and machines as an earlier start used.
 
-    On several machines it is for each of them, and HOST is one of them.
+    With several machines it has to be run on each of them, with one of them in place of HOST.
+
+    Args:
+        argv: the command line after the program's name.
+        start: provenance of that start.
     """
     n_processes, n_machines = (int(start.get(name, "1")) for name in ("processes", "machines"))
     several = f"--nnodes={n_machines} --rdzv_backend=c10d --rdzv_endpoint=HOST:29500"
@@ -47,9 +54,10 @@ def command(argv: Sequence[str], start: Mapping[str, str]) -> str:
 
 
 def program_version() -> str:
-    """Return the commit of the program's own git checkout and whether files were changed since, else "unknown"."""
+    """Return the commit of the program's git checkout and whether files were changed since; "unknown" without one."""
     words = "git --no-optional-locks --git-dir=.git --work-tree=. status --porcelain=v2 --branch --untracked-files=no"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}  # a hook's
+    # Git sets GIT_* variables for hooks; they may point to another repository
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     options = {"cwd": Path(__file__).parent.parent, "env": environment, "stderr": subprocess.DEVNULL, "timeout": 20}
     with suppress(OSError, ValueError, subprocess.SubprocessError):
         commit, *lines = subprocess.check_output(words.split(), **options).decode(errors="replace").splitlines()
@@ -59,7 +67,7 @@ def program_version() -> str:
 
 
 def version(*packages: str) -> str:
-    """Return the version of the first of some packages that is installed."""
+    """Return the version of the first of some packages that is installed; "unknown" if none is."""
     for package in packages:
         with suppress(metadata.PackageNotFoundError):
             return metadata.version(package)
@@ -67,12 +75,16 @@ def version(*packages: str) -> str:
 
 
 def as_text(entry: Mapping[str, str]) -> str:
-    """Return all of an entry but time and command as one line."""
+    """Return an entry as one line, without time and command."""
     return "; ".join(f"{name} {text}" for name, text in entry.items() if name not in ("started", "command"))
 
 
 def warning_of_threads(starts: Sequence[dict[str, str]]) -> str | None:
-    """Return a warning where the last of a run's starts has another number of CPU threads than the one before."""
+    """Return a warning if a run on the CPU was resumed with another number of threads, else None.
+
+    Args:
+        starts: provenance of each start of the run, oldest first.
+    """
     *earlier, now = starts
     before = earlier[-1].get("threads") if earlier else None
     if before in (None, now["threads"]) or not now["device"].startswith("CPU"):

@@ -1,1 +1,1 @@
-"""What any file may stand on: errors, processes, files of weights, packages that need not be installed."""
+"""Foundations that any file may use: errors, processes, weight files, optional packages."""

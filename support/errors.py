@@ -1,6 +1,6 @@
-"""What a user is told when something ends a program, and with which exit code.
+"""How a program ends on an error: the message to the user, and the exit code.
 
-2: bad input, before training. 1: a run that cannot go on. 128 + N: stopped by signal N.
+Exit codes: 2: bad input, before training. 1: a run that cannot continue. 128 + N: stopped by signal N.
 """
 
 import argparse
@@ -27,27 +27,27 @@ log = logging.getLogger("mic")
 
 OUT_OF_MEMORY = r"out of memory|MemoryError|allocate memory|Unable to allocate|bad_alloc|ALLOC_FAILED"
 LITTLE_SHARED_MEMORY = r"shared memory|file </torch_|Bus error"
-TOO_LARGE_KERNEL = r"out of resource: "  # Triton's, mostly of the GPU's own shared memory
-"""What PyTorch, NumPy and the system say, as regular expressions."""
+TOO_LARGE_KERNEL = r"out of resource: "  # Triton's, mostly about the GPU's on-chip shared memory
+"""Regular expressions for messages of PyTorch, NumPy and the system."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what is wrong, where, and what to do. Exit code 2."""
+    """The user's input cannot be used; the message says what is wrong, where, and what to do. Exit code 2."""
 
 
 class StoppedError(RuntimeError):
-    """A run cannot go on; the message is one line. Exit code 1."""
+    """A run cannot continue; the message is one line. Exit code 1."""
 
 
 class DivergedError(StoppedError):
-    """A value of the training is NaN or infinite."""
+    """A value in training is NaN or infinite."""
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line on stderr, with exit code 2."""
+    """An ArgumentParser that reports errors as one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> None:
-        """Exit with the message; of several processes the first one prints it."""
+        """Exit with the message; with several processes only the first one prints it."""
         if message.startswith("unrecognized arguments: "):
             flags = [flag for action in self._actions for flag in action.option_strings]
             words = [word.split("=")[0] for word in message.split() if word.startswith("-")]
@@ -58,17 +58,17 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line(text: str) -> str:
-    """Return a text with its lines joined by semicolons."""
+    """Join the lines of a text with semicolons."""
     return "; ".join(" ".join(line.split()) for line in text.strip().splitlines())
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def first_few(names: Sequence[str], n: int = 3) -> str:
-    """Return the first names as text on one line."""
+    """Return the first n names as text on one line."""
     return re.sub(r"[\x00-\x1f\x7f]", "?", ", ".join(names[:n])) + (", ..." if len(names) > n else "")
 
 
@@ -81,11 +81,11 @@ def counted(n: int, noun: str) -> str:
 
 
 def stop_reason(error: BaseException) -> str | None:
-    """Return why a program cannot go on after this error, in one line; None for a bug, which deserves its traceback."""
-    if stop_signal is not None:  # whatever came of it
+    """Return why a program cannot continue after an error, in one line; None for a bug, which needs its traceback."""
+    if stop_signal is not None:  # whatever error followed from it
         return f"stopped by {signal.Signals(stop_signal).name}"
     if isinstance(error, (InputError, StoppedError)):
-        # That of a loader's worker arrives as "Caught ... Original Traceback ... InputError: message"
+        # An error in a loader worker arrives as "Caught ... Original Traceback ... InputError: message"
         return one_line(str(error).rsplit("InputError: ", 1)[-1])
     is_compiler = type(error).__module__.startswith(("torch._inductor", "torch._dynamo", "triton"))
     if line_with(error, TOO_LARGE_KERNEL) or (is_compiler and not line_with(error, OUT_OF_MEMORY)):
@@ -103,7 +103,7 @@ def stop_reason(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return f"cannot read or write {error.filename or 'a file'} ({error.strerror or first_line(error)})"
     if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # without its place in PyTorch's source
+        cause = re.sub(r"^\[\S+\] ", "", first_line(error)).split(". ")[0]  # drop the position in PyTorch's source
         return f"lost another process of the run ({cause})"
     is_of_device = isinstance(error, torch.AcceleratorError) or re.search("CUDA|cuDNN|NCCL", first_line(error))
     if is_of_device and isinstance(error, RuntimeError):
@@ -112,7 +112,7 @@ def stop_reason(error: BaseException) -> str | None:
 
 
 def line_with(error: BaseException, pattern: str) -> str | None:
-    """Return the line of an error that matches a regular expression, or None; of the line, two sentences at most."""
+    """Return the line of an error that matches a regular expression, cut to two sentences; None if no line does."""
     if not isinstance(error, (RuntimeError, MemoryError, OSError)):
         return None
     text = f"{error.strerror if isinstance(error, OSError) else error}\n{error.__cause__}\n{type(error).__name__}"
@@ -121,16 +121,16 @@ def line_with(error: BaseException, pattern: str) -> str | None:
 
 
 stop_signal: int | None = None
-"""The signal that asks this program to stop, if any; see signals_stop."""
+"""The signal that asked this program to stop, if any; see signals_stop."""
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)]
-"""Signals that ask a program to stop, and that of a child that has ended, where the system has them."""
+"""Signals that ask a program to stop, and the one for a child that has ended, as far as the system has them."""
 
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[None]:
-    """Raise KeyboardInterrupt on the first of Ctrl-C, SIGTERM and SIGHUP; a second Ctrl-C ends the process at once."""
+    """Raise KeyboardInterrupt on the first Ctrl-C, SIGTERM or SIGHUP; a second Ctrl-C ends the process at once."""
     global stop_signal
     stop_signal, before = None, {signum: signal.getsignal(signum) for signum in SIGNALS}
 
@@ -142,7 +142,7 @@ def signals_stop() -> Iterator[None]:
         raise KeyboardInterrupt
 
     for signum in SIGNALS[:3]:
-        if signum != getattr(signal, "SIGHUP", None) or before[signum] != signal.SIG_IGN:  # as nohup sets it
+        if signum != getattr(signal, "SIGHUP", None) or before[signum] != signal.SIG_IGN:  # nohup ignores it
             signal.signal(signum, stop)
     try:
         yield
@@ -153,30 +153,31 @@ def signals_stop() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Let what ends a program come to its end: the clean-up is not to be interrupted by a signal to stop."""
+    """Ignore signals to stop from now on, so that they cannot interrupt the clean-up."""
     for signum in SIGNALS:
-        if signum == getattr(signal, "SIGCHLD", None):  # PyTorch's handler raises as the other workers end
+        if signum == getattr(signal, "SIGCHLD", None):  # PyTorch's handler raises when the other workers end
             signal.signal(signum, signal.SIG_DFL)
-        elif signum != signal.SIGINT or stop_signal is None:  # after a signal, Ctrl-C ends the process at once
+        elif signum != signal.SIGINT or stop_signal is None:  # after a first signal, Ctrl-C ends the process at once
             signal.signal(signum, signal.SIG_IGN)
 
 
 def raise_if_stopped() -> None:
-    """Raise KeyboardInterrupt again where a finaliser swallowed that of a signal."""
+    """Raise KeyboardInterrupt after a signal to stop, in case a finaliser swallowed the first one."""
     if stop_signal is not None:
         raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Turn what ends a program into one line in its log and its exit code; a bug keeps its traceback.
+    """Report whatever ends a program as one line in its log and an exit code; a bug keeps its traceback.
 
-    The notes of an error (`add_note`), such as how to resume, end the line. Of several processes the first one says it.
+    The line ends with the notes of the error (`add_note`), such as how to resume. With several processes only the first
+    one prints it.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if processes.world_size() > 1:  # torchrun reports it, whichever process it is of
+        if processes.world_size() > 1:  # so that torchrun reports it, in whichever process it occurred
             get_error_handler().record_exception(error)
         reason = stop_reason(error)
         if reason is None:
@@ -191,7 +192,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
 
 def end(line: str, code: int) -> None:
     """Log a line as an error and exit."""
-    ignore_signals()  # the line is to be whole, and the only one
+    ignore_signals()  # so that this line is whole, and the only one
     log.error(line)
     try:
         sys.stdout.flush()
@@ -201,18 +202,18 @@ def end(line: str, code: int) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Discard what is written to a stream from now on: its reader has gone, or its disk is full.
+    """Discard whatever is written to a stream from now on, because its reader has gone or its disk is full.
 
-    What it still holds would make Python's flush at exit fail.
+    Otherwise Python's flush at exit would fail on what the stream still holds.
     """
-    with contextlib.suppress(io.UnsupportedOperation):  # no file, but what a notebook or a caller put in its place
+    with contextlib.suppress(io.UnsupportedOperation):  # not a file, but a replacement by a notebook or a caller
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def set_up_output() -> None:
-    """Let stdout take names in any encoding, and be written line by line: a killed run's output is whole in a file."""
+    """Let stdout print names in any encoding, and line by line, so that a killed run's output in a file is complete."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook, or a caller's
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not a replacement by a notebook or a caller
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")

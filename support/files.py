@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, locked, made and removed."""
+"""Files and folders: atomic writing, locking, creating and removing."""
 
 import contextlib
 import errno
@@ -16,9 +16,13 @@ LOCK = ".lock"
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Create a folder, with _1, _2, ... behind its name where it exists: nothing is ever overwritten.
+    """Create a folder; if it exists, add _1, _2, ... to its name, so that nothing is ever overwritten.
 
-    Returns the folder behind the parents that this made. Raises InputError where it cannot be made.
+    Returns:
+        The folders that were created: missing parents, then the folder itself.
+
+    Raises:
+        InputError: the folder cannot be created.
     """
     made = [parent for parent in reversed(path.parents) if not parent.exists()]
     folder, counter = path, 0
@@ -38,14 +42,18 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove those of some folders, parents first, that are empty when those behind them are gone."""
+    """Remove empty folders, given parents first, from last to first."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def try_file_system(folder: Path) -> None:
-    """Raise InputError that says what the file system of a folder cannot do, of what checkpoints need."""
+    """Check that a folder's file system can do what checkpoints need.
+
+    Raises:
+        InputError: it cannot; the message says what fails.
+    """
     needed, trial = "write", folder / ".trial.tmp"
     try:
         with open(trial, "wb") as file:
@@ -61,16 +69,16 @@ def try_file_system(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder. A process that has died holds none.
+    """Hold the lock of a run folder within the block. The lock of a process that has died does not count.
 
     Raises:
-        InputError: another process holds it, or the file system knows no locks.
+        InputError: another process holds the lock, or the file system does not support locks.
     """
     path = folder / LOCK
     is_new, lock = not path.exists(), filelock.FileLock(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of a file in place of a lock, which a killed process would leave
+            warnings.simplefilter("error")  # filelock falls back to a plain file, which a killed process would leave
             lock.acquire(timeout=0)
     except filelock.Timeout as error:
         raise InputError(f"{folder}: is being trained by another process; wait for it, or stop it first") from error
@@ -89,7 +97,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that takes the place of `path` when the block ends well: readers see the old or the new one whole."""
+    """Open a file that replaces `path` if the block succeeds; readers see either the old or the new file, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
@@ -105,6 +113,6 @@ def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Write a whole file, see replaced_file."""
+    """Write a whole file; see replaced_file."""
     with replaced_file(path) as file:
         file.write(content)

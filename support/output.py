@@ -1,4 +1,4 @@
-"""What a program says: lines of its log on stdout, stderr and in log.txt, and how far a long activity is."""
+"""Output of a program: log lines on stdout, on stderr and in log.txt, and the progress of long activities."""
 
 import contextlib
 import logging
@@ -16,11 +16,11 @@ from support import errors, processes
 log = logging.getLogger("mic")
 
 INTERVAL = 60
-"""Seconds between two lines that say how far an activity is, where there is no terminal."""
+"""Seconds between two progress lines, when there is no terminal for a bar."""
 
 
 class LineFormatter(logging.Formatter):
-    """Formats a record as its message; our own warnings say that they are."""
+    """Format a record as its message, with "warning: " in front of the program's own warnings."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record).rstrip("\n")
@@ -28,7 +28,7 @@ class LineFormatter(logging.Formatter):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes lines to a stream, above any progress bar. A stream that cannot be written gets no more of them."""
+    """Write lines to a stream, above any progress bar; stop writing to a stream once that fails."""
 
     def __init__(self, stream: TextIO, takes: Callable[[logging.LogRecord], bool]):
         super().__init__()
@@ -45,7 +45,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class QuietFileHandler(logging.FileHandler):
-    """Appends lines to a file. A full disk stops a run where it writes its results, not here."""
+    """Append lines to a file and ignore errors: on a full disk the run stops when it writes its results, not here."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         self.setLevel(logging.CRITICAL + 1)
@@ -57,9 +57,9 @@ class QuietFileHandler(logging.FileHandler):
 
 @contextlib.contextmanager
 def logged() -> Iterator[None]:
-    """Send the log to the current stdout, and errors and warnings of libraries to stderr, while a block runs.
+    """Log to the current stdout within the block; errors, and warnings of libraries, go to stderr.
 
-    Of several processes only the first one says anything. The lines are also kept for `log_to`.
+    With several processes only the first one prints anything. The lines are also kept for `log_to`.
     """
     root, handlers = logging.getLogger(), [logging.NullHandler()]
     if processes.is_first():
@@ -84,12 +84,12 @@ def logged() -> Iterator[None]:
 
 
 def is_for_stdout(record: logging.LogRecord) -> bool:
-    """Tell whether a record is a line of ours that is no error."""
+    """Tell whether a record is from this program and not an error."""
     return record.name == log.name and record.levelno < logging.ERROR
 
 
 def log_to(path: Path | None) -> None:
-    """Append the lines so far, and from now on, to a file; None closes it."""
+    """Append all lines, those so far and later ones, to a file; None closes it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, MemoryHandler):
             if handler.target:
@@ -102,12 +102,12 @@ def log_to(path: Path | None) -> None:
 
 
 class Progress:
-    """Shows how far an activity is: a bar on a terminal, elsewhere a line a minute; of several processes the first one.
+    """Show the progress of an activity: a bar on a terminal, otherwise one line per minute; first process only.
 
     Args:
-        what: the activity.
-        n_images: how many images it takes.
-        run_left: seconds that the whole run will take after a share of this activity, None where not known.
+        what: name of the activity.
+        n_images: number of images that it processes.
+        run_left: maps the share of the activity that is done to the seconds left of the whole run, None if unknown.
     """
 
     last_line = time.monotonic()
@@ -116,7 +116,7 @@ class Progress:
     def __init__(self, what: str, n_images: int, run_left: Callable[[float], float | None] = lambda share: None):
         self.what, self.n_images, self.run_left = what, n_images, run_left
         self.n_done, self.values, self.start = 0, {}, time.monotonic()
-        is_silent = None if processes.is_first() else True  # None: where stderr is no terminal
+        is_silent = None if processes.is_first() else True  # None: silent unless stderr is a terminal
         self.bar = tqdm(desc=what, total=n_images, unit="img", unit_scale=True, leave=False, disable=is_silent)
 
     def __enter__(self) -> "Progress":
@@ -126,7 +126,11 @@ class Progress:
         self.bar.close()
 
     def update(self, n_images: int) -> None:
-        """Count images that are done. Raises KeyboardInterrupt after a signal to stop."""
+        """Count images that are done.
+
+        Raises:
+            KeyboardInterrupt: a signal has asked the program to stop.
+        """
         errors.raise_if_stopped()
         self.n_done += n_images
         self.bar.update(n_images)
@@ -144,7 +148,7 @@ class Progress:
             log.info(self.line())
 
     def line(self) -> str:
-        """Return how far the activity is, how fast, and what is left of it and of the run, as one line."""
+        """Return the progress as one line: share done, speed, and time left of the activity and of the run."""
         share, seconds = self.n_done / self.n_images, time.monotonic() - self.start
         run_left = self.run_left(share)
         parts = [f"{self.what}: {share:.0%} of {self.n_images:,} images", f"{self.n_done / seconds:,.0f} images/s"]

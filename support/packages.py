@@ -1,4 +1,4 @@
-"""Packages that need not be installed: how they are imported, models of timm, losses of pytorch-metric-learning."""
+"""Optional packages: importing them, models of timm, losses of pytorch-metric-learning."""
 
 import copy
 import difflib
@@ -15,15 +15,20 @@ from support.errors import InputError, first_line
 
 
 def imported(module: str, package: str, flag: str) -> ModuleType:
-    """Return a module of a package that need not be installed, or of one that needs it.
+    """Import a module of an optional package, or a module that needs such a package.
 
-    package: what pip calls it. flag: what asks for it. Raises InputError: it is missing, or why it cannot be imported.
+    Args:
+        package: name of the package for pip.
+        flag: flag that needs the package, for messages.
+
+    Raises:
+        InputError: the package is missing or cannot be imported; the message says which, and why.
     """
     name = package.replace("-", "_")
     try:
         importlib.import_module(name)
         return importlib.import_module(module)
-    except Exception as error:  # packages that do not fit each other make an import raise almost anything
+    except Exception as error:  # imports raise almost anything when packages do not fit together
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise InputError(f"{flag}: the package {package} is missing: pip install {package}") from error
         reason = f"{type(error).__name__}: {first_line(error)}"
@@ -31,11 +36,17 @@ def imported(module: str, package: str, flag: str) -> ModuleType:
 
 
 class TimmBackbone(nn.Module):
-    """A model of timm as a backbone: its pooled features before its classifier, and an early feature map.
+    """A model of timm as a backbone: an early feature map, and the pooled features before the classifier.
 
-    The early map is the first one at a quarter of the image's side; of a transformer, the grid of patches after a
-    quarter of the blocks. name: of timm, with or without a tag. img_size: side of the images. Raises InputError for an
-    unknown name, a size that the model cannot take, or without timm.
+    The early map is the first one at a quarter of the image's side; for a transformer, the grid of patches after a
+    quarter of the blocks.
+
+    Args:
+        name: name of the model in timm, with or without a tag.
+        img_size: side of the images in pixels.
+
+    Raises:
+        InputError: timm is missing, has no such model, or the model cannot take this size.
     """
 
     def __init__(self, name: str, img_size: int):
@@ -55,7 +66,7 @@ class TimmBackbone(nn.Module):
         self.unused_weights = tuple(f"{name}." for name in classifiers)
 
     def forward(self, images: Tensor, with_pooled: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return the early map, (B, C, h, w), and the pooled features, (B, F), of (B, 3, H, W) normalised images."""
+        """Return early maps (B, C, h, w) and pooled features (B, F) of normalised images (B, 3, H, W)."""
         options = {"indices": [self.early], "stop_early": not with_pooled, "intermediates_only": not with_pooled}
         intermediates = self.layers.forward_intermediates(images, **options)
         if not with_pooled:
@@ -65,16 +76,24 @@ class TimmBackbone(nn.Module):
 
 
 def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.Module:
-    """Return a model of timm without its classifier. Raises InputError, see imported_timm."""
+    """Return a model of timm without its classifier.
+
+    Raises:
+        InputError: see imported_timm.
+    """
     timm = imported_timm(name)
     try:
-        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers cut patches to it
-    except TypeError:  # convolutions take no such argument, and images of any size
+        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers need the image size
+    except TypeError:  # convolutional networks take images of any size, and no such argument
         return timm.create_model(name, pretrained, num_classes=0)
 
 
 def imported_timm(name: str) -> ModuleType:
-    """Return timm. Raises InputError, see imported, or where it has no model of this name, with or without a tag."""
+    """Import timm, and check that it has a model of this name, with or without a tag.
+
+    Raises:
+        InputError: timm cannot be imported (see imported), or has no such model.
+    """
     timm = imported("timm", "timm", f"--arch timm/{name}")
     models, pretrained = timm.list_models(), timm.list_pretrained()
     architecture, _, tag = name.partition(".")
@@ -85,7 +104,13 @@ def imported_timm(name: str) -> ModuleType:
 
 
 def resample_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return a state dict, whose keys begin with prefix, with a transformer's position embeddings fit to its grid."""
+    """Resample a transformer's position embeddings in a state dict to the grid of its network.
+
+    Args:
+        layers: the network.
+        state: the state dict; it is returned unchanged if nothing has to be resampled.
+        prefix: prefix of its keys.
+    """
     name, pos_embed = f"{prefix}pos_embed", getattr(layers, "pos_embed", None)
     if pos_embed is None or name not in state or state[name].ndim != 3 or state[name].shape == pos_embed.shape:
         return state
@@ -97,14 +122,15 @@ def resample_grid(layers: nn.Module, state: dict[str, Tensor], prefix: str) -> d
 
 
 def library_loss(name: str, n_classes: int, embed_size: int) -> nn.Module:
-    """Return a loss of the package pytorch-metric-learning with its own defaults: `--losses pml/NAME`.
+    """Return a loss of the package pytorch-metric-learning with its own defaults, for `--losses pml/NAME`.
 
     Args:
-        name: of its class.
-        n_classes, embed_size: given to a loss whose constructor asks for them.
+        name: name of the loss class.
+        n_classes: passed to losses whose constructor requires it.
+        embed_size: passed to losses whose constructor requires it.
 
     Raises:
-        InputError: without the package or such a loss, and for one that needs more than embeddings and labels.
+        InputError: the package or the loss does not exist, or the loss needs more than embeddings and labels.
     """
     kind = library_loss_class(name)
     sizes = {"num_classes": n_classes, "embedding_size": embed_size, "descriptors_dim": embed_size}
@@ -113,7 +139,7 @@ def library_loss(name: str, n_classes: int, embed_size: int) -> nn.Module:
     try:
         loss = kind(**arguments)
         trial = copy.deepcopy(loss)
-        for _ in range(2):  # some keep the graph of the batch before
+        for _ in range(2):  # some losses keep the graph of the previous batch, which fails now
             trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
     except (TypeError, ValueError, RuntimeError) as error:
         reason = first_line(error).replace(f"{name}.__init__() ", "")
@@ -122,14 +148,18 @@ def library_loss(name: str, n_classes: int, embed_size: int) -> nn.Module:
 
 
 def asks_for(kind: type, argument: str) -> bool:
-    """Tell whether the constructor of a class, or one that it passes its arguments on to, has no default for this."""
+    """Tell whether the constructor of a class, or of a base class, has a parameter of this name without a default."""
     signatures = [inspect.signature(base.__init__) for base in kind.__mro__ if "__init__" in vars(base)]
     parameters = [signature.parameters[argument] for signature in signatures if argument in signature.parameters]
     return any(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
 def library_loss_class(name: str) -> type[nn.Module]:
-    """Return a loss class of pytorch-metric-learning. Raises InputError, see imported, or where it has no such loss."""
+    """Return a loss class of pytorch-metric-learning.
+
+    Raises:
+        InputError: the package cannot be imported (see imported), or has no such loss.
+    """
     library = imported("pytorch_metric_learning.losses", "pytorch-metric-learning", f"--losses pml/{name}")
     base = library.BaseMetricLossFunction
     kinds = [kind for kind in vars(library).values() if isinstance(kind, type) and issubclass(kind, base)]
@@ -141,7 +171,7 @@ def library_loss_class(name: str) -> type[nn.Module]:
 
 
 def missing_for_graphs() -> list[str]:
-    """Return what has to be mended before network_graph works, in words."""
+    """Return what is missing for network_graph, as messages."""
     problems = []
     for package in ("torchview", "graphviz"):
         try:
@@ -154,8 +184,8 @@ def missing_for_graphs() -> list[str]:
 
 
 def network_graph(network: torch.nn.Module, img_size: int) -> bytes:
-    """Return the graph of a network's blocks for images of img_size pixels, as SVG; see missing_for_graphs."""
-    import torchview  # optional
+    """Draw the graph of a network's blocks, for images of img_size pixels, as SVG; see missing_for_graphs."""
+    import torchview  # an optional package
 
     image = torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8)
     graph = torchview.draw_graph(network, image, device=next(network.parameters()).device, depth=2)

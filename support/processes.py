@@ -1,4 +1,4 @@
-"""Several processes started by torchrun: who is first, who takes which shard, and what they exchange.
+"""Several processes started by torchrun: ranks, shards, and communication.
 
 Without torchrun every function here does nothing or returns its argument.
 """
@@ -20,23 +20,23 @@ TIMEOUT = timedelta(minutes=30)
 """How long a process waits for the others, which may be clustering or decoding."""
 
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
-"""Environment variables in which srun, mpirun and others say how many tasks they started."""
+"""Environment variables in which srun, mpirun and other launchers give the number of tasks they started."""
 
 Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Return how many processes torchrun started for this run; 1 without torchrun."""
+    """Return the number of processes that torchrun started for this run; 1 without torchrun."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def rank() -> int:
-    """Return this process's number among them, from 0."""
+    """Return this process's number among all processes, from 0."""
     return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_world_size() -> int:
-    """Return how many of them run on this machine."""
+    """Return the number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if world_size() > 1 else 1
 
 
@@ -46,7 +46,7 @@ def local_rank() -> int:
 
 
 def n_machines() -> int:
-    """Return how many machines they run on."""
+    """Return the number of machines."""
     return world_size() // local_world_size()
 
 
@@ -56,7 +56,7 @@ def is_first() -> bool:
 
 
 def warning_of_other_tasks() -> str | None:
-    """Return a warning where another launcher than torchrun started several tasks, each of which trains a whole run."""
+    """Return a warning if another launcher than torchrun started several tasks, which would each train a run."""
     n_tasks = {name: os.environ[name] for name in TASK_COUNTS if os.environ.get(name) not in (None, "", "0", "1")}
     if "TORCHELASTIC_RUN_ID" in os.environ or not n_tasks:
         return None
@@ -68,37 +68,37 @@ def warning_of_other_tasks() -> str | None:
 
 
 def end_with(owner: int, signum: int) -> None:
-    """Let Linux send this process a signal when its parent, whose id is `owner`, has died, even if it was killed."""
+    """On Linux, send this process a signal when its parent, with process id `owner`, dies, even if that is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
-        if os.getppid() != owner:  # it died before
+        if os.getppid() != owner:  # it has already died
             signal.raise_signal(signum)
 
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the processes, over NCCL for GPUs and Gloo for CPUs. Each ends when torchrun, its parent, has died."""
+    """Connect the processes, with NCCL for GPUs and Gloo for CPUs. Each ends when its parent, torchrun, dies."""
     if world_size() == 1:
         yield
         return
     has_gpu = torch.cuda.is_available()
-    # A process that waits in NCCL does not answer SIGTERM, and would hold its GPU for as long as TIMEOUT
+    # A process waiting in NCCL does not react to SIGTERM, and would hold its GPU until TIMEOUT
     end_with(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield
-    distributed.destroy_process_group()  # not after an error: it would wait for the others
+    distributed.destroy_process_group()  # not after an error, as it would wait for the others
 
 
 def shard(n_items: int, block_size: int = 1) -> range:
-    """Return this process's run of n_items in whole blocks; the shards of all processes, in order, are all items."""
+    """Return this process's range of n_items, in whole blocks; all shards in order cover all items."""
     n_blocks = -(-n_items // block_size)
     first, last = (n_blocks * number // world_size() for number in (rank(), rank() + 1))
     return range(first * block_size, min(last * block_size, n_items))
 
 
 def broadcast(value: Value) -> Value:
-    """Return the first process's value on all processes; what the others give does not count."""
+    """Broadcast rank 0's value; the arguments of other ranks are ignored."""
     if world_size() == 1:
         return value
     box = [value]
@@ -107,7 +107,7 @@ def broadcast(value: Value) -> Value:
 
 
 def all_gather(value: Value) -> list[Value]:
-    """Return the value of every process, on all processes."""
+    """Return the values of all processes, on every process."""
     values = [value] * world_size()
     if world_size() > 1:
         distributed.all_gather_object(values, value)
@@ -116,7 +116,7 @@ def all_gather(value: Value) -> list[Value]:
 
 @contextlib.contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Let the first process of each machine run a block, then the others, who find its files."""
+    """Run the block in the first process of each machine, then in the others, which find its files."""
     if local_rank() > 0:
         all_gather(None)
     yield
@@ -125,9 +125,11 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def gather_rows(rows: np.ndarray, to_all: bool = True) -> np.ndarray | None:
-    """Return the rows of all processes in order, (n, D) of each to (N, D), or (n,) to (N,).
+    """Concatenate the rows of all processes in order, (n, D) of each to (N, D), or (n,) to (N,).
 
-    A process without rows may give any D. to_all: False leaves them to the first process, and None to the others.
+    Args:
+        rows: rows of this process; if there are none, D may be anything.
+        to_all: whether all processes get the result; False: the first process gets it, the others None.
     """
     if world_size() == 1:
         return rows  # without a copy
@@ -142,11 +144,11 @@ def gather_rows(rows: np.ndarray, to_all: bool = True) -> np.ndarray | None:
 
 
 class GatherShards(torch.autograd.Function):
-    """Concatenates the shards of a batch that the processes embedded, with gradient.
+    """Concatenate the shards of a batch that the processes embedded, with gradient.
 
     Each process computes the same loss of the whole batch, so the gradient of its shard needs nothing from the others.
-    The factor world_size cancels DistributedDataParallel's mean: weights get the sum over the batch's images, as in one
-    process.
+    DistributedDataParallel averages over processes; the factor world_size cancels that, so that weights get the sum
+    over the batch's images, as in one process.
     """
 
     @staticmethod
@@ -165,16 +167,16 @@ class GatherShards(torch.autograd.Function):
 
 
 def gather_batch(embeddings: Mapping[str, Tensor], labels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Return embeddings {name: (B, D)} and labels (B,) of the whole batch from each process's shard of it."""
+    """Return embeddings {name: (B, D)} and labels (B,) of the whole batch, given each process's shard of it."""
     if world_size() == 1:
         return dict(embeddings), labels
     return {name: GatherShards.apply(values) for name, values in embeddings.items()}, GatherShards.apply(labels)
 
 
 def share_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give all processes the first one's gradients of parameters whose gradient each computes from the whole batch.
+    """Replace gradients by those of the first process, for parameters whose gradient all compute from the whole batch.
 
-    A GPU adds up in any order, but the parameters must stay equal to the last bit.
+    GPUs add up in no fixed order, so the gradients may differ in the last bits, but the parameters must stay identical.
     """
     for parameter in parameters:
         if world_size() > 1 and parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Files of weights and checkpoints, read without executing anything in them."""
+"""Files of weights and checkpoints, read without executing any code in them."""
 
 import os
 import re
@@ -13,13 +13,13 @@ from support.errors import OUT_OF_MEMORY, InputError, line_with
 from support.packages import imported
 
 CHECKPOINT_FORMAT = 4
-"""Number of the layout of checkpoints; those of another one are refused."""
+"""Version of the checkpoint layout; checkpoints of other versions are rejected."""
 
 OTHER_VERSION = "no checkpoint of this version of the program"
 
 
 class Part(dict):
-    """A part of a checkpoint. A key that is missing means that another version of the program wrote it."""
+    """A part of a checkpoint. A missing key means that another version of the program wrote the checkpoint."""
 
     def __init__(self, path: Path, values: Mapping[str, object]):
         super().__init__(values)
@@ -30,10 +30,14 @@ class Part(dict):
 
 
 def read_file(path: str | Path, source: str) -> object:
-    """Read a file of torch.save, or a .safetensors; no code in the file is executed.
+    """Read a file written by torch.save, or a .safetensors file; no code in the file is executed.
 
-    source: what messages call the file. Raises InputError where it is missing, damaged, or holds more than tensors and
-    plain values, or where safetensors cannot be imported.
+    Args:
+        source: name of the file in messages.
+
+    Raises:
+        InputError: the file is missing or damaged, or holds more than tensors and plain values, or safetensors cannot
+            be imported.
     """
     if os.path.isdir(path):
         raise InputError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
@@ -47,13 +51,13 @@ def read_file(path: str | Path, source: str) -> object:
             return library.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()  # torch.load does not look at the checksums
+                damaged = archive.testzip()  # torch.load does not check the checksums
             if damaged:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise InputError(f"{source}: cannot be read ({error.strerror})") from error
-    except Exception as error:  # untrusted bytes make the unpickler raise almost anything
+    except Exception as error:  # the unpickler raises almost anything on untrusted bytes
         if line_with(error, OUT_OF_MEMORY):
             raise
         reason = (
@@ -66,7 +70,7 @@ def read_file(path: str | Path, source: str) -> object:
 
 
 def is_state_dict(value: object) -> bool:
-    """Tell whether a value is a dict of tensors by name, not empty."""
+    """Tell whether a value is a non-empty dict of tensors by name."""
     if not isinstance(value, dict) or not value:
         return False
     return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
@@ -82,7 +86,11 @@ def is_provenance(value: object) -> bool:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the state dict in a file of --weights, be it there by itself or in a checkpoint. Raises InputError."""
+    """Return the state dict in a file given with --weights, which may be a checkpoint.
+
+    Raises:
+        InputError: the file cannot be read, or holds no state dict.
+    """
     source = f"--weights {path}"
     content = read_file(path, source)
     state = content["state_dict"] if isinstance(content, dict) and "state_dict" in content else content
@@ -92,7 +100,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def checkpoint_path(path: str | Path, checkpoint: str) -> Path:
-    """Return `checkpoint` in the run folder `path`, or `path` itself where it is a file. Raises InputError."""
+    """Return the path of `checkpoint` in the run folder `path`, or `path` itself if it is a file.
+
+    Raises:
+        InputError: there is no such file.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -106,16 +118,28 @@ def checkpoint_path(path: str | Path, checkpoint: str) -> Path:
 
 
 def checkpoints_of(run: Path, checkpoint: str | None) -> list[Path]:
-    """Return the checkpoints to score: the one asked for, or all best ones of a run. Raises InputError."""
+    """Return the checkpoints to score: the given one, or all best ones of a run.
+
+    Raises:
+        InputError: the run has none.
+    """
     if checkpoint:
         return [run / checkpoint if (run / checkpoint).is_file() else Path(checkpoint)]
     return sorted(run.glob("checkpoint*.pth.tar")) or [checkpoint_path(run, "checkpoint.pth.tar")]
 
 
 def read_checkpoint(path: str | Path, checkpoint: str = "checkpoint.pth.tar") -> dict[str, dict]:
-    """Read a checkpoint file, or one of a run folder: {"state_dict", "flags", "progress"} and, to resume, "training".
+    """Read a checkpoint; no code in the file is executed.
 
-    No code in the file is executed. Raises InputError with one line for whatever is wrong with it.
+    Args:
+        path: a run folder, or a checkpoint file.
+        checkpoint: name of the checkpoint in the run folder.
+
+    Returns:
+        {"state_dict", "flags", "progress"} and, if it can be resumed, "training".
+
+    Raises:
+        InputError: the checkpoint cannot be used; the message is one line.
     """
     path = checkpoint_path(path, checkpoint)
     stored = read_file(path, str(path))

@@ -611,7 +611,6 @@ def embed(
 def embed_folder(args: argparse.Namespace) -> None:
     """Store the embeddings and paths of all images below a folder, in any layout.
 
-
     Exits with code 1, after the rest is stored, if something cannot be read.
 
     Raises:

@@ -79,13 +79,13 @@ def run_whole(flags: list[str], folder: Path, args: argparse.Namespace) -> Wait:
 def run_stopped(flags: list[str], folder: Path, wait: Wait, args: argparse.Namespace) -> None:
     """Make the run that is stopped and resumed; one that has no complete epoch yet starts anew, with --go_on."""
     done = []
-    while True:
+    for n_kill in range(1, args.kills + 1):
         process = start(*flags, folder.name, "--go_on")
-        n_rows = args.n_epochs * (len(done) + 1) // (args.kills + 1) + 1
-        if len(done) == args.kills or not stop(process, folder, args, wait, n_rows):
+        if not stop(process, folder, args, wait, args.n_epochs * n_kill // (args.kills + 1) + 1):
             break
         done.append(epochs_logged(folder))
-    finish(process)
+    else:
+        finish(start(*flags, folder.name, "--go_on"))
     if len(done) < args.kills:
         print(f"the run ended after {len(done)} signals; give a larger --n_epochs for {args.kills}")
     print(f"{len(done)} times {args.signal.name}, epochs logged at each: {done}")

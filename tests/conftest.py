@@ -18,6 +18,8 @@ from typing import NamedTuple
 if os.environ.get("MIC_TEST_GPU") != "1":  # the tests are for the CPU, whatever else the machine has
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in all processes that are started: they share few cores
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup makes pytest and all processes that are started ignore it
 
 import numpy as np
 import pandas as pd

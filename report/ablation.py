@@ -158,7 +158,8 @@ def fits(words: Sequence[str], parser: OneLineParser) -> bool:
     """Tell whether main.py accepts a command line; if not, it prints why."""
     logging.disable(logging.INFO)  # the run itself will log the same
     try:
-        return bool(options.resolve(words, parser, contextlib.ExitStack()))
+        with contextlib.ExitStack() as locks:  # released at once, for the run itself
+            return bool(options.resolve(words, parser, locks))
     except SystemExit:
         return False
     finally:

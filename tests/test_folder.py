@@ -40,6 +40,15 @@ from support.errors import InputError
 from support.weights import read_checkpoint
 
 BASE = ["--scheduler", "exp", "--gamma", 0.9, "--seed", 2, "--eval_every", 1]
+FILES_OF_A_REFUSED_RESUME = {
+    "last.pth.tar",
+    "hypa.pkl",
+    "Parameter_Info.txt",
+    ".lock",
+    "log.txt",
+    "page.html",
+    "InfoPlot_Class.svg",
+}
 
 
 @pytest.fixture(scope="module")
@@ -232,15 +241,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
         assert f"--resume {path}: not the images that it was trained with: {message}; give it those" in error
-        assert {path.name for path in path.iterdir()} <= {
-            "last.pth.tar",
-            "hypa.pkl",
-            "Parameter_Info.txt",
-            ".lock",
-            "log.txt",
-            "page.html",
-            "InfoPlot_Class.svg",
-        }
+        assert {file.name for file in path.iterdir()} <= FILES_OF_A_REFUSED_RESUME
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
@@ -257,15 +258,7 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     content["flags"]["arch"] = "resnet50"
     other_network = stored_run(tmp_path / "arch", content)
     assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
-    assert {path.name for path in other_network.iterdir()} <= {
-        "last.pth.tar",
-        "hypa.pkl",
-        "Parameter_Info.txt",
-        ".lock",
-        "log.txt",
-        "page.html",
-        "InfoPlot_Class.svg",
-    }
+    assert {file.name for file in other_network.iterdir()} <= FILES_OF_A_REFUSED_RESUME
 
 
 def test_pickled_objects_are_not_executed(tmp_path, capsys, content):

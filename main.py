@@ -29,7 +29,7 @@ from report import page, sheets
 from run import options
 from run.checkpoint import StoredRun
 from run.folder import Run
-from run.history import History, Row, row_text
+from run.history import History, Row, factor_agreements, row_text
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance, warning_of_threads
 from support import errors, output, packages, processes
@@ -610,8 +610,7 @@ def epoch_line(run: Run, epoch: int, seconds: float) -> str:
 
 def what_was_mined(row: Row) -> str:
     """Return, as text, the known factor that a mining agrees with most; empty for a row of an older version."""
-    agreements = {name.removeprefix("AMI "): value for name, value in row.items() if name.startswith("AMI ")}
-    with_class = agreements.pop("class", 0.0)
+    agreements, with_class = factor_agreements(row), row.get("AMI class", 0.0)
     if not agreements:
         return ""
     factor = max(agreements, key=agreements.get)

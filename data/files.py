@@ -88,9 +88,8 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
 def add_file(found: Survey, name: str, entry: os.DirEntry) -> bool:
     """Add a file to what was found; return True, and do not, where its first bytes are to say what it is."""
     is_link = entry.is_symlink()
-    if not (
-        os.path.isfile(entry.path) if is_link else entry.is_file()
-    ):  # a pipe, which would be waited for, is nothing
+    is_file = os.path.isfile(entry.path) if is_link else entry.is_file()
+    if not is_file:  # a pipe is nothing, as reading it would wait for a writer
         found.dead.extend([name] if is_link and not is_hidden(name) else [])
     elif is_hidden(name):
         found.hidden.append(name)

@@ -30,6 +30,7 @@ from run.history import (
     History,
     Row,
     column,
+    factor_agreements,
     fill_in_flags,
     info_plot,
     memory_text,
@@ -171,9 +172,8 @@ def mining_slides(history: History) -> list[dict[str, object]]:
 
 def strongest_factor(history: History) -> str:
     """Return the known factor that the labels mined last agree with most; empty if there is none."""
-    last = history.rows["mining"][-1] if history.rows["mining"] else {}
-    factors = {name[4:]: value for name, value in last.items() if name.startswith("AMI ") and name != "AMI class"}
-    return max(factors, key=factors.get, default="")
+    agreements = factor_agreements(history.rows["mining"][-1] if history.rows["mining"] else {})
+    return max(agreements, key=agreements.get, default="")
 
 
 def neighbours(history: History) -> dict[str, list[dict[str, object]]]:

@@ -355,6 +355,11 @@ def row_text(row: Row, names: Sequence[str] | None = None) -> str:
                      for name, value in values.items())  # fmt: skip
 
 
+def factor_agreements(row: Row) -> dict[str, float]:
+    """Return the AMI of mined labels with each known factor, from their row of log_mining.csv, without the class."""
+    return {name[4:]: value for name, value in row.items() if name.startswith("AMI ") and name != "AMI class"}
+
+
 def mining_sheet(folder: Path, epoch: int) -> Path:
     """Return the path of the contact sheet of the mining before an epoch."""
     return folder / "mined" / f"before_epoch_{epoch:04d}.jpg"

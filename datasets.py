@@ -1,6 +1,6 @@
-"""What a network is fed: data sets by name, transforms, class-balanced batches, loaders.
+"""Load data sets by name, transform images, draw class-balanced batches, and feed them to the network.
 
-As a command it says what a data set holds, or what is wrong with it, without training.
+As a command, report what a data set holds, or what is wrong with it, without training.
 """
 
 import functools
@@ -22,10 +22,10 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from data.custom import layouts_in
 from data.files import normal_form
 from data.images import NO_TORCHCODEC, ImageSet, Splits
 from data.locate import check_name, locate
-from data.own import layouts_in
 from data.published import published_info
 from data.shapes import render_shapes
 from support import processes
@@ -33,17 +33,21 @@ from support.errors import InputError, OneLineParser, counted, first_few, one_li
 from support.output import Progress, logged
 
 SCORING_BATCH_SIZE = 112
-"""Most images that are embedded at a time: --bs, up to what memory is sure to hold of a batch of several processes."""
+"""Largest batch that is embedded without gradients; --bs may be larger if several processes share a batch."""
 
 Draw = tuple[int, int, int]
-"""One image of a batch: (image index, label it is trained with, seed of its augmentation)."""
+"""An image of a training batch: (index of the image, label to train it with, seed of its augmentation)."""
 
 
 def load_dataset(name: str, source_path: str | Path) -> Splits:
-    """Return the training images and the test sets of a data set; a single test set is called "test".
+    """Load the training images and the test sets of a data set; a single test set is called "test".
 
-    name: of data.published.PUBLISHED, "shapes", or a folder in source_path in a layout of data/own.py. Raises
-    InputError, for a missing data set with a diagnosis of several lines.
+    Args:
+        name: a published data set (see data.published), "shapes", or a folder in source_path (see data.custom).
+        source_path: folder that holds the data sets.
+
+    Raises:
+        InputError: the data set cannot be read. If it is missing, the message has several lines of advice.
     """
     if name == "shapes":
         folder = Path(source_path) / name
@@ -56,17 +60,23 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
 
 
 def train_transform(img_size: int, flip: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the training augmentation, uint8 to uint8 (3, img_size, img_size): random resized crop, optional flip."""
+    """Return the augmentation for training, a random resized crop and optionally a random flip.
+
+    It maps (3, H, W) uint8 to (3, img_size, img_size) uint8.
+    """
     return v2.Compose([v2.RandomResizedCrop(img_size, antialias=True), v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
 
 def test_transform(img_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the evaluation transform, uint8 to uint8 (3, img_size, img_size): short side to 256/224 of it, centre."""
+    """Return the transform for evaluation: resize the shorter side to 256/224 of img_size, then crop the centre.
+
+    It maps (3, H, W) uint8 to (3, img_size, img_size) uint8.
+    """
     return v2.Compose([v2.Resize(round(img_size * 256 / 224), antialias=True), v2.CenterCrop(img_size)])
 
 
 class ImageDataset(Dataset):
-    """The images of a split through a transform, all uint8; an item's key is a Draw, or an index for evaluation."""
+    """The transformed images of a split. Its keys are draws in training, and indices in evaluation."""
 
     def __init__(self, images: ImageSet, transform: Callable[[torch.Tensor], torch.Tensor]):
         self.images, self.transform = images, transform
@@ -75,7 +85,7 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: Draw | int) -> tuple[torch.Tensor, int]:
-        """Return (image (3, S, S) uint8, label). The augmentation depends on the draw's seed alone, on no worker."""
+        """Return the image (3, S, S) uint8 and its label. The augmentation depends only on the seed of the draw."""
         index, label, seed = key if isinstance(key, tuple) else (key, int(self.images.labels[key]), 0)
         image = self.images.read(index)
         with torch.random.fork_rng(devices=[]):
@@ -84,7 +94,7 @@ class ImageDataset(Dataset):
 
 
 class NamedDatasets(Dataset):
-    """Several data sets, whose items are asked for by (name of the data set, key of the item)."""
+    """Several data sets in one, with keys (name of the data set, key of its item)."""
 
     def __init__(self, datasets: Mapping[str, Dataset]):
         self.datasets = datasets
@@ -95,15 +105,18 @@ class NamedDatasets(Dataset):
 
 
 class ClassBalancedBatchSampler(BatchSampler):
-    """Batches of class runs: `images_per_class` images of one class, then of the next (MIC's published batches).
+    """Draw batches of class runs: `images_per_class` images of one class, then of another, as in the published code.
 
-    The next class is uniform among all but the two drawn just before it. Within a run no image repeats unless the
-    class is too small. With images_per_class 1 all images are shuffled instead. The order depends only on the seed and
-    on what `set_epoch` is given.
+    Each class is drawn uniformly among all but the two before it. In a run no image repeats, unless the class is too
+    small. With images_per_class 1, all images are shuffled instead. The order depends only on the seed and on the
+    arguments of `set_epoch`.
 
-    batch_size: a multiple of images_per_class. seed: integers that set this sampler's draws apart from others.
-    random_pick_p: probability that an image is replaced by a random image of a random class while its label stays.
-    share: which places of each batch are given out, for a process that loads a part of it; None: all.
+    Args:
+        batch_size: a multiple of images_per_class.
+        images_per_class: images of a class in a run.
+        seed: integers; samplers with different seeds draw independently.
+        random_pick_p: probability that an image is replaced by a random image of a random class under the same label.
+        share: range of places in each batch that this process loads; None: all.
     """
 
     def __init__(
@@ -120,7 +133,7 @@ class ClassBalancedBatchSampler(BatchSampler):
         self.set_epoch(0, np.empty(0, dtype=np.int64), 0)
 
     def set_epoch(self, epoch: int, labels: np.ndarray, n_batches: int) -> None:
-        """Set the epoch, the (N,) int labels and the number of batches of the next pass."""
+        """Set the epoch, the labels (N,) int and the number of batches of the next pass."""
         self.epoch, self.labels, self.n_batches = epoch, labels, n_batches
 
     def __len__(self) -> int:
@@ -154,7 +167,7 @@ class ClassBalancedBatchSampler(BatchSampler):
             for earlier in sorted(recent):
                 drawn += drawn >= earlier
             recent = [*recent, drawn][-n_excluded:] if n_excluded else []
-            # None twice where the class is large enough, else as evenly as can be
+            # No image twice if the class is large enough, otherwise as evenly as possible
             rounds = -(-self.images_per_class // len(members[drawn]))
             run = np.concatenate([rng.permutation(members[drawn]) for _ in range(rounds)])
             for index in run[: self.images_per_class]:
@@ -162,27 +175,34 @@ class ClassBalancedBatchSampler(BatchSampler):
 
 
 def draw_steps(task_p: Mapping[str, float], n_iterations: int, seed: int, epoch: int) -> list[tuple[int, str]]:
-    """Return the steps of an epoch in order, (iteration, task).
+    """Draw the steps of an epoch: each task takes a step in an iteration with its probability.
 
-    Each task takes part in an iteration with its probability, drawn from the seed and the epoch alone.
+    Args:
+        task_p: {task: probability}.
+        n_iterations: number of iterations.
+        seed: with the epoch, determines the result.
+        epoch: number of the epoch.
+
+    Returns:
+        (iteration, task) of each step, in order.
     """
     tasks = list(task_p)
-    rng = np.random.default_rng([seed, len(tasks), epoch])  # the tasks' batches are drawn from [seed, 0 or 1, epoch]
+    rng = np.random.default_rng([seed, len(tasks), epoch])  # the samplers draw from [seed, 0 or 1, epoch]
     takes_step = rng.random((n_iterations, len(tasks))) < list(task_p.values())
     return [(int(iteration), tasks[task]) for iteration, task in np.argwhere(takes_step)]
 
 
 class TaskBatchSampler(BatchSampler):
-    """The batches of several tasks in the order of the training steps, so that one pool of workers loads them all.
+    """The batches of all tasks in the order of the training steps, so that the same workers load them all.
 
-    A batch is a list of (task, draw) of one task, as the task's sampler gives it.
+    A batch is a list of keys (task, draw), all of one task.
     """
 
     def __init__(self, samplers: Mapping[str, ClassBalancedBatchSampler]):
         self.samplers, self.steps = samplers, []
 
     def set_epoch(self, epoch: int, labels: Mapping[str, np.ndarray], steps: Sequence[tuple[int, str]]) -> None:
-        """Set the epoch, each task's (N,) int labels, and the steps of the next pass, see draw_steps."""
+        """Set the epoch, the labels (N,) int of each task, and the steps of the next pass (see draw_steps)."""
         self.steps = [task for _, task in steps]
         for task, sampler in self.samplers.items():
             sampler.set_epoch(epoch, labels[task], self.steps.count(task))
@@ -197,41 +217,45 @@ class TaskBatchSampler(BatchSampler):
 
 
 def make_loader(dataset: Dataset, *, n_workers: int, pin_memory: bool, **more: object) -> DataLoader:
-    """Return a loader of (images (B, 3, S, S) uint8, labels (B,) int64).
+    """Return a loader of images (B, 3, S, S) uint8 and labels (B,) int64.
 
     Args:
-        dataset: of the images.
-        n_workers: 0 loads in this process.
-        pin_memory: for a GPU.
-        **more: what else DataLoader takes, such as batch_size; by default all images come once, in order.
+        dataset: the images.
+        n_workers: number of worker processes; 0 loads in this process.
+        pin_memory: return page-locked tensors, for a GPU.
+        **more: further arguments of DataLoader, such as batch_size.
     """
     return DataLoader(
         dataset,
         **more,
         num_workers=n_workers,
         pin_memory=pin_memory,
-        # Without one, each pass would take a number from the generator that the losses draw from
+        # By default, each pass would draw a number from the generator that the losses use
         generator=torch.Generator(),
-        # Shares decoded images with the workers instead of copying them
+        # Share decoded images with the workers instead of copying them
         multiprocessing_context="fork" if n_workers and sys.platform == "linux" else None,
         worker_init_fn=functools.partial(leave_signals_to_the_owner, os.getpid()),
     )
 
 
 def leave_signals_to_the_owner(owner: int, _: int) -> None:
-    """Let a loader's worker ignore Ctrl-C, which its owner answers, and end at SIGTERM and with its owner.
+    """Set up a loader worker: ignore Ctrl-C, which its owner handles, and end on SIGTERM or when its owner dies.
 
-    owner: a process id. PyTorch's watch over it starts too late where it is killed just after the fork.
+    PyTorch also ends orphaned workers, but not if the owner is killed just after the fork.
+
+    Args:
+        owner: process id of the owner.
+        _: number of the worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGKILL"):
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print; the owner says what it means
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print, but the owner explains it
         processes.end_with(owner, signal.SIGKILL)
 
 
 def decode_all(loader: DataLoader) -> None:
-    """Decode every image of a loader once: a broken one is bad input before training, and would end a run in it."""
+    """Decode every image of a loader once, so that a broken one is found before training."""
     if loader.dataset.images.pixels is None:
         with Progress("decoding", len(loader.sampler)) as progress:
             for images, _ in loader:
@@ -239,12 +263,12 @@ def decode_all(loader: DataLoader) -> None:
 
 
 class Pool:
-    """The loader workers of a run. The first pass starts them, all passes use them, and `close` ends them.
+    """The loader workers of a run, which all its passes over images share.
 
-    A new pass ends the one before it.
+    The first pass starts them and `close` ends them. A new pass ends the one before it.
 
     Args:
-        datasets: what is loaded, by name.
+        datasets: the data sets to load from, by name.
         n_workers: see make_loader.
         pin_memory: see make_loader.
     """
@@ -260,11 +284,11 @@ class Pool:
         )
 
     def __iter__(self) -> Iterator[list]:
-        """Return the current pass's batches of keys; the loader takes this pool as its batch sampler."""
+        """Return the batches of keys of the current pass; the pool is the batch sampler of its loader."""
         return self.batches
 
     def load(self, batches: Iterable[list]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Begin a pass over batches of keys (name, item) and yield them loaded, as make_loader does.
+        """Begin a pass: load batches of keys (name, item) and yield images and labels as make_loader does.
 
         Raises:
             RuntimeError: another pass has begun since.
@@ -278,7 +302,7 @@ class Pool:
     def close(self) -> None:
         """End the workers.
 
-        An exception's traceback would keep them alive, and PyTorch has no public call that ends them.
+        PyTorch has no public method for it, and the traceback of an exception would keep them alive.
         """
         if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()
@@ -287,12 +311,12 @@ class Pool:
 
 @dataclass(eq=False)
 class Pass:
-    """A loader whose every iteration is a pass of a pool.
+    """A loader; each iteration over it is a pass of a pool.
 
     Args:
-        pool: loads the batches.
-        batches: of keys (name, item).
-        dataset: the images that they are of.
+        pool: the pool that loads the batches.
+        batches: batches of keys (name, item).
+        dataset: the data set that they are from.
     """
 
     pool: Pool
@@ -307,22 +331,27 @@ class Pass:
 
     @property
     def sampler(self) -> list:
-        """The keys of all images in order; the name is DataLoader's."""
+        """The keys of all images in order, under the name that DataLoader uses."""
         return list(itertools.chain.from_iterable(self.batches))
 
 
 def in_order(pool: Pool, name: str, batch_size: int) -> Pass:
-    """Return a pass over a data set of the pool, image by image; each process loads whole batches of it."""
+    """Return a pass over the images of one data set in order; each process loads whole batches of it."""
     dataset = pool.dataset.datasets[name]
     keys = [(name, index) for index in processes.shard(len(dataset), batch_size)]
     return Pass(pool, [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)], dataset)
 
 
 class Loaders(NamedTuple):
-    """What feeds the network, on each process its shard.
+    """The loaders of a run; in each process they load its shard.
 
-    pool: loads all of it. sampler: sets what `batches`, those of an epoch's steps, are. train: all training images in
-    order. tests: each test set in order, by name. probe: a part of the training images in order.
+    Attributes:
+        pool: the workers that load everything.
+        sampler: draws `batches`.
+        batches: the batches of an epoch's training steps.
+        train: all training images in order.
+        tests: each test set in order, by name.
+        probe: the probed training images in order.
     """
 
     pool: Pool
@@ -357,11 +386,20 @@ def build_loaders(
     n_workers: int,
     pin_memory: bool,
 ) -> Loaders:
-    """Return all loaders of a run.
+    """Build all loaders of a run.
 
-    tasks: the flags of each task, see options.PAIRS. probed: indices of the training images of the probe.
-    random_pick_p: of the Shared task, see ClassBalancedBatchSampler. flip: whose images are flipped at random: "class",
-    "both" tasks', or "none".
+    Args:
+        train: the training images.
+        tests: the test sets by name.
+        tasks: {task: its flags}, see options.PAIRS.
+        probed: indices of the training images for the probe.
+        batch_size: images in a training batch.
+        random_pick_p: for the Shared task, see ClassBalancedBatchSampler.
+        flip: tasks whose training images are flipped at random: "class", "both" or "none".
+        img_size: side of the square network input in pixels.
+        seed: seed of all draws.
+        n_workers: see make_loader.
+        pin_memory: see make_loader.
     """
     plain = ImageDataset(train, test_transform(img_size))
     sets: dict[str, Dataset] = {"train": plain, "probe": Subset(plain, probed)}
@@ -387,8 +425,11 @@ def build_loaders(
 
 
 def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
-    """Return a line for counts that differ from the published ones, classes that both train and test or differ in
-    capital letters only, and images that a split lists twice."""
+    """Return warnings about a data set.
+
+    They are about counts that differ from the published ones, classes in training and test, classes that differ only in
+    upper and lower case, images listed twice, and a missing torchcodec.
+    """
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
@@ -416,7 +457,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
 
 
 def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
-    """Return what was understood of a data set: its layout, a table of its splits, what is alone, what was left out."""
+    """Describe a data set: its layout, a table of its splits, images without a positive, and what was left out."""
     lines = [
         f"layout: {train.layout}",
         f"{'split':10} {'classes':>8} {'images':>8}  images per class: least, median, most; first and last class",
@@ -439,9 +480,9 @@ def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
 
 
 def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tuple[int | str, ...]]:
-    """Return split to (classes, images, least, median and most images of a class, first and last class).
+    """Return {split: (classes, images, least, median and most images of a class, first class, last class)}.
 
-    Queries and gallery are splits of their own.
+    Queries and gallery count as splits.
     """
     labels = {}
     for split, images in {"train": train, **tests}.items():
@@ -459,7 +500,7 @@ def split_table(train: ImageSet, tests: Mapping[str, ImageSet]) -> dict[str, tup
 
 
 def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
-    """Decode all images of some sets; return for each in order why it cannot be decoded, None for a sound one."""
+    """Decode all images of some sets and return, for each in order, why it cannot be decoded; None if it can."""
 
     def error_of(images: ImageSet, index: int) -> str | None:
         try:
@@ -475,11 +516,12 @@ def decoding_errors(image_sets: Sequence[ImageSet]) -> list[str | None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print what a data set holds, and with --check decode every image; return the exit code."""
-    parser = OneLineParser(prog="datasets.py", description="Say what a data set holds, without training.")
-    parser.add_argument("name", help="as for main.py --dataset")
-    parser.add_argument("--source_path", type=os.path.expanduser, default="./Datasets", help="where its folder lies")
-    parser.add_argument("--check", action="store_true", help="decode every image and list the broken ones")
+    """Print what a data set holds and, with --check, which images are broken; return the exit code."""
+    parser = OneLineParser(prog="datasets.py", description="Report what a data set holds, or what is wrong with it.")
+    add = parser.add_argument
+    add("name", help="name of the data set, as for main.py --dataset")
+    add("--source_path", type=os.path.expanduser, default="./Datasets", help="folder that holds the data sets")
+    add("--check", action="store_true", help="decode every image and list the broken ones")
     args = parser.parse_args(argv)
     try:
         check_name(args.name, args.source_path, flag="")

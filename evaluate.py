@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 import auxiliaries
 import datasets
 import netlib
+from data.custom import NOT_READABLE
 from data.files import IMAGES, survey
 from data.images import VALIDATION, ImageSet, describe_change, fingerprints, hold_out_classes
 from data.locate import check_name
@@ -618,12 +619,12 @@ def embed_folder(args: argparse.Namespace) -> None:
     """
     root = Path(args.embed)
     found = survey(root)
-    lost = {"dead link": found.dead, "Git LFS pointer": found.pointers, "unreadable folder": found.unread}
-    for noun, names in {"other file": found.others, **lost}.items():
+    lost = {kind: found[kind] for kind in NOT_READABLE}
+    for noun, names in {"other file": found["other file"], **lost}.items():
         if names:
             paths = [os.path.join(root, name) for name in names]
             print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
-    paths = [os.path.join(root, name) for name in sorted([*found.images, *found.copies])]
+    paths = [os.path.join(root, name) for name in sorted([*found["image"], *found["backup copy"]])]
     if not paths:
         raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]

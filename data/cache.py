@@ -1,4 +1,4 @@
-"""Decoded images kept in memory, so that reading one costs nothing."""
+"""Keep decoded images in memory."""
 
 import contextlib
 from collections.abc import Mapping
@@ -17,13 +17,18 @@ CGROUP_FILES = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By controller, none in version 2: the mount of a memory cgroup, and the arguments of left_in_cgroup."""
+"""{controller, "" in version 2: (mount of the memory cgroups, names that left_in_cgroup takes)}."""
 
 
 def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return (N,) objects, the images (H, W, 3) uint8 that follow one another in a flat uint8 array, without copying.
+    """Return views of the images in a flat array, without copying.
 
-    sizes: (N, 2) int64 heights and widths.
+    Args:
+        flat: uint8, the pixels of N images one after the other.
+        sizes: (N, 2) int64, heights and widths.
+
+    Returns:
+        (N,) objects, each an image (H, W, 3) uint8.
     """
     images = np.empty(len(sizes), dtype=object)
     stops = np.cumsum(3 * sizes.prod(1))
@@ -33,10 +38,14 @@ def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def cached(image_sets: Mapping[str, ImageSet], n_copies: int = 1) -> dict[str, ImageSet]:
-    """Return image sets, by the names of their splits, decoded into memory that forked workers share.
+    """Decode image sets into memory that forked loader workers share.
 
-    n_copies: how many processes of this machine do the same at the same time, each with memory of its own.
-    Raises InputError when they do not all fit, before any is decoded, or when an image cannot be decoded.
+    Args:
+        image_sets: {split: images}.
+        n_copies: number of processes on this machine that do this at the same time, each into memory of its own.
+
+    Raises:
+        InputError: the images do not fit into the free memory, or one cannot be decoded.
     """
     paths = {split: images.names for split, images in image_sets.items() if images.pixels is None}
     pixels = {split: images.pixels for split, images in image_sets.items()}
@@ -63,10 +72,13 @@ def decode_into(pixels: np.ndarray, path: str) -> None:
 
 
 def free_memory(root: str | Path = "/") -> int | None:
-    """Return the bytes of memory that this process may still take, None where the system does not say.
+    """Return the bytes of memory that this process may still use; None if the system does not say.
 
-    It is the least of what is free on the machine and what the limits of its cgroup and of those around it leave, as
-    containers and job schedulers set them. root: the folder that holds proc and sys.
+    This is the smallest of what is free on the machine and what the limits of its cgroup and all outer ones leave.
+    Containers and job schedulers set such limits.
+
+    Args:
+        root: folder that holds proc and sys.
     """
     root, free = Path(root), []
     with contextlib.suppress(OSError):
@@ -77,17 +89,23 @@ def free_memory(root: str | Path = "/") -> int | None:
             _, controller, group = line.split(":", 2)
             if controller in CGROUP_FILES:
                 mount, *names = CGROUP_FILES[controller]
-                group = PurePosixPath(group.lstrip("/"))  # a container may see only its own, on top
+                group = PurePosixPath(group.lstrip("/"))  # in a container, outer groups may be missing
                 free += [left_in_cgroup(root / mount / above, *names) for above in (group, *group.parents)]
     return min((n_bytes for n_bytes in free if n_bytes is not None), default=None)
 
 
 def left_in_cgroup(folder: Path, limit: str, used: str, cached: str) -> int | None:
-    """Return the bytes that a cgroup's limit leaves, None where it has none; cached pages of files count as left.
+    """Return the bytes that the limit of a cgroup leaves; None if it has no limit.
 
-    limit, used: names of files. cached: name of a line in memory.stat.
+    Cached pages of files count as free.
+
+    Args:
+        folder: folder of the cgroup.
+        limit: name of the file that holds the limit.
+        used: name of the file that holds the memory in use.
+        cached: name of the line in memory.stat that counts cached pages.
     """
-    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+    with contextlib.suppress(OSError, ValueError):  # the limit may be "max"
         n_cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())[cached]
         return int((folder / limit).read_text()) - int((folder / used).read_text()) + int(n_cached)
     return None

@@ -1,124 +1,101 @@
-"""What lies below a folder: which files are images, which are not, and which cannot be read."""
+"""What a folder holds: which files are images, which are not, and which cannot be read."""
 
+import functools
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from support.errors import first_few
 
 IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".pgm", ".ppm", ".avif")
-"""Endings of images. A file with another ending, or none, is an image if its first bytes say so."""
+"""Endings of images. A file with another ending, or with none, is an image if its first bytes say so."""
 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-"""First bytes of JPEG, PNG and GIF. Those of BMP, PNM and TIFF begin texts and raw files of cameras too."""
+"""First bytes of JPEG, PNG and GIF. Those of BMP, PNM and TIFF also begin texts and raw files of cameras."""
 
 COPY = re.compile(r"(~|_original|\.(bak|old|orig|backup))$")
-"""What a program adds to the name of a copy, in lower case."""
+"""Ends of the names, in lower case, that editors give to backup copies."""
 
 MADE_BY_SYSTEMS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Icon\r")
-"""Names of files and folders that operating systems and file servers make; they count as hidden."""
+"""Files and folders that operating systems and file servers create; they count as hidden."""
 
 POINTER, POINTER_SIZE = b"version https://git-lfs", 1024
-"""First bytes and largest size of what Git LFS leaves in place of a file that it has not fetched."""
+"""First bytes and largest size of the pointer that Git LFS leaves in place of a file it has not fetched."""
 
+FILE_KINDS = ("image", "backup copy", "other file", "hidden file", "dead link", "Git LFS pointer")
+FOLDER_KINDS = ("folder", "repeated folder", "unreadable folder")
 
-@dataclass(frozen=True)
-class Survey:
-    """What lies below a folder: sorted paths from there, with slashes.
+Survey = dict[str, list[str]]
+"""Sorted paths below a folder, with slashes, for each of FILE_KINDS and FOLDER_KINDS.
 
-    images: files with an ending of images, and files whose first bytes are those of an image. copies: images without
-    an ending of images beside their original, such as x.jpg~ and x.jpg. others: all other files. hidden: hidden files,
-    and files in hidden folders. dead: links that lead nowhere. pointers: files that Git LFS has not fetched. folders:
-    all folders that are not hidden. repeated: folders that lead to a folder that was read already. unread: folders
-    that cannot be read.
-    """
-
-    images: list[str] = field(default_factory=list)
-    copies: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)
-    dead: list[str] = field(default_factory=list)
-    pointers: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    repeated: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
+A backup copy is an image such as x.jpg~, without an ending of images. A repeated folder leads to one that was read
+already. Hidden files include all files in hidden folders. Hidden folders, pipes and devices are not listed.
+"""
 
 
 def survey(root: Path, first: Sequence[str] = ()) -> Survey:
-    """Return what lies below a folder.
+    """List what a folder holds.
 
     Args:
         root: the folder.
-        first: folders in root that are read with the folders that they link to, each by itself, before the others. No
-            other folder is read twice, and of those no links. By default all of root is read with its links.
+        first: folders in root that are read before the others, each with all its links. If there are any, links
+            elsewhere in root are not followed.
     """
-    found, read_before, to_open = Survey(), set(), []
+    found: Survey = {kind: [] for kind in (*FILE_KINDS, *FOLDER_KINDS)}
+    files, read_before = [], set()
     for start in (*first, ""):
         seen, waiting = set() if start else read_before, [start]
-        for folder in waiting:  # grows as it is read: folders nearer to the top go first
+        for folder in waiting:  # grows while it is read, so folders near the top come first
             path = os.path.join(root, folder)
             real = os.path.realpath(path)
             if real in seen:
-                found.repeated.append(folder)
+                found["repeated folder"].append(folder)
                 continue
             seen.add(real)
-            found.folders.extend([folder] if folder and not is_hidden(folder) else [])
+            if folder and not is_hidden(folder):
+                found["folder"].append(folder)
             try:
                 entries = list(os.scandir(path))
             except OSError:
-                found.unread.append(folder)
+                found["unreadable folder"].append(folder)
                 continue
             for entry in sorted(entries, key=lambda entry: (is_hidden(entry.name), entry.is_symlink(), entry.name)):
                 name, is_link = f"{folder}/{entry.name}".lstrip("/"), entry.is_symlink()
                 if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
-                    to_open.extend([name] if add_file(found, name, entry) else [])
+                    files.append(name)
                 elif name not in first and (start or not first or not is_link):
                     waiting.append(name)
         read_before |= seen
-    add_by_first_bytes(found, root, to_open)
-    for names in vars(found).values():
-        names.sort()
-    return found
-
-
-def add_file(found: Survey, name: str, entry: os.DirEntry) -> bool:
-    """Add a file to what was found; return True, and do not, where its first bytes are to say what it is."""
-    is_link = entry.is_symlink()
-    is_file = os.path.isfile(entry.path) if is_link else entry.is_file()
-    if not is_file:  # a pipe is nothing, as reading it would wait for a writer
-        found.dead.extend([name] if is_link and not is_hidden(name) else [])
-    elif is_hidden(name):
-        found.hidden.append(name)
-    elif has_image_ending(name) and entry.stat().st_size >= POINTER_SIZE:
-        found.images.append(name)
-    else:
-        return True
-    return False
-
-
-def add_by_first_bytes(found: Survey, root: Path, names: Sequence[str]) -> None:
-    """Add files that are small, or have no ending of images, to what was found."""
     with ThreadPoolExecutor() as pool:
-        starts = dict(zip(names, pool.map(head, [os.path.join(root, name) for name in names])))
-    found.pointers.extend(name for name in names if starts[name].startswith(POINTER))
-    found.images.extend(name for name in names if has_image_ending(name) and not starts[name].startswith(POINTER))
-    originals = {name.lower() for name in found.images} | {os.path.splitext(name.lower())[0] for name in found.images}
-    for name in names:
-        if has_image_ending(name) or starts[name].startswith(POINTER):
-            continue
-        original, n_marks = COPY.subn("", name.lower())
-        if not begins_like_an_image(starts[name]):
-            found.others.append(name)
-        else:
-            (found.copies if n_marks and original in originals else found.images).append(name)
+        for name, kind in zip(files, pool.map(functools.partial(kind_of_file, root), files)):
+            if kind:
+                found[kind].append(name)
+    return {kind: sorted(names) for kind, names in found.items()}
+
+
+def kind_of_file(root: Path, name: str) -> str | None:
+    """Return the kind of a file, one of FILE_KINDS; None for a pipe or a device, which must not be opened."""
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        return "dead link" if os.path.islink(path) and not is_hidden(name) else None
+    if is_hidden(name):
+        return "hidden file"
+    has_image_ending = name.lower().endswith(IMAGES)
+    if has_image_ending and os.stat(path).st_size > POINTER_SIZE:
+        return "image"
+    start = first_bytes(path)
+    if start.startswith(POINTER):
+        return "Git LFS pointer"
+    if not has_image_ending and not begins_like_an_image(start):
+        return "other file"
+    return "backup copy" if COPY.search(name.lower()) else "image"
 
 
 def listing(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the sorted names of what a folder holds, folders and others, without hidden ones; none if unreadable."""
+    """Return the sorted names of the folders and of the files in a folder, without hidden ones; none if unreadable."""
     try:
         names = sorted(name for name in os.listdir(folder) if not is_hidden(name))
     except OSError:
@@ -128,22 +105,17 @@ def listing(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def describe(folder: Path) -> str:
-    """Return a few words on what a folder holds."""
+    """Describe what a folder holds in a few words."""
     return first_few(sum(listing(folder), []), 5) or "nothing that can be listed"
 
 
 def is_hidden(path: str) -> bool:
-    """Tell whether a path leads to or through a hidden file or folder, or one that systems and file servers make."""
+    """Tell whether a path leads to or through a hidden file or folder, or one of MADE_BY_SYSTEMS."""
     return any(name.startswith(".") or name in MADE_BY_SYSTEMS for name in path.split("/"))
 
 
-def has_image_ending(name: str) -> bool:
-    """Tell whether a file's name ends like that of an image, see IMAGES."""
-    return name.lower().endswith(IMAGES)
-
-
-def head(path: str | Path) -> bytes:
-    """Return the first bytes of a file, nothing where it cannot be read."""
+def first_bytes(path: str) -> bytes:
+    """Return the first bytes of a file; nothing if it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(32)
@@ -159,5 +131,5 @@ def begins_like_an_image(start: bytes) -> bool:
 
 
 def normal_form(name: str) -> str:
-    """Return a name in Unicode's composed form, in which names compare equal whichever program has written them."""
+    """Return a name in Unicode's composed form (NFC), so that equal names compare equal whatever wrote them."""
     return unicodedata.normalize("NFC", name)

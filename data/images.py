@@ -1,4 +1,4 @@
-"""An image set, how an image file is decoded, and what tells two versions of a set apart."""
+"""Image sets: decoding image files, and detecting that a set has changed."""
 
 import contextlib
 import hashlib
@@ -14,30 +14,30 @@ from PIL import ExifTags, Image
 from support.errors import InputError, counted, first_line
 
 NO_TORCHCODEC = ""
-"""Why torchcodec cannot be used; empty where it can."""
+"""Why torchcodec cannot be used; empty if it can."""
 
 try:
     from torchcodec.decoders import decode_image
-except Exception as error:  # it is missing, older than 0.16, or made for another torch
+except Exception as error:  # it is missing, older than 0.16, or built for another torch
     decode_image, NO_TORCHCODEC = None, first_line(error)
 
 COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
-"""Endings of formats in which another image has a file of another size."""
+"""Endings of compressed formats, in which different images have files of different sizes."""
 
 FLIPS = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
-"""By EXIF orientation: the dimensions along which a (3, H, W) image is flipped, once it stands upright."""
+"""{EXIF orientation: dimensions along which an upright (3, H, W) image is flipped}."""
 
 ON_THEIR_SIDE = (5, 6, 7, 8)
-"""EXIF orientations whose images are stored with rows and columns exchanged."""
+"""EXIF orientations of images that are stored with rows and columns exchanged."""
 
 APP1, START_OF_SCAN = b"\xff\xe1", b"\xff\xda"
-"""Markers in a JPEG of a segment that may hold EXIF or XMP, and of the first of its pixels."""
+"""JPEG markers: of a segment that may hold EXIF or XMP, and of the start of the pixels."""
 
 JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
-"""Markers of the segment that holds the size of a baseline, extended or progressive JPEG."""
+"""JPEG markers of the segment that holds the image size, for baseline, extended and progressive files."""
 
 JPEG_SEGMENTS = JPEG_FRAMES | {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE)}
-"""Markers of the segments before the pixels but APP1: also tables, restart interval, other APPs and comment."""
+"""JPEG markers of all segments before the pixels except APP1; tables, other APPs and comments among them."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -47,11 +47,17 @@ VALIDATION = "Val"
 class ImageSet:
     """The images of one split.
 
-    names: N file paths, or names of rendered images. labels: (N,) int64 in [0, n_classes). class_names: one per class.
-    pixels: decoded images, (N, H, W, 3) uint8 or (N,) views of any size; None where `names` are files to decode.
-    factors: known characteristics shared across classes, name to (N,) int64 levels. is_query: (N,) bool of the images
-    that are searched in the others, the gallery; None where each is searched in all others. layout: how the data set
-    lies on disk, in words. left_out: what of it is not read, a line for each reason.
+    Attributes:
+        names: N file paths, or names of rendered images.
+        labels: (N,) int64 in [0, n_classes).
+        class_names: a name for each class.
+        pixels: decoded images, (N, H, W, 3) uint8, or (N,) objects (H, W, 3) of any size; None if `names` are files to
+            decode.
+        factors: known characteristics that classes share, {name: (N,) int64 levels}.
+        is_query: (N,) bool, the images that are searched among the others, the gallery; None if each image is searched
+            among all others.
+        layout: description of how the data set lies on disk.
+        left_out: a line for each reason why files of the data set are not read.
     """
 
     names: list[str]
@@ -67,13 +73,17 @@ class ImageSet:
         return len(self.names)
 
     def read(self, index: int) -> torch.Tensor:
-        """Return image `index` as a (3, H, W) uint8 RGB tensor. Raises InputError when it cannot be decoded."""
+        """Return an image as a (3, H, W) uint8 RGB tensor.
+
+        Raises:
+            InputError: it cannot be decoded.
+        """
         if self.pixels is not None:
             return torch.from_numpy(self.pixels[index]).permute(2, 0, 1)
         return read_image(self.names[index])
 
     def classes(self, first: int, stop: int) -> "ImageSet":
-        """Return the images of the classes from `first` up to `stop`; their labels count from 0."""
+        """Return the images of classes `first` to `stop` - 1, with labels from 0."""
         chosen = np.flatnonzero((self.labels >= first) & (self.labels < stop))
         return replace(
             self,
@@ -87,13 +97,21 @@ class ImageSet:
 
 
 Splits = tuple[ImageSet, dict[str, ImageSet]]
-"""Training images, and the test sets by name: one that is called "test", or several that are scored separately."""
+"""Training images, and test sets by name: a single one called "test", or several that are scored separately."""
 
 
 def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
-    """Return the images without the last classes, a fraction of all, and the images of those.
+    """Split off the last classes.
 
-    Raises InputError where that leaves fewer than two classes on either side.
+    Args:
+        images: the training images.
+        fraction: fraction of the classes to hold out.
+
+    Returns:
+        The images of the other classes, and those of the held-out classes.
+
+    Raises:
+        InputError: fewer than two classes would be left, or held out.
     """
     n_classes = len(images.class_names)
     n_held_out = round(fraction * n_classes)
@@ -107,14 +125,14 @@ def hold_out_classes(images: ImageSet, fraction: float) -> tuple[ImageSet, Image
 def read_image(path: str) -> torch.Tensor:
     """Decode an image file to a (3, H, W) uint8 RGB tensor.
 
-    Turn it as its EXIF orientation says, put transparency on white, keep the upper 8 of 16 bits of grey and the first
-    frame of an animation. torchcodec decodes JPEGs as Pillow does, in less time; Pillow decodes the rest.
+    Turn it by its EXIF orientation, put transparency on white, and keep the upper 8 of 16 bits of grey and the first
+    frame of an animation. torchcodec decodes JPEGs to the same pixels as Pillow, but faster; Pillow decodes the rest.
 
     Raises:
-        InputError: naming the file, where it cannot be decoded.
+        InputError: it cannot be decoded; the message names the file.
     """
     if decode_image is not None:
-        with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow says better what is wrong with a file
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # Pillow explains better what is wrong
             with open(path, "rb") as file:
                 jpeg = split_jpeg(file.read())
             if jpeg is not None:
@@ -125,11 +143,11 @@ def read_image(path: str) -> torch.Tensor:
 
 
 def split_jpeg(content: bytes) -> tuple[bytes, dict[str, bytes]] | None:
-    """Take EXIF out of a JPEG, because torchcodec would turn the image by its own reading of it, which is not Pillow's.
+    """Remove EXIF from the content of a JPEG file, as torchcodec would turn the image in other cases than Pillow.
 
     Returns:
-        The file without APP1 segments, and {"exif": data} as Pillow keeps it in Image.info, or {}. None for what is no
-        JPEG, or no ordinary one, and where it has more pixels than Pillow reads: Pillow is to decode it, or refuse.
+        The content without APP1 segments, and {"exif": data} as in Pillow's Image.info, or {} without EXIF. None if
+        Pillow has to decode the file or to refuse it: it is not an ordinary JPEG, or has too many pixels.
     """
     if not content.startswith(b"\xff\xd8"):
         return None
@@ -138,7 +156,7 @@ def split_jpeg(content: bytes) -> tuple[bytes, dict[str, bytes]] | None:
         stop = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
         if marker == APP1:
             if content.startswith(b"Exif\0\0", start + 4):
-                if info:  # Pillow joins several
+                if info:  # Pillow joins several EXIF segments
                     return None
                 info["exif"] = content[start + 4 : stop]
         elif marker in JPEG_SEGMENTS:
@@ -155,21 +173,25 @@ def split_jpeg(content: bytes) -> tuple[bytes, dict[str, bytes]] | None:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """Return (height, width) of the tensor that read_image returns, from the file's header. Raises InputError."""
+    """Return (height, width) of the tensor that read_image would return, from the header of the file.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
     with opened_image(path) as (image, orientation):
         return (image.width, image.height) if orientation in ON_THEIR_SIDE else (image.height, image.width)
 
 
 @contextlib.contextmanager
 def opened_image(path: str) -> Iterator[tuple[Image.Image, int]]:
-    """Open an image file with Pillow; yield it, not decoded yet, and the orientation to turn it by.
+    """Open an image file with Pillow; yield the image, not decoded yet, and its EXIF orientation.
 
     Raises:
-        InputError: naming the file, for whatever goes wrong while it is opened or used.
+        InputError: anything goes wrong while the image is opened or used; the message names the file.
     """
     try:
         with Image.open(path) as image:
-            if image.format == "TIFF":  # Pillow turns it while it decodes it, by an orientation in XMP as well
+            if image.format == "TIFF":  # Pillow turns it while decoding, even by an orientation in XMP alone
                 image.info.pop("xmp", None)
             yield image, 1 if image.format == "TIFF" else exif_orientation(image.info)
     except MemoryError:
@@ -177,24 +199,25 @@ def opened_image(path: str) -> Iterator[tuple[Image.Image, int]]:
     except Image.DecompressionBombError as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
         raise InputError(f"cannot decode the image {path}: it has more than {limit}; shrink it") from error
-    except Exception as error:  # damaged files make Pillow's plugins raise almost anything
-        reason = first_line(error).replace(f": {path!r}", "").replace(f" {path!r}", "")  # named once
+    except Exception as error:  # Pillow raises almost anything on damaged files
+        reason = first_line(error).replace(f": {path!r}", "").replace(f" {path!r}", "")  # the message names it already
         raise InputError(f"cannot decode the image {path} ({reason}); repair it or put it back") from error
 
 
 def exif_orientation(info: Mapping[str, object]) -> int:
-    """Return the EXIF orientation, 1 to 8, as Pillow reads it; 1 where there is none that it can read.
+    """Return the EXIF orientation, 1 to 8, as Pillow reads it; 1 if there is none.
+
+    Only EXIF counts. For a whole image Pillow would also look in XMP, and after the pixels of a PNG.
 
     Args:
-        info: of an opened image, before it is decoded. An orientation in XMP, or behind the pixels of a PNG, does not
-            count, for which Pillow would look if it were asked for that of the image itself.
+        info: Image.info of an opened image that is not decoded yet.
     """
     exif = {key: info[key] for key in ("exif", "Raw profile type exif") if key in info}
     if not exif:
         return 1
     header = Image.new("1", (1, 1))
     header.info = exif
-    with contextlib.suppress(Exception):  # damaged EXIF makes Pillow raise almost anything, and is no damaged image
+    with contextlib.suppress(Exception):  # Pillow raises almost anything on damaged EXIF, but the image may be sound
         orientation = header.getexif().get(ExifTags.Base.Orientation)
         if orientation in FLIPS:
             return int(orientation)
@@ -202,30 +225,39 @@ def exif_orientation(info: Mapping[str, object]) -> int:
 
 
 def turned(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Return (3, H, W) pixels turned and mirrored as an EXIF orientation says."""
+    """Turn and mirror (3, H, W) pixels by an EXIF orientation."""
     if orientation in ON_THEIR_SIDE:
         pixels = pixels.transpose(1, 2)
     return pixels.flip(FLIPS[orientation]) if FLIPS[orientation] else pixels
 
 
 def decode(image: Image.Image) -> torch.Tensor:
-    """Decode an opened image of any format with Pillow to (3, H, W) uint8 RGB, not turned."""
+    """Decode an image that Pillow has opened to (3, H, W) uint8 RGB, without turning it."""
     image.load()
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # convert() would clip 16 bits of grey
     elif image.mode in ("I", "F"):
-        raise ValueError("32 bits per channel, whose black and white are not known: save it with 8 or 16")
+        raise ValueError("32 bits per channel have no fixed black and white: save it with 8 or 16")
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def fingerprints(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
-    """Return what tells two versions of image sets apart: {set: {"images": number, "classes": number, "digest": ...}}.
+    """Describe image sets so that any change is detected later.
 
-    A file counts with its name, without folder, its size, class and place, and whether it is a query; an uncompressed
-    one, whose size says nothing, with its bytes; rendered images with their names. Sets are called "train" and as the
-    test sets; "factors" has the digest of a factors.csv. Raises InputError for a file that has gone.
+    The digest covers, for each file in order, its name without folder, size, class, and whether it is a query; for
+    uncompressed files, whose size says nothing, also the content. For rendered images it covers their names.
+
+    Args:
+        image_sets: {split: images}.
+
+    Returns:
+        {split: {"images": number, "classes": number, "digest": text}}; with known characteristics, "factors" has their
+        digest.
+
+    Raises:
+        InputError: a file has disappeared.
     """
     described, factors = {}, []
     for split, images in image_sets.items():
@@ -241,7 +273,11 @@ def fingerprints(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int 
 
 
 def file_identity(path: str) -> tuple[int, bytes]:
-    """Return the size of an image file and, if it is uncompressed, its digest. Raises InputError where it has gone."""
+    """Return the size of an image file and, if it is uncompressed, its digest.
+
+    Raises:
+        InputError: the file has disappeared.
+    """
     try:
         if path.lower().endswith(COMPRESSED):
             return os.stat(path).st_size, b""
@@ -252,13 +288,13 @@ def file_identity(path: str) -> tuple[int, bytes]:
 
 
 def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -> str | None:
-    """Return None where two `fingerprints` are equal, else a clause that says in which set they differ, and how."""
+    """Describe the first difference between two results of `fingerprints`; None if they are equal."""
     for split in dict.fromkeys([*before, *now]):
-        old, new = ({"images": 0, "classes": 0} | of.get(split, {}) for of in (before, now))
+        old, new = ({"images": 0, "classes": 0} | sets.get(split, {}) for sets in (before, now))
         if old == new:
             continue
         if split == "factors":
-            return "the known factors in factors.csv are others"
+            return "the known characteristics have changed"
         where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
         if (old["images"], old["classes"]) == (new["images"], new["classes"]):
             return f"{where}: as many, but other files"
@@ -268,5 +304,5 @@ def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -
 
 
 def digest(value: object) -> str:
-    """Return 12 hex digits that stand for all of the fingerprints, or for another value that JSON can hold."""
+    """Return the hash, 12 hex digits, of all fingerprints, or of another value that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]

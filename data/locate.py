@@ -1,4 +1,4 @@
-"""Where a data set lies, and what is wrong where it is not found."""
+"""Find the folder of a data set, or say what is wrong if it is not there."""
 
 import difflib
 import os
@@ -6,35 +6,44 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
+from data.custom import AT_LEAST, HALVES, layouts_in, list_advice
 from data.files import describe, listing, survey
-from data.own import AT_LEAST, HALVES, layouts_in, list_advice
-from data.published import OWN, PUBLISHED, Published, published_info
+from data.published import CUSTOM, PUBLISHED, Published, published_info
 from support.errors import InputError, counted, first_few
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z")
 TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation", "dev")
-"""Names, in small letters, that people give the folders of a split, the best one first."""
+"""Names, in lower case, that people give the folders of a split, the best one first."""
 
 
 def check_name(name: str, source_path: str | Path, flag: str = "--dataset ") -> None:
-    """Raise InputError where the name of a data set is a path.
+    """Check that the name of a data set is a plain folder name.
 
-    flag: what stands before the name on the command line.
+    Args:
+        flag: what precedes the name on the command line.
+
+    Raises:
+        InputError: the name is a path; the message says which flags were meant.
     """
     if name != ".." and Path(name).name == name != "":
         return
     path = os.path.expanduser(name)
     path = os.path.normpath(path if os.path.exists(path) else os.path.join(source_path, path))
     path = os.path.abspath(path) if os.path.basename(path) in ("", ".", "..") else path
-    folder, name_meant = (shlex.quote(part or ".") for part in os.path.split(path))
-    meant = f"{flag}{name_meant} --source_path {folder}"
+    folder, plain_name = (shlex.quote(part or ".") for part in os.path.split(path))
+    meant = f"{flag}{plain_name} --source_path {folder}"
     raise InputError(f"{flag}{name!r}: give a plain folder name, and where it lies: {meant}")
 
 
 def locate(name: str, source: Path) -> Path:
-    """Return the folder of a data set: source/name, or for a published set also its archive's folder, there or in it.
+    """Return the folder of a data set: source/name or, for a published set, the folder that its archive unpacks to.
 
-    Raises InputError that says, in several lines, what was looked for, what was found and what to do.
+    Args:
+        name: name of the data set.
+        source: folder that holds the data sets.
+
+    Raises:
+        InputError: there is none; the message has several lines: what was looked for, what was found, what to do.
     """
     published = published_info(name)
     archive = published.archive
@@ -56,19 +65,27 @@ def locate(name: str, source: Path) -> Path:
 
 def is_data_set(folder: Path, published: Published) -> bool:
     """Tell whether a folder holds a data set."""
-    if published is OWN:
+    if published is CUSTOM:
         return bool(layouts_in(folder))
     return any(os.path.exists(folder / landmark) for landmark in published.landmarks)
 
 
 def advise(published: Published, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
-    """Return what to do about a data set that is in none of the candidates; present: those and source that exist."""
+    """Return what to do about a data set that was not found.
+
+    Args:
+        published: what is known of the data set.
+        name: its name.
+        source: folder that holds the data sets.
+        candidates: folders that were tried.
+        present: those of the candidates and source that exist.
+    """
     if is_data_set(source, published):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for root in candidates:
         for path in (root, *(root / landmark for landmark in published.landmarks)):
             if os.path.islink(path) and not os.path.exists(path):
-                return f"mend the link {path}, which leads to {os.readlink(path)}: nothing is there"
+                return f"repair the link {path}, which leads to {os.readlink(path)}: nothing is there"
     for folder in present:
         # What lies deeper in source may be other data sets
         advice = advise_on_images(folder, source / name, published) if folder != source else ""
@@ -80,49 +97,58 @@ def advise(published: Published, name: str, source: Path, candidates: list[Path]
     return f"give the folder that holds the data set's folder as --source_path{hint}"
 
 
-def advise_on_images(root: Path, wanted: Path, published: Published) -> str:
-    """Return what to do with images that lie below a folder, by the depth that most of them lie at; "" without images.
+def advise_on_images(root: Path, target: Path, published: Published) -> str:
+    """Return what to do with the images below a folder, judged by the depth at which most of them lie; "" without any.
 
-    wanted: where the data set's folder is expected.
+    Args:
+        root: the folder.
+        target: folder in which the data set is expected.
+        published: what is known of the data set.
     """
     found = survey(root)
-    if found.unread:
-        return f"make the folder {root / found.unread[0]} readable"
-    data_sets = [root / name for name in found.folders if is_data_set(root / name, published)]
+    if found["unreadable folder"]:
+        return f"make the folder {root / found['unreadable folder'][0]} readable"
+    data_sets = [root / name for name in found["folder"] if is_data_set(root / name, published)]
     data_sets = [path for path in data_sets if not set(path.parents) & set(data_sets)]
     if len(data_sets) == 1:
-        return f"it lies too deep: move what {data_sets[0]} holds to {wanted}"
-    folders = [Path(name).parent.parts for name in (*found.images, *found.pointers, *found.dead)]
+        return f"it lies too deep: move what {data_sets[0]} holds to {target}"
+    images = (*found["image"], *found["Git LFS pointer"], *found["dead link"])
+    folders = [Path(name).parent.parts for name in images]
     if not folders or "<class>" not in published.layout:
         return ""
     depth = Counter(map(len, folders)).most_common(1)[0][0]
     folders = sorted({parts for parts in folders if len(parts) == depth})
-    if published is OWN:
+    if published is CUSTOM:
         for parts in folders:
             for i, part in enumerate(parts[:-1]):
                 if part.lower() in TRAIN:
-                    return advise_on_split(root.joinpath(*parts[:i]), wanted)
+                    return advise_on_split(root.joinpath(*parts[:i]), target)
     common = os.path.commonprefix(folders)
     base, classes = root.joinpath(*common), sorted({parts[-1] for parts in folders if parts})
-    listed = f", or {list_advice(wanted, found)}" if published is OWN else ""
-    put = f"put the images into {wanted}/images/<class>/{listed}"
+    listed = f", or {list_advice(target, found)}" if published is CUSTOM else ""
+    put = f"put the images into {target}/images/<class>/{listed}"
     if len(folders) == 1:
-        return f"{base} holds {counted(len(found.images), 'image')} without class folders: {put}"
+        return f"{base} holds {counted(len(found['image']), 'image')} without class folders: {put}"
     if len(classes) < 4:
         few = f"{base} holds {counted(len(classes), 'folder')} with images ({first_few(classes)})"
         return f"{few}: too few if they are the classes, {AT_LEAST}; if not, {put}"
     if len(common) == depth - 1:
-        return f"move or link the class folders from {base} to {wanted / 'images'}"
+        return f"move or link the class folders from {base} to {target / 'images'}"
     groups = sorted({str(Path(*parts[len(common) : -1])) for parts in folders})
     return (
         f"put what all {counted(len(groups), 'folder')} in {base} ({first_few(groups)}) hold together in "
-        f"{wanted / 'images'}: {counted(len(classes), 'class')}, if these are the classes; rename files where two have "
+        f"{target / 'images'}: {counted(len(classes), 'class')}, if these are the classes; rename files where two have "
         "one name"
     )
 
 
-def advise_on_split(base: Path, wanted: Path) -> str:
-    """Return how to link the folders of a split, of which base holds one to train on, so that they are found."""
+def advise_on_split(base: Path, target: Path) -> str:
+    """Return the commands that link the folders of a split under the names by which they are found.
+
+    Args:
+        base: folder that holds a folder to train on, and perhaps one to test on.
+        target: folder of the data set.
+    """
     folders = {name.lower(): name for name in listing(base)[0]}
     train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
     links = {"train": train, "test": test}
@@ -131,8 +157,8 @@ def advise_on_split(base: Path, wanted: Path) -> str:
     if test is None:
         links, why = {"images": train}, f"{base} holds {train}, but nothing to test on; {HALVES} with this link"
     commands = [
-        f"ln -s {shlex.quote(os.path.relpath(base / name, wanted))} {shlex.quote(str(wanted / target))}"
-        for target, name in links.items()
-        if base / name != wanted / target
+        f"ln -s {shlex.quote(os.path.relpath(base / name, target))} {shlex.quote(str(target / link))}"
+        for link, name in links.items()
+        if base / name != target / link
     ]
     return f"{why}: {' && '.join(commands)}"

@@ -1,26 +1,35 @@
-"""The registry of data sets: where they lie, how they are read, what they hold, what the paper reports on them."""
+"""Registry of data sets: where they lie, how they are read, what they hold, and what the paper reports on them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import readers
+from data.custom import read_custom, read_folders
 from data.images import Splits
-from data.own import read_folders, read_own
 
 K_VALS = (1, 2, 4, 8)
-"""The k of Recall@k where none are published."""
+"""The k of Recall@k for data sets without published ones."""
 
 
 @dataclass(frozen=True)
 class Published:
     """What is known of a data set.
 
-    read: the reader, which takes the data set's folder. archive: folder that its official archive unpacks to.
-    landmarks: any of these paths marks the data set's folder. layout: what is expected there, in words. url: where it
-    is to be had. counts: split to (classes, images). k_vals: of Recall@k. scores: of MIC with margin loss in the
-    paper's tables, by their columns in log_val_Class.csv (Roth et al., ICCV 2019). ablations: {flag: {value:
-    Recall@1}}, read off the paper's plots, +-0.002; of the update interval its ends only.
+    Attributes:
+        read: reads the data set from its folder.
+        archive: folder that its official archive unpacks to.
+        landmarks: paths of which any one marks the data set's folder.
+        layout: description of what the folder should hold.
+        url: where to get it.
+        counts: {split: (classes, images)} of the official data set.
+        k_vals: the k of Recall@k.
+        scores: the paper's results for MIC with margin loss, by their columns in log_val_Class.csv.
+        ablations: {flag: {value: Recall@1}}, read off the paper's plots to +-0.002; of the update interval only its
+            ends.
+
+    Reference:
+        Roth, Brattoli, Ommer: MIC, ICCV 2019, result tables and ablation plots.
     """
 
     read: Callable[[Path], Splits]
@@ -106,16 +115,16 @@ PUBLISHED = {
         },
     ),
 }  # fmt: skip
-"""The published data sets by name."""
+"""The published data sets, by name."""
 
-OWN = Published(
-    read=read_own,
+CUSTOM = Published(
+    read=read_custom,
     landmarks=("images.csv", "images"),
     layout="images.csv, images/<class>/<image>, or train/<class>/<image> and test/<class>/<image>",
 )
-"""A data set of any other name, a folder of one's own."""
+"""A user's own data set, which may have any other name."""
 
 
 def published_info(name: str) -> Published:
-    """Return what is known of a data set."""
-    return PUBLISHED.get(name, OWN)
+    """Return what is known of a data set; CUSTOM for names that are not published."""
+    return PUBLISHED.get(name, CUSTOM)

@@ -1,4 +1,4 @@
-"""Readers of the published data sets' own lists."""
+"""Readers of the published data sets, by the lists that come with them."""
 
 import csv
 import os
@@ -10,14 +10,18 @@ import numpy as np
 import pandas as pd
 from scipy.io import loadmat
 
+from data.custom import AT_LEAST, read_folders
 from data.files import describe
 from data.images import ImageSet, Splits
-from data.own import AT_LEAST, read_folders
 from support.errors import InputError, counted, first_few, first_line
 
 
 def read_cars(root: Path) -> Splits:
-    """Read CARS196: class folders, or the official archive's car_ims and cars_annos.mat, in its order."""
+    """Read CARS196 from class folders, or from car_ims and cars_annos.mat of the official archive, in its order.
+
+    Raises:
+        InputError: files are missing or damaged, or there are too few classes.
+    """
     if os.path.isdir(root / "images"):
         return read_folders(root)
     path = first_existing(root, "cars_annos.mat", "../cars_annos.mat")
@@ -43,7 +47,11 @@ def read_cars(root: Path) -> Splits:
 
 
 def read_online_products(root: Path) -> Splits:
-    """Read Stanford Online Products by its two lists, of which the classes and the paths count."""
+    """Read Stanford Online Products by its two lists; only their classes and paths are used.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
     images = root / "images" if os.path.isdir(root / "images") else root
     splits = {}
     for split in ("train", "test"):
@@ -54,7 +62,11 @@ def read_online_products(root: Path) -> Splits:
 
 
 def read_in_shop(root: Path) -> Splits:
-    """Read In-Shop Clothes by its list, whose first line is a count; queries are searched in the gallery."""
+    """Read In-Shop Clothes by its list, whose first line is a count.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
     images = root if os.path.isdir(root / "img") else root / "Img"
     path = first_existing(root, "Eval/list_eval_partition.txt", "list_eval_partition.txt")
     table = read_list(path, {"image_name": str, "item_id": str, "evaluation_status": str}, skiprows=1)
@@ -70,7 +82,11 @@ def read_in_shop(root: Path) -> Splits:
 
 
 def read_vehicle_id(root: Path) -> Splits:
-    """Read PKU VehicleID by its lists without headers, one to train and three test sets that are scored separately."""
+    """Read PKU VehicleID by its lists, which have no headers: one to train, and three test sets.
+
+    Raises:
+        InputError: files are missing or damaged.
+    """
     splits = {}
     lists = {"train": "train_list", "Set 1": "test_list_800", "Set 2": "test_list_1600", "Set 3": "test_list_2400"}
     for split, file in lists.items():
@@ -82,7 +98,11 @@ def read_vehicle_id(root: Path) -> Splits:
 
 
 def first_existing(root: Path, *options: str) -> Path:
-    """Return the first of some files below root that exists. Raises InputError."""
+    """Return the first of some files below root that exists.
+
+    Raises:
+        InputError: none does.
+    """
     for option in options:
         if os.path.isfile(root / option):
             return root / option
@@ -91,13 +111,19 @@ def first_existing(root: Path, *options: str) -> Path:
 
 
 def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.DataFrame:
-    """Return the rows of a list file, whose columns are separated by spaces. Raises InputError for other content.
+    """Read a list file with columns separated by spaces.
 
-    columns: name to type. layout: how the file begins, see pandas.read_csv; by default with a line of these names.
+    Args:
+        path: the file.
+        columns: {name: type} of all columns.
+        **layout: arguments of pandas.read_csv for files that do not begin with a line of these names.
+
+    Raises:
+        InputError: the file is something else.
     """
     expected = f"{path}: expected complete rows of {' '.join(columns)}"
     layout |= {"sep": r"\s+", "index_col": False, "quoting": csv.QUOTE_NONE}
-    try:  # names of files in another encoding are read as the disk has them
+    try:  # file names that are not UTF-8 keep their bytes
         table = pd.read_csv(path, dtype=columns, encoding_errors="surrogateescape", **layout)
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(f"{expected} ({first_line(error)})") from error
@@ -107,7 +133,17 @@ def read_list(path: Path, columns: dict[str, type], **layout: object) -> pd.Data
 
 
 def listed_split(list_path: Path, folder: Path, files: Sequence[str], ids: Sequence[str] | Sequence[int]) -> ImageSet:
-    """Return the ImageSet of listed files below a folder; classes are the distinct ids, sorted. Raises InputError."""
+    """Return the image set of a list; its classes are the distinct ids, sorted.
+
+    Args:
+        list_path: the list, for messages.
+        folder: folder that the files are below.
+        files: paths of N images.
+        ids: class id of each image.
+
+    Raises:
+        InputError: a file is missing, or there are fewer than two classes.
+    """
     require_images(list_path, folder, files)
     class_ids, labels = np.unique(np.array(ids), return_inverse=True)
     if len(class_ids) < 2:
@@ -116,7 +152,11 @@ def listed_split(list_path: Path, folder: Path, files: Sequence[str], ids: Seque
 
 
 def require_images(list_path: Path, folder: Path, files: Sequence[str]) -> None:
-    """Raise InputError where listed files are not on disk."""
+    """Check that all listed files exist.
+
+    Raises:
+        InputError: some do not.
+    """
     missing = [file for file in files if not os.path.isfile(os.path.join(folder, file))]
     if missing:
         count = f"{len(missing)} of {len(files)} listed images are not on disk"

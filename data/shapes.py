@@ -1,4 +1,4 @@
-"""The built-in rendered data set, whose characteristics shared across classes are known."""
+"""The built-in rendered data set, with known characteristics that classes share."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,14 @@ BACKGROUNDS = np.array(
     [[0.85, 0.35, 0.3], [0.3, 0.7, 0.35], [0.3, 0.4, 0.85], [0.9, 0.85, 0.4], [0.35, 0.3, 0.4], [0.85, 0.85, 0.85]]
 )
 FACTORS = {"background": len(BACKGROUNDS), "orientation": 4, "size": 3, "light": 4}
-"""Characteristics shared across the classes, and how many levels each has."""
+"""Characteristics that all classes share, and their numbers of levels."""
 
 
 def render_shapes() -> Splits:
-    """Render the built-in data set: 48 classes of 24 images, 64 x 64; the first half trains, the second half tests.
+    """Render the built-in data set: 48 classes of 24 images of 64 x 64 pixels; the first half trains, the rest tests.
 
-    A class is an outline and a two-colour stripe pattern. The levels of all FACTORS are known. Each class has every
-    level equally often, so a factor says nothing about the class.
+    A class is an outline with a two-colour stripe pattern. Each class has every level of every factor equally often,
+    so a factor says nothing about the class.
     """
     pixels, levels = [], {factor: [] for factor in FACTORS}
     for label in range(N_CLASSES):
@@ -43,9 +43,9 @@ def render_shapes() -> Splits:
 
 
 def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random.Generator], np.ndarray]:
-    """Draw a class; return the function that renders one image of it, (64, 64, 3) uint8.
+    """Draw a random class and return a function that renders images of it, (64, 64, 3) uint8.
 
-    That function takes the level of each factor and a generator for small variations.
+    The function takes the level of each factor, and a generator for small variations.
     """
     angles = np.linspace(0, 2 * np.pi, 180, endpoint=False)
     waves = np.arange(2, 7)
@@ -60,7 +60,7 @@ def shape_class(rng: np.random.Generator) -> Callable[[dict[str, int], np.random
 
     def render(levels: dict[str, int], rng: np.random.Generator) -> np.ndarray:
         """Render one image."""
-        size = 2 * SIZE  # twice the resolution, averaged down at the end, for smooth edges
+        size = 2 * SIZE  # render at twice the resolution and average at the end, for smooth edges
         turn = levels["orientation"] * np.pi / 2 + rng.normal(0, 0.12)
         scale = size * (0.28, 0.36, 0.44)[levels["size"]]
         centre = size / 2 + rng.normal(0, 0.03 * size, 2)

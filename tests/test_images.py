@@ -71,7 +71,7 @@ def test_images_whose_white_is_not_known_are_refused(tmp_path, values):
     Image.fromarray(values).save(path)
     with pytest.raises(InputError) as error:
         read_image(str(path))
-    assert f"cannot decode the image {path} (32 bits per channel, whose black" in str(error.value)
+    assert f"cannot decode the image {path} (32 bits per channel have no fixed black" in str(error.value)
 
 
 def test_other_formats_under_the_name_of_jpeg(tmp_path):
@@ -177,11 +177,11 @@ def test_other_known_factors_are_a_change(class_folders):
     before = fingerprints_with(*rows)
     assert describe_change(before, fingerprints_with(*rows[::-1])) is None
     others = fingerprints_with(*rows[:-1], "class_03/4.jpg,a")
-    assert describe_change(before, others) == "the known factors in factors.csv are others"
+    assert describe_change(before, others) == "the known characteristics have changed"
     assert digest(before) != digest(others)
     path.unlink()
     for pair in ((before, fingerprints_of(class_folders)), (fingerprints_of(class_folders), before)):
-        assert describe_change(*pair) == "the known factors in factors.csv are others"
+        assert describe_change(*pair) == "the known characteristics have changed"
 
 
 def test_a_file_that_has_gone_is_named(class_folders):

@@ -101,9 +101,14 @@ def test_images_below_a_folder_are_found_in_linked_folders_too(tmp_path):
     (tmp_path / "mine" / "dead.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "mine" / "pipe.png")
     found = survey(tmp_path / "mine")
-    assert found.images == ["a/1.JPG", "linked/b/3.png"]
-    assert (found.dead, found.others, found.repeated, found.unread) == (["dead.png"], ["notes.txt"], ["again"], [])
-    assert found.hidden == ["._1.jpg", ".hidden/2.jpg"]
+    assert {kind: names for kind, names in found.items() if names} == {
+        "image": ["a/1.JPG", "linked/b/3.png"],
+        "other file": ["notes.txt"],
+        "hidden file": ["._1.jpg", ".hidden/2.jpg"],
+        "dead link": ["dead.png"],
+        "folder": ["a", "linked", "linked/b"],
+        "repeated folder": ["again"],
+    }
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "mine"])
@@ -179,7 +184,7 @@ def test_cars_as_downloads_lay_them_out(tmp_path):
 def test_a_dead_link_is_to_be_mended(tmp_path, dead):
     (tmp_path / dead).parent.mkdir(exist_ok=True)
     (tmp_path / dead).symlink_to("/nowhere")
-    assert f"mend the link {tmp_path}/{dead}, which leads to /nowhere: nothing" in message_of("cub200", tmp_path)
+    assert f"repair the link {tmp_path}/{dead}, which leads to /nowhere: nothing" in message_of("cub200", tmp_path)
 
 
 def test_a_misspelt_data_set_is_told_its_name(tmp_path):
@@ -294,4 +299,4 @@ def test_links_that_lead_nowhere_do_not_hide_the_diagnosis(tmp_path):
     assert lines[2] == f"  found       {tmp_path} holds others, gone, loop"
     write_class_folders(tmp_path / "tiny")
     (tmp_path / "tiny" / "images" / "more").symlink_to("more")
-    assert message_of("tiny", tmp_path).endswith("tiny: 1 dead link: images/more; mend or remove them")
+    assert message_of("tiny", tmp_path).endswith("tiny: 1 dead link: images/more; repair or remove them")

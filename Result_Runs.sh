@@ -64,7 +64,7 @@ run() { # SET-UP [more flags], in place of this shell, so that a signal reaches 
 
 case $name in
     ablation)
-        # -P: not the user's own main.py from the folder where this is started
+        # -P: do not import another main.py from the current folder
         PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" exec "${PYTHON:-python}" -P -c '
 import main
 from report import ablation
@@ -75,7 +75,7 @@ ablation.main(main.get_args_parser)' "$@"
         ;;
     all)
         failed=()
-        # $! is the run as soon as it is started; before the first one there is none
+        # $! is the process id of the current run, and empty before the first one starts
         trap 'kill -TERM ${!:-} 2>/dev/null || true; wait ${!:-} || true; exit 143' TERM
         trap 'kill -HUP ${!:-} 2>/dev/null || true; wait ${!:-} || true; exit 129' HUP
         trap 'wait ${!:-} || true; exit 130' INT

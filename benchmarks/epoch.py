@@ -1,10 +1,10 @@
-"""What an epoch costs beside training and embedding, at the size of CUB200-2011: scoring, drawing, logs, checkpoints.
+"""What an epoch costs besides training and embedding, at the size of CUB200-2011: scoring, drawing, logs, checkpoints.
 
     python benchmarks/epoch.py [--epochs 100] [--images 11788] [--arch resnet50] [--runs 20] [--factors 0] [--sets 1]
 
-A run of so many epochs is made without training: images, embeddings and scores are generated, the weights are random,
-all else is what main.py does in an epoch. Half of the images train, in 100 classes, half test; labels are mined before
-every fourth epoch. runs: other runs in the index of the data set. factors: known characteristics. sets: test sets.
+The run has --epochs epochs but does not train: images, embeddings and scores are generated, and the weights are
+random. Everything else is what main.py does in an epoch. Half of the images are for training, half for testing, each
+in 100 classes. Labels are mined before every fourth epoch.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def generate_row(epoch: int, names: list[str]) -> dict[str, float]:
 class Trial:
     """A run without training, whose parts are timed.
 
-    seconds: of each call, by part.
+    Attributes:
+        seconds: {part: seconds of each call}.
     """
 
     def __init__(self, folder: Path, args: argparse.Namespace):
@@ -107,7 +108,7 @@ class Trial:
         self.seconds.setdefault(part, []).append(time.perf_counter() - start)
 
     def mine(self, epoch: int) -> None:
-        """Do what comes with a mining, embedding apart."""
+        """Do all the work of a mining except embedding."""
         run, images = self.run, self.train
         with self.timed("clustering"):
             mined, distances = auxiliaries.kmeans(generate_embeddings(self.mined, epoch), N_CLUSTERS, 1)
@@ -119,7 +120,7 @@ class Trial:
             sheets.draw_mining(run.history, images, mined, distances)
 
     def epoch(self, epoch: int) -> None:
-        """Do what comes with an epoch, training and embedding apart."""
+        """Do all the work of an epoch except training and embedding."""
         run, tests = self.run, dict.fromkeys(self.names, self.test)
         embeddings = dict.fromkeys(self.names, self.embeddings)
         chosen = evaluate.probe_subset(self.test.labels, seed=1)
@@ -137,7 +138,7 @@ class Trial:
             run.log("train", generate_row(epoch, LOSSES))
             run.log("val", generate_row(epoch, [column(name, score) for name in self.names for score in SCORES]))
             run.log("probe", {"Epochs": epoch, "Time": 1.0} | probe)
-        with self.timed("checkpoint of the best epoch, or none"):
+        with self.timed("checkpoint, if the epoch is the best"):
             run.keep_best(self.network)
         with self.timed("sheets of neighbours"):
             sheets.draw_neighbours(run.history, tests, embeddings)
@@ -153,9 +154,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--images", type=int, default=11_788)
     parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--factors", type=int, default=0)
-    parser.add_argument("--sets", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=20, help="number of other runs in the index of the data set")
+    parser.add_argument("--factors", type=int, default=0, help="number of known characteristics")
+    parser.add_argument("--sets", type=int, default=1, help="number of test sets")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), args)
@@ -167,7 +168,7 @@ def main() -> None:
             for epoch in range(1, args.epochs):
                 trial.epoch(epoch)
     print(f"{args.images} images, {args.arch}, {args.epochs} epochs; {args.runs} other runs\n")
-    print("| part | median s | most s | times | s an epoch |\n|---|---|---|---|---|")
+    print("| part | median s | max s | calls | s per epoch |\n|---|---|---|---|---|")
     total = 0.0
     for part, seconds in trial.seconds.items():
         mean = sum(seconds) / (args.epochs - 1)

@@ -2,12 +2,13 @@
 
     python benchmarks/evaluation.py [--rounds 3] [--sets cub200 in-shop online_products] [--scale 1]
 
-ours: evaluate.score_set, Recall@k for all k, NMI, F1, mAP@R and R-precision. pml: pytorch-metric-learning's
-AccuracyCalculator, where it is installed, with what it has of these: precision at 1, NMI, mAP@R and R-precision. floor:
-what cannot be left out, the faiss k-means alone and one blocked product of the embeddings with themselves.
+Contenders:
+    ours: evaluate.score_set, with Recall@k for all k, NMI, F1, mAP@R and R-precision.
+    pml: pytorch-metric-learning's AccuracyCalculator, if installed, with precision at 1, NMI, mAP@R and R-precision.
+    floor: the work that any scorer has to do: the faiss k-means, and one blocked product of queries and gallery.
 
 Embeddings are generated: points around the centre of their class on the unit sphere, D = 128, at the sizes of the
-published test sets, times --scale; --noise says how far the classes overlap. Each contender runs in a process of its
+published test sets, times --scale; --noise sets how far the classes overlap. Each contender runs in a process of its
 own, in turns; times are medians over the rounds, memory is the peak above what the process holds before scoring.
 """
 
@@ -33,7 +34,7 @@ SETS = {
     "in-shop": (26_830, 3_985, 14_218, [1, 10, 20, 30, 50]),
     "online_products": (60_502, 11_316, 0, [1, 10, 100, 1000]),
 }
-"""Test images, classes, queries (0: all, each in all others) and k."""
+"""{data set: (test images, classes, queries, values of k)}; 0 queries: each image is searched among all others."""
 
 
 def scaled(name: str, scale: float) -> tuple[int, int, int, list[int]]:
@@ -94,7 +95,7 @@ def memory_mb(field: str) -> float:
 def measure(contender: str, name: str, noise: float, scale: float) -> dict:
     """Run one contender in this process and return {"seconds", "megabytes", "scores"}."""
     data = generate(name, noise, scale)
-    CONTENDERS[contender](*(generate_small(data)))  # loads what is loaded late
+    CONTENDERS[contender](*(generate_small(data)))  # warm up, so that lazy imports are not timed
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory_mb("VmRSS")
     start = time.perf_counter()

@@ -2,9 +2,10 @@
 
     python benchmarks/factor_curves.py FILE.svg FACTOR NAME=FOLDERS [NAME=FOLDERS ...]
 
-FACTOR: a column of factors.csv. FOLDERS: a pattern of the run folders of one setting, which differ in the seed only,
-for example 'mic=Training_Results/faces/ablation_mining_mic_seed*'. Each panel has the mean of the runs of a setting, in
-a band of one standard deviation. The factor is read as in log_probe.csv, on training and on test images.
+FACTOR is a column of factors.csv. FOLDERS is a glob pattern that matches the run folders of one setting, which differ
+only in the seed, for example 'mic=Training_Results/faces/ablation_mining_mic_seed*'. Each panel shows the mean over
+the runs of each setting, with a band of one standard deviation. The factor is read as in log_probe.csv, from training
+and from test images.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from report import plots  # noqa: E402
 
 
 def column_of(folders: list[str], log: str, column: str) -> pd.DataFrame:
-    """Return a column of a log of some runs, (epochs, runs), as far as all have come."""
+    """Return a column of the logs of some runs, (epochs, runs), for the epochs that all runs have logged."""
     logs = [pd.read_csv(Path(folder) / log, index_col="Epochs")[column] for folder in folders]
     return pd.concat(logs, axis="columns").dropna()
 

@@ -2,11 +2,12 @@
 
     python benchmarks/kills.py [--kills 30] [--signal KILL] [--seed 0] [--dataset shapes] [--n_epochs 12] [more flags]
 
-The run mines before every second epoch and is small enough for a CPU. It is sent the signal (KILL, TERM, INT, HUP)
-after a random time, uniform up to what the uninterrupted run took for its start and one and a half epochs (sooner where
-it would end before it was stopped often enough), and resumed; after the last signal it may end. Logs (but for times),
-weights, optimiser and random states are compared bit for bit. A run that is stopped by another signal than KILL must
-end with exit code 128 + N, and no process may be left. More flags are passed on to main.py.
+The run mines before every second epoch and is small enough for a CPU. Each time it is sent the signal (KILL, TERM, INT
+or HUP) after a random delay, and is then resumed. The delay is uniform between 0 and the time that the uninterrupted
+run took for its start plus 1.5 epochs; it is shorter if the run would otherwise end before all signals were sent. After
+the last signal the run trains to its end. Logs (except for times), weights, optimiser and random states are then
+compared bit for bit. A run stopped by a signal other than KILL must end with exit code 128 + N, and no process may be
+left. All other flags are passed on to main.py.
 """
 
 import argparse
@@ -36,14 +37,20 @@ def start(*flags: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Wait for a run's end; exit with what it wrote on stderr where it failed."""
+    """Wait for the end of a run; if it failed, exit with what it wrote to stderr."""
     _, error = process.communicate()
     if process.returncode:
         sys.exit(f"main.py ended with exit code {process.returncode}: {error}")
 
 
 class Wait(NamedTuple):
-    """How long to wait before a signal: at most, and once the run has come far enough, in seconds."""
+    """Upper limits of the random delay before a signal, in seconds.
+
+    Attributes:
+        longest: limit at any time.
+        epoch: limit once the run has logged enough epochs.
+        rng: draws the delays.
+    """
 
     longest: float
     epoch: float
@@ -51,7 +58,10 @@ class Wait(NamedTuple):
 
 
 def stop(process: subprocess.Popen, folder: Path, args: argparse.Namespace, wait: Wait, n_rows: int) -> bool:
-    """Send the signal after a random time, within an epoch once the log has n_rows; tell whether it ended the run."""
+    """Send the signal after a random delay and return whether the signal ended the run.
+
+    The delay is at most an epoch once the log has n_rows rows.
+    """
     end, is_due = time.perf_counter() + wait.rng.uniform(0, wait.longest), False
     while process.poll() is None and time.perf_counter() < end:
         time.sleep(0.02)
@@ -92,13 +102,13 @@ def run_stopped(flags: list[str], folder: Path, wait: Wait, args: argparse.Names
 
 
 def main() -> None:
-    """Run the trial and print what it found; the exit code is 1 where the ends differ."""
+    """Run the trial and print what it found; the exit code is 1 if the two runs differ at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="how often the run is stopped")
-    parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default="KILL", help="how")
+    parser.add_argument("--kills", type=int, default=30, help="number of signals")
+    parser.add_argument("--signal", type=lambda name: signal.Signals[f"SIG{name}"], default="KILL", help="its name")
     parser.add_argument("--dataset", default="shapes", help="as for main.py")
     parser.add_argument("--n_epochs", type=int, default=12, help="epochs of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random delays")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         flags = ["--dataset", args.dataset, "--n_epochs", str(args.n_epochs), *FLAGS.split(), *more]

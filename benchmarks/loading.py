@@ -2,12 +2,12 @@
 
     python benchmarks/loading.py [--images FOLDER] [--seconds 3] [--n_images 32] [--per_pass 1024] [--entries 120053]
 
-Plain: Pillow, RandomResizedCrop(224), flip, ToTensor, Normalize, a float32 tensor. Ours: the training dataset of
-datasets.py, a uint8 tensor that is normalised on the device; without a cache and from --cache ram.
-First a single process and thread, then loaders with workers. Images are generated (with the 1/f amplitude spectrum of
-natural images) as JPEGs of quality 90, or taken from --images FOLDER as they are. Then the time to read a generated
-online_products of 120,053 entries, for one epoch of its batches without decoding, and the peak memory of the
-process that runs the benchmark (its workers are not counted).
+The plain pipeline is Pillow, RandomResizedCrop(224), flip, ToTensor and Normalize, and gives float32 tensors. Ours is
+the training dataset of datasets.py, which gives uint8 tensors that are normalised on the device, with and without
+--cache ram. Both are measured in a single process and thread, then in loaders with workers. Images are generated as
+JPEGs of quality 90, with the 1/f amplitude spectrum of natural images, or taken from --images FOLDER. Also printed are
+the time to read a generated online_products of 120,053 entries, the time to draw one epoch of its batches without
+decoding, and the peak memory of the benchmark's own process, without its workers.
 """
 
 import argparse
@@ -83,8 +83,8 @@ class Plain(Dataset):
             return self.transform(image.convert("RGB"))
 
 
-class Drawn(Dataset):
-    """Our dataset, asked with draws as the batch samplers ask it."""
+class OurDataset(Dataset):
+    """Our training dataset, indexed as the batch samplers index it."""
 
     def __init__(self, images: ImageSet):
         self.dataset = datasets.ImageDataset(images, datasets.train_transform(224, flip=True))
@@ -111,8 +111,8 @@ def per_second(passes: dict[str, Callable[[], int]], seconds: float, clock: Call
 def compare(title: str, paths: list[str], seconds: float, per_pass: int) -> None:
     """Print images per second per core, and with workers, for one set of images."""
     images = ImageSet(paths, np.zeros(len(paths), dtype=np.int64), ["all"])
-    sets = {"plain": Plain(paths), "ours": Drawn(images)}
-    sets["ours, ram cache"] = Drawn(cached({"train": images})["train"])
+    sets = {"plain": Plain(paths), "ours": OurDataset(images)}
+    sets["ours, ram cache"] = OurDataset(cached({"train": images})["train"])
 
     def one_by_one(dataset: Dataset) -> int:
         return sum(len(dataset[i][None]) for i in range(len(dataset)))

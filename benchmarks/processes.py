@@ -3,8 +3,8 @@
     python benchmarks/processes.py [--rounds 3] [--epochs 3] [--arch resnet50] [--img_size 64] [--bs 56] [--amp none]
 
 Both train the built-in data set with the same global batch, in turn, and are timed by their own log_train_Class.csv
-without its first epoch. Prints images per second and the overhead of the two processes in percent, with BatchNorm
-frozen, as with pretrained weights: where it trains, several processes need GPUs.
+without its first epoch. Prints images per second and the overhead of the two processes in percent. BatchNorm is frozen,
+because training it in several processes needs GPUs.
 """
 
 import argparse

@@ -11,8 +11,9 @@ the three; the medians over the rounds are printed, the ratio of each round's ra
 deterministic algorithms in ours only, as main does.
 
 Settings: plain is float32, tf32 the same with --tf32, bf16 and fp16 are autocast, compile is torch.compile with bf16.
-Without a GPU images have 64 pixels, with one 224. Then a profile of our step by part, from marks that train_one_epoch
-passes by (CUDA events on a GPU): `losses` are samplers, losses and the adversarial term, forward and backward.
+Images have 224 pixels on a GPU, 64 without one. At the end a profile shows how the time of our step is split between
+its parts. It is taken by a loader, a network and a scaler that note the time (CUDA events on a GPU). `losses` is the
+forward and backward time of samplers, losses and the adversarial term.
 """
 
 import argparse
@@ -52,9 +53,12 @@ N_CLASSES, N_CLUSTERS, PER_CLASS = 100, 30, 10
 
 
 class Marks:
-    """Moments of a step by the name of the part that ends there, on the device's own clock.
+    """Times at which the parts of a step end, by the device's own clock.
 
-    A network, a scaler and a loader that train_one_epoch is given mark where it passes by.
+    The loader, the network and the scaler that train_one_epoch is given add them.
+
+    Attributes:
+        moments: (part, time or CUDA event at which it ended), in order.
     """
 
     def __init__(self, device: torch.device):
@@ -109,7 +113,7 @@ class MarkedNetwork(nn.Module):
 
 
 class MarkedScaler(torch.amp.GradScaler):
-    """A gradient scaler, which train_one_epoch calls between the parts of a step, that marks them."""
+    """A gradient scaler that marks the ends of the parts of a step, between which train_one_epoch calls it."""
 
     def __init__(self, marks: Marks, enabled: bool):
         super().__init__(marks.device.type, enabled=enabled)

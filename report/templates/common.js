@@ -1,10 +1,10 @@
-// What the reader chose outlives the page's reload; a browser may refuse to keep it
+// Remember the reader's choices when the page reloads, if the browser allows it
 const key = "mic " + location.pathname;
-const kept = () => { try { return JSON.parse(sessionStorage.getItem(key)) || {}; } catch { return {}; } };
-const keep = change => { try { sessionStorage.setItem(key, JSON.stringify({ ...kept(), ...change })); } catch { /* not kept */ } };
+const choices = () => { try { return JSON.parse(sessionStorage.getItem(key)) || {}; } catch { return {}; } };
+const remember = change => { try { sessionStorage.setItem(key, JSON.stringify({ ...choices(), ...change })); } catch { /* not allowed */ } };
 
-// A killed run cannot say so: its page does when it has not been written for long
-const tellSilence = () => {
+// A killed run cannot report its end, so show a run as silent if its page has not been written for long
+const markSilent = () => {
   for (const badge of document.querySelectorAll(".badge.running")) {
     if (Date.now() / 1000 - badge.dataset.written < badge.dataset.patience) continue;
     const since = new Date(badge.dataset.written * 1000);
@@ -12,9 +12,9 @@ const tellSilence = () => {
     badge.className = "badge silent";
   }
 };
-tellSilence();
+markSilent();
 const isRunning = document.querySelector(".badge.running, .badge.silent") !== null;
 if (isRunning) setInterval(() => {
-  tellSilence();
+  markSilent();
   if (!document.hidden && getSelection().isCollapsed) location.reload();
 }, 60000);

@@ -41,7 +41,7 @@ def set_seeds(seed: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, object]:
-    """Return the states of all random number generators as plain values; `device` is the one that the run draws on."""
+    """Return the states of the generators of Python, NumPy, PyTorch and the GPU `device`, as plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -139,8 +139,8 @@ def why_no_gpu(reason: str, gpus: Sequence[str], visible: str | None) -> str:
 def require_kernels(name: str, capability: tuple[int, int], architectures: Sequence[str]) -> None:
     """Check that this build of PyTorch has kernels for a GPU.
 
-    The check is coarser than PyTorch's own table: a GPU on the processor's chip, such as that of a Jetson board, may
-    need a build for exactly its capability, and passes here without one.
+    The check is coarser than PyTorch's own: it also accepts integrated GPUs, such as Jetson's, that need a build for
+    exactly their capability.
 
     Args:
         name: name of the GPU, for the message.
@@ -150,7 +150,7 @@ def require_kernels(name: str, capability: tuple[int, int], architectures: Seque
             such as those for AMD, are ignored; without any sm or compute entry nothing is checked.
 
     Raises:
-        InputError: there are none.
+        InputError: there are no kernels for it.
     """
     built = []
     for match in (re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]*", architecture) for architecture in architectures):
@@ -204,7 +204,7 @@ def require_precision(capability: tuple[int, int] | None, tf32: bool, amp: str, 
     Raises:
         InputError: the device does not support it.
     """
-    here = "and this is none" if capability is None else f"and this one has {dotted(capability)}"
+    here = "but this device is not one" if capability is None else f"but this one has {dotted(capability)}"
     instead = {"--tf32": "leave it out", "--amp bf16": "give --amp fp16"}
     for flag in lacking_precision(capability, tf32, amp):
         what_to_do = "resume the run on such a GPU" if is_resumed else instead[flag]
@@ -218,7 +218,7 @@ def supported_precision(capability: tuple[int, int] | None, tf32: bool, amp: str
     if lacking:
         tf32, amp = tf32 and "--tf32" not in lacking, "none" if "--amp bf16" in lacking else amp
         used = "float32" if amp == "none" else amp
-        log.info(f"embedding in {used}, without {' and '.join(lacking)} of the run, which this device does not have")
+        log.info(f"embedding in {used}: this device does not support the run's {' and '.join(lacking)}")
     return tf32, amp
 
 
@@ -236,7 +236,7 @@ def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
         log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
-    # Setting these two also sets PyTorch's newer fp32_precision options. The other way round, these become unreadable
+    # Setting these two also sets PyTorch's newer fp32_precision options; setting those would make these unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
 
@@ -257,17 +257,17 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def n_workers(most: int) -> int:
-    """Return the number of loader workers of this process: `most`, but at most its share of the machine's cores.
+def n_workers(n_wanted: int) -> int:
+    """Return the number of loader workers of this process: `n_wanted`, capped at its share of the machine's cores.
 
     Raises:
         InputError: workers are wanted, but the path of the temporary folder is too long for their sockets.
     """
     folder = tempfile.gettempdir()
-    if most and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # the workers would wait for each other forever
-        raise InputError(f"--kernels {most}: TMPDIR is too long a name for loader workers ({folder}); shorten it, or "
-                         "give --kernels 0")  # fmt: skip
-    return min(most, max(n_cores() // processes.local_world_size(), 1))
+    if n_wanted and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # the workers would wait for each other forever
+        hint = "shorten it, or give --kernels 0"
+        raise InputError(f"--kernels {n_wanted}: TMPDIR is too long a name for loader workers ({folder}); {hint}")
+    return min(n_wanted, max(n_cores() // processes.local_world_size(), 1))
 
 
 def kmeans(
@@ -314,7 +314,7 @@ def fill_gradients(parameters: Iterable[torch.nn.Parameter], optimizer: torch.op
             parameter.grad = torch.zeros_like(parameter)
 
 
-def gpu_events(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
+def event_maker(device: torch.device) -> Callable[[], torch.cuda.Event] | None:
     """Return a function that makes events to time work on a GPU; None for the CPU, which has no queue."""
     return functools.partial(torch.cuda.Event, enable_timing=True) if device.type == "cuda" else None
 
@@ -373,7 +373,7 @@ class LossMeter:
         values = torch.stack([value for *_, value in self.pending]).tolist() if self.pending else []
         for (step, term, _), value in zip(self.pending, values, strict=True):
             if not math.isfinite(value):
-                hint = "try a lower --lr, lower --adv_weights, or in place of --amp fp16 bf16 or none"
+                hint = "try a lower --lr or lower --adv_weights; with --amp fp16, try bf16 or none instead"
                 raise DivergedError(f"the {term} loss is {value} {step}: training has diverged; {hint}")
             self.sums[term] = self.sums.get(term, 0.0) + value
             self.counts[term] = self.counts.get(term, 0) + 1
@@ -431,7 +431,7 @@ class Stopwatch:
 
         Args:
             loader: any iterable of batches.
-            new_event: makes events of the GPU that the steps run on (see gpu_events); None on the CPU.
+            new_event: makes events of the GPU that the steps run on (see event_maker); None on the CPU.
         """
         if new_event:
             yield from self._loading_for_gpu(loader, new_event)
@@ -457,10 +457,11 @@ class Stopwatch:
             waits.append((start, recorded(new_event)))
             yield batch
             start = recorded(new_event)
-            # Ask without waiting, as the GPU runs steps behind the host. The last step is done, as its losses were read
+            # Query without waiting, because the GPU runs several steps behind the host. After the last step nothing is
+            # pending, because reading its losses waited for it
             while waits and waits[0][1].query():
                 before, after = waits.popleft()
                 seconds = before.elapsed_time(after) / 1000
                 self.seconds["loading"] += seconds
-                if self.running is not None:  # it will be given all the time that passed on the host
+                if self.running is not None:  # _turn_to will add the whole host time to it, including this wait
                     self.seconds[self.running] -= seconds

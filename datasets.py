@@ -251,7 +251,7 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGKILL"):
         signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print, but the owner explains it
-        processes.end_with(owner, signal.SIGKILL)
+        processes.die_with_parent(owner, signal.SIGKILL)
 
 
 def decode_all(loader: DataLoader) -> None:

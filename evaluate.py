@@ -81,7 +81,7 @@ def extract_features(
     try:
         with Progress(what, len(sampler)) as progress:
             computed = (embed_batch(network, images, outputs, amp) for images, _ in loader)
-            for batch in on_host(computed, auxiliaries.gpu_events(device)):
+            for batch in on_host(computed, auxiliaries.event_maker(device)):
                 for name in outputs:
                     parts[name].append(batch[name])
                 progress.update(len(batch[outputs[0]]))
@@ -117,7 +117,7 @@ def on_host(
 
     Args:
         batches: batches that are computed when they are asked for.
-        new_event: makes events of the GPU that computes the batches (see auxiliaries.gpu_events); None on the CPU.
+        new_event: makes events of the GPU that computes the batches (see auxiliaries.event_maker); None on the CPU.
     """
     previous = None
     for batch in batches:
@@ -161,8 +161,8 @@ def retrieval_scores(
         labels: (N,) int.
         k_vals: the k of Recall @ k.
         device: device that computes the distances.
-        is_query: (N,) bool; queries are searched among the points that are no queries. None: each point is searched
-            among all others.
+        is_query: (N,) bool, the queries; all other points are the gallery. None: each point is a query, and all others
+            are its gallery.
         block_size: queries processed at a time; memory grows with block_size * N.
 
     Returns:
@@ -180,7 +180,7 @@ def retrieval_scores(
     rows = [np.empty((0, 3))]
     queries, gallery = queries[share.start : share.stop], np.flatnonzero(is_gallery)
     with auxiliaries.full_precision_products(), Progress("searching", len(queries)) as progress:
-        for block in class_ranks(points, labels, queries, gallery, block_size):
+        for block in metrics_per_query(points, labels, queries, gallery, block_size):
             rows.append(block)
             progress.update(len(block))
     first_hits, average_precisions, r_precisions = processes.gather_rows(np.concatenate(rows)).T
@@ -192,10 +192,10 @@ TIE = 3e-7
 """Margin of x.y - |y|^2/2, for points in the unit ball, within which float32 cannot order two points reliably."""
 
 
-def class_ranks(
+def metrics_per_query(
     points: Tensor, labels: np.ndarray, queries: np.ndarray, gallery: np.ndarray, block_size: int
 ) -> Iterator[np.ndarray]:
-    """Rank the points of each query's class among all others, one block of queries at a time.
+    """Compute the retrieval metrics of each query against the gallery, one block of queries at a time.
 
     A query never finds itself. In the comments Q is the number of queries, B that of a block, G the number of gallery
     points, and C the size of the largest class in the gallery.
@@ -217,20 +217,20 @@ def class_ranks(
     column_of[gallery] = np.arange(len(gallery))
     n_positives = stop - first - (column_of[queries] >= 0)
     # (Q, 5), copied to the device once: point, first column and size of its class, own column, number of positives
-    described = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
-    described = torch.as_tensor(described, device=device)
+    query_facts = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
+    query_facts = torch.as_tensor(query_facts, device=device)
     offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,), relative to a class's first column
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)
     for start in range(0, len(queries), block_size):
-        block = described[start : start + block_size]
+        block = query_facts[start : start + block_size]
         left, (first_columns, sizes, own_columns, n_wanted) = points[block[:, 0]], block[:, 1:].split(1, dim=1)
         # x.y - |y|^2/2 of each query x and gallery point y, (B, G): larger means nearer
         closeness = torch.addmm(half_norms, left, right.T, beta=-1, out=buffer[: len(block)])
         positives = take_out_positives(closeness, first_columns + offsets, sizes, own_columns)
         most = min(n_positives[start : start + block_size].max(initial=1), len(gallery))
-        yield rank_among(closeness, positives, n_wanted, most).cpu().numpy()
+        yield metrics_of_block(closeness, positives, n_wanted, most).cpu().numpy()
 
 
 def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_columns: Tensor) -> Tensor:
@@ -247,7 +247,8 @@ def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_co
         against the query.
     """
     in_class = columns < columns[:, :1] + sizes
-    # Past its end repeat the first column. A class with no point in the gallery may start past the last column
+    # Columns after the end of the class repeat its first one. The clamp is for a class without gallery points, whose
+    # first column may lie after the last one
     columns = torch.where(in_class, columns, columns[:, :1]).clamp_(max=closeness.shape[1] - 1)
     to_class = closeness.gather(1, columns)
     is_positive = in_class & (columns != own_columns)
@@ -255,8 +256,8 @@ def take_out_positives(closeness: Tensor, columns: Tensor, sizes: Tensor, own_co
     return to_class.masked_fill_(~is_positive, -torch.inf).sub_(TIE).sort(dim=1, descending=True).values
 
 
-def rank_among(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: int) -> Tensor:
-    """Rank the positives of each query among its negatives.
+def metrics_of_block(negatives: Tensor, positives: Tensor, n_positives: Tensor, most: int) -> Tensor:
+    """Compute the retrieval metrics of each query from the closeness of its positives and negatives.
 
     Args:
         negatives: (B, G) closeness, -inf for points that are not negatives.
@@ -460,8 +461,7 @@ def probe_sets(
 
     Args:
         loaders: the loaders, with the probed training images.
-        mined: labels (N,) of all training images; None if none are mined, when the Shared head is neither trained nor
-            probed.
+        mined: labels (N,) of all training images; None if none are mined: the Shared head is then not probed.
         test_embeddings: {test set: {task: (N, D)}}.
         seed: seed of probe_subset.
         amp: none, bf16 or fp16.
@@ -507,7 +507,11 @@ def score_sets(
 
 
 def score_run(args: argparse.Namespace) -> None:
-    """Score each test set with its best checkpoint, beside the logged scores; store embeddings on request."""
+    """Score each test set with its best checkpoint, print the logged scores beside it, and store embeddings if asked.
+
+    Raises:
+        InputError: the data set or a checkpoint cannot be used, or a file to store exists already.
+    """
     run = Path(args.run[0])
     checkpoints = weights.checkpoints_of(run, args.checkpoint)
     read = functools.cache(weights.read_checkpoint)
@@ -531,15 +535,15 @@ def score_run(args: argparse.Namespace) -> None:
         then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
-            log.warning(f"not the images that the run was scored on: {change}; the logged scores are of those")
+            log.warning(f"the images have changed since the run was scored: {change}; logged scores are of the old")
     for name, images in tests.items():
         best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
         embeddings = embed(checkpoint, read(checkpoint), images, args.embedding, args.kernels, device, amp)
         scores = score_set(embeddings, images.labels, flags["k_vals"], flags["seed"], device, images.is_query)
-        of_set = "" if name == "test" else f", {name}"
+        set_name = "" if name == "test" else f", {name}"
         n_images = errors.counted(len(images), f"{dataset} image")
-        print(f"{checkpoint}, {args.embedding} embedding of {n_images}{of_set}")
+        print(f"{checkpoint}, {args.embedding} embedding of {n_images}{set_name}")
         rows = read(checkpoint)["progress"]["rows"]
         # Logged scores are of the Class embedding, and comparable only if no epoch was trained after the evaluation
         is_logged = rows["val"] and rows["val"][-1]["Epochs"] == len(rows["train"]) - 1
@@ -547,8 +551,8 @@ def score_run(args: argparse.Namespace) -> None:
         print_scores(scores, rows["val"][-1] if is_logged else {}, name)
         if name in npz_files:
             is_query = np.ones(len(images), dtype=bool) if images.is_query is None else images.is_query
-            of_images = {"labels": images.labels, "paths": images.names, "class_names": images.class_names}
-            store(npz_files[name], embeddings, is_query=is_query, **of_images)
+            image_facts = {"labels": images.labels, "paths": images.names, "class_names": images.class_names}
+            store(npz_files[name], embeddings, is_query=is_query, **image_facts)
 
 
 def print_scores(scores: Mapping[str, float | None], row: Row, test_set: str) -> None:
@@ -626,7 +630,7 @@ def embed_folder(args: argparse.Namespace) -> None:
             print(f"skipped {errors.counted(len(names), noun)}: {errors.first_few(paths)}")
     paths = [os.path.join(root, name) for name in sorted([*found["image"], *found["backup copy"]])]
     if not paths:
-        raise InputError(f"--embed {root}: no folder with images ({', '.join(IMAGES)}) in it or below")
+        raise InputError(f"--embed {root}: no images ({', '.join(IMAGES)}) in this folder or below it")
     checkpoint = weights.checkpoints_of(Path(args.run[0]), args.checkpoint)[0]
     stored = weights.read_checkpoint(checkpoint)  # first, as decoding takes long
     device, amp = prepare(stored["flags"], args.gpu)
@@ -662,10 +666,10 @@ def draw_page(folder: Path) -> None:
     print(f"page: {folder / 'page.html'}")
 
 
-def store(path: Path, embeddings: np.ndarray, **of_images: Sequence) -> None:
+def store(path: Path, embeddings: np.ndarray, **image_facts: Sequence) -> None:
     """Store embeddings (N, D) float32, and facts of the images such as labels and paths, as .npz."""
     with files.replaced_file(path) as file:
-        np.savez(file, embeddings=embeddings, **of_images)
+        np.savez(file, embeddings=embeddings, **image_facts)
     print(f"stored {path}: {errors.counted(len(embeddings), 'embedding')}")
 
 
@@ -705,9 +709,9 @@ def get_args_parser() -> errors.OneLineParser:
         "differ: scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="also print Recall @ 1 as a function of this flag, next to the paper's curve "
         "if there is one; --plot draws it; if the flag is a pair, the Shared task's value is used")
-    add("--against", type=PATH, metavar="RUN", help="also print the differences of every setting to the setting of "
-        "this run, which must be among those compared: means over runs of the same seed, with 95 %% confidence "
-        "intervals; --plot draws them")
+    add("--against", type=PATH, metavar="RUN", help="also print how the scores of every other setting (runs that "
+        "differ only in the seed) differ from those of the setting of RUN, which must be among the runs compared: mean "
+        "over pairs of equal seed, with a 95 %% confidence interval; --plot draws them")
     add("--csv", type=PATH, metavar="FILE", help="also write the table to FILE, with a column for each flag that "
         "differs")
     add("--plot", type=PATH, metavar="FILE", help="draw Recall @ 1 over the epochs, or what --over or --against prints "

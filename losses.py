@@ -33,7 +33,7 @@ def squared_triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Ten
 
 
 def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one column per row of (N, M) non-negative weights, with probability proportional to the weight, to 1e-6.
+    """Draw one column per row of (N, M) non-negative weights, with probabilities proportional to them (within 1e-6).
 
     Unlike torch.multinomial it never waits for the device. A row without a positive weight gives an arbitrary column.
     """
@@ -54,7 +54,8 @@ class TripletSampler:
     """Draw one triplet per image of a batch; a subclass says how negatives are drawn.
 
     Args:
-        generator: on the embeddings' device; None is its default one, which torch.compile(fullgraph=True) needs.
+        generator: generator on the embeddings' device. None: that device's default one, the only one that
+            torch.compile(fullgraph=True) supports.
     """
 
     def __init__(self, generator: torch.Generator | None = None):
@@ -69,7 +70,7 @@ class TripletSampler:
 
         Returns:
             triplets: (B, 3) int64. Row i has anchor i (except for RandomSampler).
-            valid: (B,) bool, False where the batch holds no positive or no negative of the anchor.
+            valid: (B,) bool, False if the batch holds no positive or no negative of the anchor.
         """
         embeddings = embeddings.detach()
         positive_mask, negative_mask = pair_masks(labels)
@@ -80,7 +81,7 @@ class TripletSampler:
         return torch.stack([anchors, positives, negatives], 1), valid
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
-        """Return (B, B) weights, in proportion to which the negative of each anchor is drawn; 0 for what is none.
+        """Return (B, B) weights with which the negative of each anchor (row) is drawn; 0 if an image is not a negative.
 
         Args:
             embeddings: (B, D) float, without gradient.
@@ -91,7 +92,7 @@ class TripletSampler:
 
 
 class DistanceWeightedSampler(TripletSampler):
-    """Draw negatives of all distances d with equal probability: each in proportion to 1 / q(d).
+    """Draw each negative in proportion to 1 / q(d), so that all distances d are about equally likely.
 
     q(d) is the density of pairwise distances of points spread uniformly on the unit sphere,
     log q(d) = (D - 2) log d + (D - 3)/2 log(1 - d^2/4). d is clamped from below at 0.5, without an upper cut-off.
@@ -108,7 +109,7 @@ class DistanceWeightedSampler(TripletSampler):
 def inverse_density_log_weights(squared_distances: Tensor, dim: int) -> Tensor:
     """Return -log q(d) for squared distances d^2 in [0, 4] on the unit sphere in `dim` >= 2 dimensions.
 
-    Finite everywhere: d is clamped from below at 0.5, and 1 - d^2/4 at 1e-8.
+    The result is always finite: d is clamped from below at 0.5, and 1 - d^2/4 at 1e-8.
     """
     squared_distances = squared_distances.clamp(min=DISTANCE_FLOOR**2)
     opposite = (1 - squared_distances / 4).clamp_(min=EPSILON)
@@ -116,7 +117,7 @@ def inverse_density_log_weights(squared_distances: Tensor, dim: int) -> Tensor:
 
 
 class SemihardSampler(TripletSampler):
-    """Draw negatives uniformly from those with d_ap < d_an < d_ap + margin, from all where there is none.
+    """Draw negatives uniformly from those with d_ap < d_an < d_ap + margin; if there are none, from all negatives.
 
     Reference:
         Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, section 3.2 (there with squared distances).
@@ -142,7 +143,7 @@ class RandomSampler(TripletSampler):
     """Draw B times, with replacement, from all triplets of the batch, each with equal probability."""
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """See TripletSampler. Rows are invalid only where the batch has no triplet at all."""
+        """See TripletSampler. Rows are invalid only if the batch has no triplet at all."""
         positive_mask, negative_mask = pair_masks(labels)
         triplets_per_anchor = positive_mask.sum(1) * negative_mask.sum(1)
         anchors = draw_index(triplets_per_anchor.float().expand(len(labels), -1), self.generator)
@@ -152,14 +153,14 @@ class RandomSampler(TripletSampler):
 
 
 class Loss(nn.Module):
-    """A loss of a batch of embeddings. A subclass defines `forward`, and LOSSES names it; all else has a default.
+    """Base class of losses on a batch of embeddings.
 
-    It gets by name what its constructor asks for: flags of the task, n_classes, embed_size, or a triplet sampler, see
-    build_loss.
+    A subclass defines `forward` and is entered in LOSSES; everything else has a default. build_loss passes its
+    constructor the arguments that it names: flags of the task, n_classes, embed_size, or a triplet sampler.
 
     Attributes:
         needs_positives: whether a batch has to hold several images of a class.
-        learning_rate: of the loss's own parameters; a loss that has any sets it.
+        learning_rate: learning rate of the loss's own parameters; set by losses that have any.
     """
 
     needs_positives = False
@@ -173,12 +174,12 @@ class Loss(nn.Module):
             labels: (B,) int64 in [0, n_classes).
 
         Returns:
-            A scalar; a differentiable zero where the batch holds nothing to learn from.
+            A scalar; a differentiable zero if the batch holds nothing to learn from.
         """
         raise NotImplementedError
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser's groups of the loss's own parameters, which have no weight decay."""
+        """Return parameter groups of the loss's own parameters for the optimiser, without weight decay."""
         parameters = list(self.parameters())
         return [{"params": parameters, "lr": self.learning_rate, "weight_decay": 0.0}] if parameters else []
 
@@ -201,7 +202,7 @@ class TripletBasedLoss(Loss):
         return self.triplet_loss(embeddings, labels, *self.sampler(embeddings, labels))
 
     def triplet_loss(self, embeddings: Tensor, labels: Tensor, triplets: Tensor, valid: Tensor) -> Tensor:
-        """Return the scalar loss of (T, 3) triplets, of which those count that are valid, (T,) bool."""
+        """Return the scalar loss of the triplets (T, 3) that are valid, (T,) bool."""
         raise NotImplementedError
 
 
@@ -279,7 +280,7 @@ class ProxyNCALoss(Loss):
         proxy_lr: learning rate of the proxies.
 
     Raises:
-        ValueError: for fewer than two classes, with which there is no negative proxy.
+        ValueError: there are fewer than two classes, hence no negative proxy.
 
     Reference:
         Movshovitz-Attias, Toshev, Leung, Ioffe, Singh: No Fuss Distance Metric Learning using Proxies, ICCV 2017,
@@ -309,7 +310,7 @@ class LibraryLoss(Loss):
     """A loss of the package pytorch-metric-learning, named pml/NAME, see packages.library_loss.
 
     Args:
-        proxy_lr: learning rate of what the loss trains.
+        proxy_lr: learning rate of the loss's own parameters.
     """
 
     def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
@@ -334,12 +335,16 @@ def reverse_gradient(values: Tensor) -> Tensor:
 class AdversarialLoss(nn.Module):
     """Adversarial term that makes a target embedding independent of a source embedding.
 
-    - mean over batch and dimensions of (t * normalise(R(s)))^2, with gradient reversal on t and s and a projection
-    network R = Linear(D_source, hidden_size), ReLU, Linear(hidden_size, D_target). R learns to correlate the two, the
-    reversed gradients drive the encoders apart.
+    The term is -mean((t * normalise(R(s)))^2) over batch and dimensions, where t and s are target and source with
+    reversed gradients, and R is a projection network: Linear(D_source, hidden_size), ReLU, Linear(hidden_size,
+    D_target). R learns to correlate the two embeddings; the reversed gradients decorrelate them.
 
     Args:
-        lr, weight_decay: of the projection network in the optimiser.
+        target_size: D_target.
+        source_size: D_source.
+        hidden_size: hidden width of R.
+        lr: learning rate of R.
+        weight_decay: weight decay of R.
 
     Reference:
         Roth, Brattoli, Ommer: MIC: Mining Interclass Characteristics for Improved Metric Learning, ICCV 2019,
@@ -362,7 +367,7 @@ class AdversarialLoss(nn.Module):
         return -(target * F.normalize(self.projection(source), dim=1)).square().mean()
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser's group of the projection network."""
+        """Return the parameter group of the projection network for the optimiser."""
         return [{"params": list(self.parameters()), "lr": self.lr, "weight_decay": self.weight_decay}]
 
 
@@ -381,7 +386,7 @@ class Objective(nn.Module):
         self.weights = {direction: weight for direction, (_, weight) in adversaries.items()}
 
     def heads(self, task: str) -> list[str]:
-        """Return the heads that a step of a task needs: its own, and with an adversarial term all."""
+        """Return the heads that a step of a task needs: its own or, if there is an adversarial term, all."""
         return list(self.task_losses) if self.adversaries else [task]
 
     def forward(self, task: str, embeddings: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -401,47 +406,47 @@ class Objective(nn.Module):
         return terms
 
     def param_groups(self) -> list[dict]:
-        """Return the optimiser's groups of all losses and terms."""
+        """Return the parameter groups of all losses and terms for the optimiser."""
         terms = [*self.task_losses.values(), *self.adversaries.values()]
         return [group for term in terms for group in term.param_groups()]
 
 
 def full_precision(values: Tensor) -> Tensor:
-    """Return values in float32, or unchanged where they are float64."""
+    """Return values in float32, or unchanged if they are float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 SAMPLERS = {"distance": DistanceWeightedSampler, "semihard": SemihardSampler, "random": RandomSampler}
 LOSSES = {"marginloss": MarginLoss, "triplet": TripletLoss, "proxynca": ProxyNCALoss}
-"""Samplers and losses by the name that --sampling and --losses take; build_loss builds them."""
+"""Samplers and losses by the names that --sampling and --losses take."""
 
 
 def loss_class(name: str) -> type[Loss]:
-    """Return the class of the loss `name`: of LOSSES, or pml/NAME."""
+    """Return the class of a loss, given a name in LOSSES or pml/NAME."""
     return LibraryLoss if name.startswith("pml/") else LOSSES[name]
 
 
 def takes_sampler(name: str) -> bool:
-    """Tell whether the loss `name` works on triplets that a sampler picks."""
+    """Tell whether a loss works on triplets that a sampler picks."""
     return "sampler" in inspect.signature(loss_class(name)).parameters
 
 
 def needs_positives(name: str) -> bool:
-    """Tell whether the loss `name` needs several images of a class in a batch."""
+    """Tell whether a loss needs several images of a class in a batch."""
     return loss_class(name).needs_positives
 
 
 def build_loss(name: str, sampling: str, **values: float) -> Loss:
-    """Build the loss `name`; its constructor and that of its sampler get the values that they name.
+    """Build a loss, and pass its constructor and its sampler's those of `values` that are their parameters.
 
     Args:
-        name: of LOSSES, or pml/NAME.
-        sampling: of SAMPLERS; has no effect on a loss that takes no sampler.
-        values: n_classes, embed_size and the task's flags, see options.PAIRS.
+        name: a name in LOSSES, or pml/NAME.
+        sampling: a name in SAMPLERS; ignored by losses without a sampler.
+        **values: n_classes, embed_size and the task's flags, see options.PAIRS.
     """
 
     def built(kind: type, **more: object) -> object:
-        """Call a constructor with the values that it names."""
+        """Call a constructor with those of the values that are its parameters."""
         parameters = inspect.signature(kind).parameters
         return kind(**{key: value for key, value in (values | more).items() if key in parameters})
 

@@ -43,7 +43,7 @@ LOSS_READ_INTERVAL = 20
 """Read the losses every 20 steps; each read waits for the device."""
 
 SMALLEST_SCALE = 2.0**-14
-"""Loss scale of fp16 training below which gradients that overflow mean divergence, not a scale that is too large."""
+"""If float16 gradients still overflow at a loss scale below this, training has diverged."""
 
 
 def get_args_parser() -> OneLineParser:
@@ -118,8 +118,8 @@ def get_args_parser() -> OneLineParser:
 
     add = parser.add_argument_group("tasks and batches").add_argument
     add("--task_p", type=PROBABILITY, default=[1.0, 0.8], **pair, help="probability that a task takes a step in an "
-        "iteration; 1 0 trains on classes only and mines nothing, but keeps the adversarial term: --adv_weights 0 too "
-        "gives the plain baseline")
+        "iteration; 1 0 trains the Class task only and mines nothing, but keeps the adversarial term; for the plain "
+        "baseline give --adv_weights 0 as well")
     add("--shared_gradient", choices=["backbone", "head"], default="backbone", help="what the Shared task trains; "
         "backbone: its head and the backbone, as published; head: its head only")
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each value of --cs_per_bs; "
@@ -205,10 +205,10 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
     """
     train, tests = datasets.load_dataset(args.dataset, args.source_path)
     warnings = datasets.count_warnings(args.dataset, train, tests)
-    described = fingerprints({"train": train, **tests})
-    if len(set(processes.all_gather(digest(described)))) > 1:
+    image_sets = fingerprints({"train": train, **tests})
+    if len(set(processes.all_gather(digest(image_sets)))) > 1:
         raise InputError(f"--source_path: the images of {args.dataset} differ between the processes")
-    run.require_images(described)
+    run.require_images(image_sets)
     if train.left_out:
         run.note(left_out="; ".join(train.left_out))
     if args.val_classes:
@@ -219,8 +219,8 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--bs {args.bs} {too_large}; try --bs {fitting} --shared_num_classes {fitting // 4}")
     n_clustered = int((~left_out_of_mining(train.labels, args.cluster_mode)).sum())
     if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
-        part = " that are not alone in their class, which alone take part in the first clustering"
-        n_images = f"{n_clustered} training images of {args.dataset}{part if n_clustered < len(train) else ''}"
+        needed = " that share their class with another, as the first clustering needs"
+        n_images = f"{n_clustered} training images of {args.dataset}{needed if n_clustered < len(train) else ''}"
         raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
     if args.cache == "ram":  # last, as decoding takes minutes
         tests = cached({"train": train, **tests}, processes.local_world_size())
@@ -368,7 +368,8 @@ def renew_labels(
 ) -> np.ndarray:
     """Mine new labels before an epoch, then log and draw them.
 
-    Cluster numbers are assigned anew at each mining. Betas and proxies stay with the number, as in the published code.
+    Each mining numbers its clusters anew. Beta and proxy i are kept and then belong to the new cluster i, as in the
+    published code.
 
     Args:
         loader: the training images in order.
@@ -381,24 +382,24 @@ def renew_labels(
     start, images = time.monotonic(), loader.dataset.images
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
-        described = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
+        facts = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
     row = {"Before Epoch": epoch, "Time": seconds_since(start)}
-    row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | described
+    row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | facts
     run.log_mining(row, mined, images.names)
-    matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in described.items() if name.startswith("AMI "))
+    matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in facts.items() if name.startswith("AMI "))
     log.info(
-        f"mined for epoch {epoch}: {counted(described['Clusters'], 'cluster')} of {described['Smallest']} to "
-        f"{described['Largest']} images; AMI of the labels with {matches}"
+        f"mined for epoch {epoch}: {counted(facts['Clusters'], 'cluster')} of {facts['Smallest']} to "
+        f"{facts['Largest']} images; AMI of the labels with {matches}"
     )
     n_left_out = int(np.isnan(squared_distances).sum())
     if n_left_out:
         log.info(
-            f"alone in their class: {counted(n_left_out, 'image')} took no part in this clustering, as the mean of the "
-            "class would leave nothing of them; each has the label of the nearest centre"
+            f"alone in their class: {counted(n_left_out, 'image')} took no part in this clustering, as subtracting the "
+            "class mean would make them zero; each has the label of the nearest centre"
         )
     with run.stopwatch.measure("drawing"):
         if run.writes:
-            run.show(sheets.draw_mining(run.history, images, mined, squared_distances), epoch)
+            run.add_pictures(sheets.draw_mining(run.history, images, mined, squared_distances), epoch)
     return mined
 
 
@@ -480,7 +481,7 @@ def evaluate_epoch(
     epoch: int,
 ) -> None:
     """Score and probe the test sets, log the scores, save the best network and draw its nearest neighbours."""
-    tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # since the previous evaluation
+    tenth_passed = (epoch + 1) // 10 > (epoch + 1 - args.eval_every) // 10  # a tenth epoch since the last scoring
     scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
     scoring["with_clustering"] = not args.fast_eval or tenth_passed or epoch == args.n_epochs - 1
     tests = loaders.test_images
@@ -500,7 +501,7 @@ def evaluate_epoch(
     run.keep_best(network)
     with run.stopwatch.measure("drawing"):
         if run.writes:
-            run.show(sheets.draw_neighbours(run.history, tests, embeddings), epoch)
+            run.add_pictures(sheets.draw_neighbours(run.history, tests, embeddings), epoch)
 
 
 def prepare_device(args: argparse.Namespace, is_resumed: bool) -> torch.device:
@@ -545,7 +546,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
     try:
         with run, contextlib.ExitStack() as at_the_end:
             if run.is_finished:
-                log.info(f"{run.folder} is finished: {run.epoch} epochs are done; a larger --n_epochs goes on")
+                log.info(f"{run.folder} is finished: {run.epoch} epochs are done; for more, give a larger --n_epochs")
                 return run.folder
             loaders = load_data(args, run, pin_memory=device.type == "cuda")
             at_the_end.callback(loaders.pool.close)
@@ -574,7 +575,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 start = time.monotonic()
                 steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
                 loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)
-                batches = run.stopwatch.loading(loaders.batches, auxiliaries.gpu_events(device))
+                batches = run.stopwatch.loading(loaders.batches, auxiliaries.event_maker(device))
                 left = functools.partial(run.seconds_left, epoch)
                 progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
                 with run.stopwatch.measure("training"), progress:
@@ -591,11 +592,11 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 with run.stopwatch.measure("drawing"):
                     page.draw(run.history)
     finally:
-        if run.is_new or run.is_resumable:  # leave a run untouched that was not restored
+        if run.is_new or run.is_resumable:  # leave a run that could not be restored untouched
             page.draw(run.history)  # shows how the run ended, if its folder still exists
     log.info(run.history.summary())
     if args.dataset == "shapes" and mined is not None:
-        log.info(lesson(run.history))
+        log.info(demo_summary(run.history))
     return run.folder
 
 
@@ -615,18 +616,18 @@ def what_was_mined(row: Row) -> str:
         return ""
     factor = max(agreements, key=agreements.get)
     is_clear = agreements[factor] > max(with_class, 0.5)
-    clear = f"the {factor}" if is_clear else f"nothing clear, most the {factor}"
+    clear = f"the {factor}" if is_clear else f"nothing clear, closest is the {factor}"
     return f"; mined: {clear} (AMI of the labels with it {agreements[factor]:z.2f}, with the class {with_class:z.2f})"
 
 
-def lesson(history: History) -> str:
+def demo_summary(history: History) -> str:
     """Return the three lines that end the demo: what was learned, what to look at, what to try next."""
     before, after = (row["Recall @ 1"] for row in (history.initial_scores, history.rows["val"][-1]))
     learned = f"learned: Recall@1 on classes never seen is {after:.2f}, before training {before:.2f}"
     return (
         f"{learned}{what_was_mined(history.rows['mining'][-1])}\n"
-        f"look at: {history.folder / 'page.html'} in a browser; what the images of a mined cluster share is what was "
-        "mined\n"
+        f"look at: {history.folder / 'page.html'} in a browser; each row of mined clusters shows images of different "
+        "classes: what they have in common was mined\n"
         "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
         "--adv_weights 0; then "
         f"python evaluate.py --compare {shlex.quote(str(history.folder.parent))}"

@@ -61,15 +61,18 @@ class ResNet50(nn.Module):
 
 
 BACKBONES = {"resnet50": ResNet50, "googlenet": GoogLeNet}
-"""Backbones by name; those of timm are called timm/NAME.
+"""Backbones by name; a model of timm is named timm/NAME.
 
 A backbone is a module that maps normalised images (B, 3, H, W) to early maps (B, C, h, w) and pooled features
-(B, out_features), or None in place of the latter without with_pooled. Its attributes:
+(B, out_features). With with_pooled=False it skips the pooled features and returns None for them.
+
+Attributes of a backbone:
     out_features: number of pooled features.
-    layers: the network whose state dict weight files hold.
-    unused_weights: prefixes of names in weight files that are ignored: the classifiers.
+    layers: the network into which weight files are loaded.
+    unused_weights: prefixes of the names in weight files that are ignored, those of classifiers.
     weights: torchvision's weights to download.
-    mean, std: normalisation of the images; by default that of ImageNet.
+    mean: mean for normalising images; default: ImageNet's.
+    std: standard deviation for normalising images; default: ImageNet's.
 """
 
 
@@ -211,7 +214,7 @@ def build_network(
         else:
             network.started_from = f"torchvision {BACKBONES[arch].weights}"
     if pretrained or weights_file is not None:
-        state, fresh = named_as_ours(network, state)
+        state, fresh = adapted_state(network, state)
         load_state(network, state, source, arch)
         for task in fresh:
             log.info(f"{source}: has no {task} head of size {embed_sizes[task]}; it starts at random")
@@ -219,7 +222,7 @@ def build_network(
 
 
 def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
-    """Return a pretrained state dict, from the cache of torchvision or timm or downloaded.
+    """Return a pretrained state dict of torchvision or timm; download it if it is not in their cache.
 
     Raises:
         InputError: there are no such weights, or they cannot be downloaded or read.
@@ -242,8 +245,8 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
         raise InputError(f"{reason}: delete the damaged file {cached}, or {elsewhere}") from error
 
 
-def named_as_ours(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename the keys of a state dict to those of an EmbeddingNetwork.
+def adapted_state(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Adapt a state dict to an EmbeddingNetwork: rename its keys, resample position embeddings, fill in missing heads.
 
     Heads that are missing or have another size keep their initial weights.
 
@@ -346,8 +349,8 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
 
     Args:
         network: the network, on its device.
-        compiled: compile the network together with the exchange of gradients, which splits the graph so that it
-            overlaps the backward pass.
+        compiled: whether to compile the network. With several processes the graph is split, so that the exchange of
+            gradients overlaps the backward pass.
         has_unused_heads: whether some heads take no part in a step.
     """
     if processes.world_size() > 1 and not network.freeze_batchnorm:
@@ -360,7 +363,7 @@ def for_training(network: EmbeddingNetwork, compiled: bool, has_unused_heads: bo
         trained = DistributedDataParallel(
             network, find_unused_parameters=has_unused_heads, gradient_as_bucket_view=True
         )
-        # DDP has just broadcast the first process's buffers. They stay equal, as whatever changes them uses the whole
-        # batch. The constructor's argument of this name is deprecated, and would also skip this first broadcast
+        # DDP has just broadcast the first process's buffers. They stay equal, because every update uses the whole
+        # batch. The argument broadcast_buffers is deprecated, and False would also skip this first broadcast
         trained.broadcast_buffers = False
     return torch.compile(trained, dynamic=False) if compiled else trained

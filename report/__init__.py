@@ -1,4 +1,4 @@
-"""Reports: runs drawn, compared and repeated."""
+"""Reports on runs: plots, contact sheets, pages, comparisons, and series of runs."""
 
 import os
 

@@ -80,10 +80,10 @@ def compare_runs(
     if over and not any(over in run.flags for run in runs.values()):
         raise InputError(f"--over {over}: no run has this flag")
     tables, curves, lines, points, base_name = [], {}, {}, {}, ""
-    parts = parts_of(list(runs.values()))
-    for dataset, test_set, settings in parts:
+    comparisons = comparisons_of(list(runs.values()))
+    for dataset, test_set, settings in comparisons:
         title = dataset if test_set == "test" else f"{dataset} {test_set}"
-        prefix = f"{title}, " if len(parts) > 1 else ""
+        prefix = f"{title}, " if len(comparisons) > 1 else ""
         base = next((setting for setting in settings if reference in setting.runs), None)
         tables.append(table_of(settings, base, dataset, test_set))
         print(f"\n{title}\n{table_text(tables[-1], settings[0].flags)}")
@@ -94,9 +94,9 @@ def compare_runs(
             points |= points_to_draw(settings, base, test_set, prefix)
             base_name = f"{dataset}, {base.name}"
     if plot and not curves:
-        raise InputError(f"--plot {plot}: no run is through with its epochs")
+        raise InputError(f"--plot {plot}: no run has finished all its epochs")
     if against and not points:
-        print(f"--against {against}: no differences: no other setting has a finished run of its data set and seeds")
+        print(f"--against {against}: no other setting has a finished run on the same data set with the same seed")
     if csv:
         with replaced_file(Path(csv), "w") as file:
             pd.concat(tables).to_csv(file, index=False)
@@ -130,7 +130,7 @@ def read_runs(roots: Sequence[str | Path]) -> dict[Path, History]:
     fill_in_flags(list(runs.values()))
     if not runs:
         holders = sorted({str(path.parents[1]) for root in roots for path in Path(root).glob("*/*/hypa.pkl")})
-        hint = f"; runs lie in {first_few(holders)}: give those" if holders else ""
+        hint = f"; there are runs in {first_few(holders)}: give these folders" if holders else ""
         raise InputError(f"--compare: no run to read among {', '.join(map(str, roots))}{hint}")
     return runs
 
@@ -148,7 +148,7 @@ def read_scored(folder: Path) -> History:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """Return a run folder itself, or the folders in a folder of runs; if there are none, the root itself."""
+    """Return the folders in a folder, or the folder itself if it is a run folder or holds no folders."""
     if os.path.exists(root / "hypa.pkl"):
         return [root]
     try:
@@ -158,14 +158,14 @@ def run_folders(root: Path) -> list[Path]:
     return [path for path in inside if os.path.isdir(path)] or [root]
 
 
-def parts_of(runs: Sequence[History]) -> list[tuple[str, str, list[Setting]]]:
+def comparisons_of(runs: Sequence[History]) -> list[tuple[str, str, list[Setting]]]:
     """Return (data set, test set, settings scored on it) for each data set and test set."""
-    parts: dict[tuple[str, str], list[Setting]] = {}
+    found: dict[tuple[str, str], list[Setting]] = {}
     for dataset in dict.fromkeys(run.flags["dataset"] for run in runs):
         for setting in settings_of([run for run in runs if run.flags["dataset"] == dataset]):
             for test_set in test_sets_of(setting.runs[0].rows["val"][0]):
-                parts.setdefault((dataset, test_set), []).append(setting)
-    return [(dataset, test_set, settings) for (dataset, test_set), settings in parts.items()]
+                found.setdefault((dataset, test_set), []).append(setting)
+    return [(dataset, test_set, settings) for (dataset, test_set), settings in found.items()]
 
 
 def settings_of(runs: Sequence[History]) -> list[Setting]:
@@ -196,10 +196,13 @@ def settings_of(runs: Sequence[History]) -> list[Setting]:
 
 
 def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]]) -> list[str]:
-    """Name settings, each given by the flags in which settings differ, and its runs.
+    """Return a name for each setting.
 
     If the folder names of a setting's runs differ only in _seedN, use the rest of that name, without the
     ablation_SERIES that Result_Runs.sh puts in front. Otherwise use the flags that differ.
+
+    Args:
+        groups: (flags in which the settings differ, runs) of each setting.
     """
     names = []
     for _, members in groups:
@@ -211,7 +214,14 @@ def setting_names(groups: Sequence[tuple[Mapping[str, str], Sequence[History]]])
 
 
 def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
-    """Group runs by their flags, one row each; return each group's values of the flags that differ, and rows."""
+    """Group runs with equal flags.
+
+    Args:
+        flags: one row per run, one column per flag.
+
+    Returns:
+        For each group, its values of the flags that differ between groups, and its rows.
+    """
     flags = flags.loc[:, flags.nunique() > 1]
     if flags.empty:
         return [({}, list(flags.index))]
@@ -293,7 +303,7 @@ def mean_and_half_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
 
 
 def table_text(table: pd.DataFrame, flags: Iterable[str]) -> str:
-    """Return a table as it is printed, without the columns of these flags: whole epochs, scores with four digits."""
+    """Return a table as text, without the columns of these flags; scores have four decimals."""
     whole = dict.fromkeys(["epoch", "epochs done"], "{:.0f}".format)
     table = table.drop(columns=["data set", "test set", *flags], errors="ignore")
     return table.to_string(index=False, na_rep="", formatters=whole, float_format="{:.4f}".format)
@@ -336,8 +346,8 @@ def ablation_lines(
 ) -> dict[str, dict[str, list[float]]]:
     """Return lines of Recall@1 over a flag: at the best epoch, at the last one, and the paper's if there is one.
 
-    Runs that differ in other flags than this one and the seed are in different lines, named after the prefix by these
-    flags.
+    Runs that differ in any flag but this one and the seed are on different lines. The name of a line is the prefix and
+    the flags that differ.
 
     Returns:
         {name of the line: {value of the flag: Recall@1 of each run}}.
@@ -365,7 +375,7 @@ def ablation_lines(
 
 
 def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> pd.DataFrame:
-    """Return ablation_lines as a table, one row per value of the flag: numbers, then words; NaN for no runs."""
+    """Return ablation_lines as a table with a row per value of the flag: numbers, then words. NaN: no runs."""
     table = pd.DataFrame({name: pd.Series(points, dtype=object) for name, points in lines.items()})
     return table.sort_index(key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
 

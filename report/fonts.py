@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
-OWN = "DejaVu Sans"
+DEFAULT_FONT = "DejaVu Sans"
 USELESS = ("Last Resort", "Color Emoji")
 """Parts of the names of unusable fonts: placeholders for every character, and pictures that have no outlines."""
 
 
-def own_font() -> str:
+def default_font() -> str:
     """Return the file of DejaVu Sans that comes with Matplotlib."""
     return str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
 
@@ -43,19 +43,19 @@ def system_fonts() -> dict[str, tuple[str, np.ndarray]]:
 
 
 @functools.cache
-def own_characters() -> frozenset[int]:
+def default_characters() -> frozenset[int]:
     """Return the code points of DejaVu Sans."""
-    return frozenset(characters_of(own_font()).tolist())
+    return frozenset(characters_of(default_font()).tolist())
 
 
 @functools.cache
 def font_of(character: str) -> tuple[str, str]:
     """Return family and file of the font for a character: DejaVu Sans if it covers the character or no font does."""
-    if character.isprintable() and ord(character) not in own_characters():
+    if character.isprintable() and ord(character) not in default_characters():
         for family, (file, characters) in system_fonts().items():
             if ord(character) in characters:
                 return family, file
-    return OWN, own_font()
+    return DEFAULT_FONT, default_font()
 
 
 def families_for(text: str) -> list[str]:
@@ -63,11 +63,11 @@ def families_for(text: str) -> list[str]:
 
     The last family is for browsers that show an SVG, which may have fonts that this machine lacks.
     """
-    others = dict.fromkeys(font_of(character)[0] for character in text if font_of(character)[0] != OWN)
-    return [OWN, *others, "sans-serif"] if others else []
+    others = dict.fromkeys(font_of(character)[0] for character in text if font_of(character)[0] != DEFAULT_FONT)
+    return [DEFAULT_FONT, *others, "sans-serif"] if others else []
 
 
-def runs_of(text: str) -> Iterator[tuple[str, str]]:
+def parts_by_font(text: str) -> Iterator[tuple[str, str]]:
     """Split a text into parts with one font each; yield (file of the font, part)."""
     for file, characters in itertools.groupby(text, lambda character: font_of(character)[1]):
         yield file, "".join(characters)

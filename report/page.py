@@ -45,7 +45,7 @@ from support.errors import InputError
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
-"""Seconds after which a running run counts as silent, after its first epoch (longer for long epochs) and before."""
+"""Seconds without news until a run counts as silent: after its first epoch (more if epochs are long), and before."""
 
 FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(InfoPlot_.*|network)\.svg"]
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]
@@ -140,7 +140,7 @@ def last_values(*logs: Sequence[Row]) -> str:
     """Describe the last values of some logs in words, for readers who cannot see the plot."""
     values = {name: value for rows in logs for name, value in (rows[-1] if rows else {}).items()}
     texts = [f"{name} {value:.4g}" for name, value in values.items() if value is not None and name != "Time"]
-    return f"Over the epochs, at the last: {', '.join(texts)}"
+    return f"Curves over the epochs; values in the last epoch: {', '.join(texts)}"
 
 
 def picture(path: Path, words: str) -> dict[str, object] | None:
@@ -216,7 +216,7 @@ def draw_index(folder: Path) -> None:
     parent, path = folder.parent, folder.parent / "index.html"
     with warned(path):
         if path.exists() and MARKER not in path.read_bytes()[: 2**16]:
-            warn(path, "is none of ours and is left alone")
+            warn(path, "was not written by this program and is left alone")
             return
         histories = read_histories(parent)
         fill_in_flags(histories)
@@ -250,7 +250,12 @@ def read_histories(parent: Path) -> list[History]:
 
 @functools.lru_cache(maxsize=4096)
 def read_history(folder: Path, times: tuple[int, ...]) -> History | None:
-    """Return the history in a run folder, None if it cannot be read; `times`, of its files, serve as the cache key."""
+    """Return the history in a run folder; None if it cannot be read.
+
+    Args:
+        folder: the run folder.
+        times: modification times of its files; a change makes the cache read it anew.
+    """
     try:
         return History.read(folder)
     except InputError:

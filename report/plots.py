@@ -100,7 +100,7 @@ def draw_progress(path: Path, history: History, test_set: str) -> None:
         grid = figure.add_gridspec(len(heights), 1, height_ratios=heights, **sides)
         loss_axes = [figure.add_subplot(cell) for cell in grid]
         for i, (axis, name) in enumerate(zip(loss_axes, parts)):
-            draw_loss(axis, losses[[name]], first_look=i)
+            draw_loss(axis, losses[[name]], first_style=i)
             if i < len(parts) - 1:
                 axis.set_xticks([])
         score_axis = figure.add_subplot(figure.add_gridspec(1, 1, left=0.47, right=0.86, bottom=0.16, top=0.86)[0])
@@ -123,10 +123,15 @@ def draw_progress(path: Path, history: History, test_set: str) -> None:
         figure.suptitle(f"{plain(title)}\n{text}", fontsize=12, y=0.98)
 
 
-def draw_loss(axis: Axes, values: pd.DataFrame, first_look: int) -> None:
-    """Draw a loss, or the learning rate on a logarithmic axis, over the epochs."""
+def draw_loss(axis: Axes, values: pd.DataFrame, first_style: int) -> None:
+    """Draw a loss, or the learning rate on a logarithmic axis, over the epochs.
+
+    Args:
+        values: a single column, by epoch.
+        first_style: see draw_curves.
+    """
     name = values.columns[0]
-    draw_curves(axis, values, first_look)
+    draw_curves(axis, values, first_style)
     axis.set_title(f"{name.lower().capitalize()} in training", loc="left", fontsize=11)
     if name == "Learning Rate":
         rates = sorted({values[name].min(), values[name].max()})
@@ -180,9 +185,13 @@ def rate_steps(flags: Mapping[str, object]) -> Sequence[int]:
     return {"step": flags["tau"], "exp": range(1, flags["n_epochs"])}.get(flags["scheduler"], [])
 
 
-def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
-    """Draw the columns of a table over its epochs, in different colours and markers, without NaN."""
-    for i, name in enumerate(table, start=first_look):
+def draw_curves(axis: Axes, table: pd.DataFrame, first_style: int = 0) -> None:
+    """Draw the columns of a table over its epochs, in different colours and markers, without NaN.
+
+    Args:
+        first_style: index of the colour and marker of the first column.
+    """
+    for i, name in enumerate(table, start=first_style):
         points = table[name].dropna()
         look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 4}
         axis.plot(points.index, points, **look, markevery=max(1, len(points) // 25), label=name)
@@ -190,14 +199,14 @@ def draw_curves(axis: Axes, table: pd.DataFrame, first_look: int = 0) -> None:
 
 
 def format_axis(axis: Axes, n_values: int) -> None:
-    """Use whole epochs below an axis, about n_values values beside it, and horizontal grid lines."""
+    """Put whole epochs on the x axis, about n_values ticks on the y axis, and horizontal grid lines."""
     axis.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     axis.yaxis.set_major_locator(MaxNLocator(n_values))
     axis.grid(axis="y", alpha=0.25)
 
 
 def draw_probe(path: Path, history: History) -> None:
-    """Draw what the probe read, one panel per kind of label; training images with markers, test images as thin lines.
+    """Draw the accuracies of the probe, a panel per kind of label: training images with markers, test images thin.
 
     A last panel shows the agreement of the mined labels with other labels.
     """
@@ -225,7 +234,7 @@ def draw_probe(path: Path, history: History) -> None:
                         axis.plot(table.index, table[column], **look | (thin if test_set else marked))
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind, 24))
             low_from = "Shared" if kind == "Class" else "Class"
-            axis.set_title(f"{what} (wanted low from {low_from})", loc="left", fontsize=11)
+            axis.set_title(f"{what} (should be low from {low_from})", loc="left", fontsize=11)
             axis.set(ylim=(0, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")
             format_axis(axis, 5)
         if not agreements.empty:
@@ -233,7 +242,7 @@ def draw_probe(path: Path, history: History) -> None:
         for axis in axes.flat[n_panels:]:
             axis.set_visible(False)
         for axis in axes[:, 0]:
-            axis.set_ylabel("read with accuracy")
+            axis.set_ylabel("accuracy of the probe")
         handles = [line for line in axes[0, 0].lines if line.get_marker()]
         if test_sets:
             handles += [Line2D([], [], color="0.3", marker="o", markersize=4, label="training images")]
@@ -280,8 +289,8 @@ def draw_ablation(path: Path, flag: str, table: pd.DataFrame) -> None:
     Values of the flag are drawn at equal distances.
 
     Args:
-        table: the lists of Recall@1 of the runs at each value of the flag (rows) for each line (columns), NaN if there
-            are none. A line whose name starts with "paper" has published numbers.
+        table: a row for each value of the flag, a column for each line; a cell is the list of its runs' Recall@1, or
+            NaN without runs. A line whose name starts with "paper" has published numbers.
     """
     values = [plain(str(value), 40) for value in table.index]
     is_crowded = sum(len(value) + 2 for value in values) > 85  # more characters than fit side by side

@@ -27,7 +27,13 @@ FRAMES = {"query": ("#333333", ""), "same": ("#009e73", "✓"), "other": ("#d55e
 
 
 class Tile(NamedTuple):
-    """An image (H, W, 3) uint8, drawn as evaluation crops it, the text below it, and its kind, a key of FRAMES."""
+    """A tile of a contact sheet.
+
+    Attributes:
+        image: (H, W, 3) uint8; drawn as evaluation crops it.
+        caption: text below the image.
+        kind: a key of FRAMES.
+    """
 
     image: np.ndarray
     caption: str
@@ -57,7 +63,7 @@ def draw_neighbours(
 
 
 def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> list[Path]:
-    """Draw the last mining (see draw_clusters) to mined_clusters.png, and to a sheet of its own that stays.
+    """Draw the last mining (see draw_clusters) to mined_clusters.png, and to a file that later minings do not replace.
 
     Args:
         images: the training images.
@@ -143,10 +149,9 @@ def clusters_to_show(
     """Choose clusters and images to show, largest cluster first.
 
     Show all clusters or, if there are more than 10, the largest, middle and smallest ones; of each cluster the images
-    nearest to its centre, no two of the same class. The caption gives the cluster's size, its number of classes, and
-    the known factor with the largest excess, if that is positive: the share of images with the most frequent level,
-    minus what as many random images reach. Without subtracting that, a factor with many levels would win in small
-    clusters.
+    nearest to its centre, no two of the same class. The caption gives the cluster's size and number of classes, and the
+    known factor that stands out most: the one whose most frequent level has a share that exceeds share_by_chance most,
+    if any does. By the bare share, factors with few levels would win, and in small clusters chance would.
 
     Args:
         clusters: (N,) int.
@@ -257,13 +262,13 @@ def sheet_font(size: int, file: str) -> ImageFont.FreeTypeFont:
 
 def text_width(text: str, size: int) -> float:
     """Return the width in pixels of a text as draw_text draws it."""
-    return sum(sheet_font(size, file).getlength(part) for file, part in fonts.runs_of(text))
+    return sum(sheet_font(size, file).getlength(part) for file, part in fonts.parts_by_font(text))
 
 
 def draw_text(pen: ImageDraw.ImageDraw, x: float, middle: float, text: str, colour: str, size: int) -> None:
     """Draw a line of text from x on, centred on the height `middle`, on one base line for all fonts it needs."""
-    ascent, descent = sheet_font(size, fonts.own_font()).getmetrics()
-    for file, part in fonts.runs_of(text):
+    ascent, descent = sheet_font(size, fonts.default_font()).getmetrics()
+    for file, part in fonts.parts_by_font(text):
         font = sheet_font(size, file)
         pen.text((x, middle + (ascent - descent) / 2), part, colour, font, anchor="ls")
         x += font.getlength(part)

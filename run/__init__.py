@@ -1,1 +1,1 @@
-"""One run as its user sees it: its options and its folder."""
+"""A run: its flags, logged history, checkpoints, folder and provenance."""

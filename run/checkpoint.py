@@ -39,7 +39,7 @@ def save(
         parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: save the network alone.
     """
     progress = {"rows": history.rows, "initial_scores": history.initial_scores, "contents": history.image_sets}
-    progress["mined_labels"] = torch.from_numpy(smallest(np.stack(minings))) if minings else None
+    progress["mined_labels"] = torch.from_numpy(in_smallest_type(np.stack(minings))) if minings else None
     content = {"format": weights.CHECKPOINT_FORMAT, "state_dict": network.state_dict()}
     content |= {"flags": history.flags, "provenance": history.provenance, "progress": progress}
     if parts is not None:
@@ -92,12 +92,12 @@ def restore_history(history: History, content: Mapping[str, dict]) -> list[np.nd
         if len(minings) != len(history.mined_epochs) or history.rows.keys() != LOGS.keys() or history.epoch < 0:
             raise ValueError("its logs are not whole")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{history.folder / LAST}: no checkpoint of this version of the program ({error})") from error
+        raise InputError(f"{history.folder / LAST}: {weights.OTHER_VERSION} ({error})") from error
     return minings
 
 
 def complete_history(history: History) -> None:
-    """Complete the history of an earlier version's run with what only its last.pth.tar holds, if it has one.
+    """Add to the history of an earlier version's run the values that are only in its last.pth.tar, if that exists.
 
     Raises:
         InputError: the checkpoint is damaged.
@@ -126,9 +126,9 @@ def restore(content: Mapping[str, dict], network: torch.nn.Module, parts: Mappin
         auxiliaries.set_random_states(training["random"], network.mean.device)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{LAST}: holds no training of this run ({reason})") from error
+        raise InputError(f"{LAST}: does not hold the training state of this run ({reason})") from error
 
 
-def smallest(labels: np.ndarray) -> np.ndarray:
+def in_smallest_type(labels: np.ndarray) -> np.ndarray:
     """Convert labels to the smallest integer type that holds them, of those that a checkpoint can hold."""
     return labels.astype(next(kind for kind in (np.uint8, np.int16, np.int32) if labels.max() <= np.iinfo(kind).max))

@@ -31,7 +31,7 @@ class Run:
     Args:
         folder: the folder that a new run should get (a counter is added if it exists), or that of the run to resume.
         flags: flags that are stored with the run.
-        defaults: default of each flag whose value differs from it.
+        defaults: {flag: default} of the flags that differ from their defaults.
         provenance: provenance of this start, {what: text}.
         stored: the run to resume; None for a new one.
         may_restart: whether to reuse a folder of this name that a killed run left before its first checkpoint.
@@ -57,7 +57,7 @@ class Run:
         self.stack = contextlib.ExitStack()
         self.board = None
         self.made: list[Path] = []
-        self.is_resumable = False
+        self.is_resumable = False  # True once this start has saved or restored a checkpoint
         if stored:
             history = self.history
             history.flags = stored.content["flags"] | history.flags
@@ -216,24 +216,24 @@ class Run:
         self._write_minings(paths)
 
     def _write_minings(self, paths: Sequence[str]) -> None:
-        """Write any minings to mined_labels.npz: paths (N,), labels (M, N) and the epochs (M,) they begin."""
+        """Write mined_labels.npz, if there are minings: paths (N,), labels (M, N), and the epochs (M,) they precede."""
         if self.writes and self.minings:
-            labels = checkpoint.smallest(np.stack(self.minings))
+            labels = checkpoint.in_smallest_type(np.stack(self.minings))
             with replaced_file(self.folder / "mined_labels.npz") as file:
                 np.savez_compressed(file, paths=np.array(paths), labels=labels, epochs=self.history.mined_epochs)
 
-    def show(self, pictures: Iterable[Path], step: int) -> None:
-        """Add PNG files to the TensorBoard log, if it is wanted."""
+    def add_pictures(self, pictures: Iterable[Path], step: int) -> None:
+        """Add PNG files to the TensorBoard log, if there is one."""
         for path in pictures if self.board else []:
             with Image.open(path) as picture:
                 self.board.add_image(path.stem, np.asarray(picture), step, dataformats="HWC")
 
     def start_timing(self) -> None:
         """Start timing epochs here, for the estimate of the time left."""
-        self.trained_since = time.monotonic(), self.history.epoch, self.stopwatch.seconds["mining"]
+        self.timing_start = time.monotonic(), self.history.epoch, self.stopwatch.seconds["mining"]
 
     def seconds_left(self, epochs: int, share: float = 0.0) -> float | None:
-        """Estimate how long the run will take from here, from the epochs since this start and the last mining.
+        """Estimate the time left of the run from the epochs since this start and from the last mining.
 
         Args:
             epochs: number of complete epochs.
@@ -242,7 +242,7 @@ class Run:
         Returns:
             Seconds; None before anything was trained.
         """
-        since, first_epoch, mining = self.trained_since
+        since, first_epoch, mining = self.timing_start
         trained = epochs + share - first_epoch
         if trained <= 0:
             return None
@@ -290,7 +290,7 @@ class Run:
         checkpoint.restore(self.stored.content, network, parts)
         if self.minings and self.minings[-1].shape != (len(paths),):
             raise InputError(f"{self.folder / LAST}: its mined labels are not those of these images")
-        self.stored = None  # free its memory, as much as all parts take
+        self.stored = None  # free the stored checkpoint, which is as large as all parts together
         if self.writes:
             self._open()
         self._write_minings(paths)

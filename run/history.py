@@ -25,7 +25,7 @@ LOGS = {
     "shared": "log_val_Shared.csv",
     "probe": "log_probe.csv",
 }
-"""CSV files of a run folder, by the names of their rows in a checkpoint."""
+"""{log: its CSV file in a run folder}. The rows in a History and in a checkpoint have the same keys."""
 
 STATE_FILE = "run.json"
 
@@ -45,7 +45,7 @@ class History:
     Attributes:
         folder: the run folder.
         flags: flags of the run, with the facts in NOTES.
-        defaults: default of each flag whose value differs from it.
+        defaults: {flag: default} of the flags that differ from their defaults.
         provenance: provenance of each start of the run, {what: text}.
         rows: rows of each log in LOGS, in order.
         state: "running", "finished" or "stopped".
@@ -99,7 +99,7 @@ class History:
         return epoch % (self.flags["cluster_update_freq"] + 1) == 0 and epoch not in self.mined_epochs
 
     def best_index(self, test_set: str) -> int | None:
-        """Return the index of the row of "val" of a test set's best epoch; None before the first evaluation.
+        """Return the index in rows["val"] of a test set's best epoch; None before the first evaluation.
 
         The best epoch is the first one with the highest Recall@1 on that set or, with --select val, on the held-out
         classes.
@@ -268,9 +268,9 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
             flags = PlainUnpickler(file).load()
         provenance = flags.pop("provenance", [])
         if not isinstance(flags["dataset"], str) or not isinstance(flags["n_epochs"], int):
-            raise ValueError("no flags of a run")
+            raise ValueError("not the flags of a run")
         if not weights.is_provenance(provenance):
-            raise ValueError("its provenance is none")
+            raise ValueError("its provenance is malformed")
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     return flags, provenance
@@ -287,7 +287,7 @@ def read_log(path: Path) -> list[Row]:
             rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
         epochs = "Before Epoch" if path.name == LOGS["mining"] else "Epochs"
         if not rows or not all(isinstance(row[epochs], int) and None not in row for row in rows):
-            raise ValueError("no whole rows")
+            raise ValueError("no rows, or incomplete rows")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
     return rows
@@ -319,7 +319,7 @@ def read_state(path: Path) -> dict[str, object]:
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
         if not math.isfinite(stored["seconds"] + stored["written"]):
-            raise ValueError("its times are no numbers")
+            raise ValueError("its times are not finite")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
     return {name: stored[name] for name in STATE}

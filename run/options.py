@@ -1,4 +1,4 @@
-"""Flags of main.py: their types, which do not fit together, and which a resumed run keeps."""
+"""Flags of main.py: their types, checks of their combinations, and which ones a resumed run keeps."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from data.published import published_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags
 from support import packages, processes
-from support.errors import InputError, OneLineParser, counted, first_few
+from support.errors import InputError, OneLineParser, first_few
 from support.output import log
 
 TASKS = ("Class", "Shared")
@@ -53,11 +53,11 @@ class FlagHelpFormatter(argparse.HelpFormatter):
 
 
 def shown(value: object) -> str:
-    """Return a flag's value as it is typed."""
+    """Return a flag's value as text."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def typed(flag: str, value: object) -> str:
+def as_typed(flag: str, value: object) -> str:
     """Return a flag with its value, to paste into a command line; "no --flag" if the flag is not given."""
     if value is None or value is False:
         return f"no --{flag}"
@@ -110,7 +110,7 @@ NOT_NEGATIVE = number(float, lambda value: 0 <= value <= 1e9, "a number of at le
 SEED = number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
 PROBABILITY = number(float, lambda value: 0 <= value <= 1, "a probability from 0 to 1")
 PATH = os.path.expanduser
-"""An argparse type: a path. It expands ~, as shells do so only at the start of a word."""
+"""An argparse type: a path. It expands ~, because shells do not in --flag=~/path."""
 FRACTION = number(float, lambda value: 0 <= value < 1, "a fraction from 0 up to, but not including, 1")
 
 
@@ -173,7 +173,7 @@ def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
     if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
         parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
     if args.go_on and not args.savename:
-        parser.error("--go_on: give the name of the run to go on with, --savename NAME")
+        parser.error("--go_on: name the run to resume with --savename NAME")
 
 
 def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -226,7 +226,7 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
         if args.bs % images_per_class:
             parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
         if losses.needs_positives(name) and args.bs < 2 * images_per_class:
-            parser.error(f"--bs {args.bs} holds one class of --cs_per_bs {images_per_class}; {task} needs two or more")
+            parser.error(f"--bs {args.bs} has room for one class of --cs_per_bs {images_per_class}; {task} needs two")
     n_processes = processes.world_size()
     if args.bs % n_processes:
         parser.error(f"--bs {args.bs} is not divisible by the {n_processes} processes that torchrun started")
@@ -249,8 +249,8 @@ def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
     n_draws = args.bs // args.cs_per_bs[0]
     if args.task_p[0] and args.cs_per_bs[0] > 1 and n_draws > n_classes:
         warnings.append(
-            f"--bs {args.bs} draws {n_draws} times {args.cs_per_bs[0]} images of a class, and "
-            f"{counted(n_classes, 'class')} train; a smaller batch repeats less"
+            f"--bs {args.bs} takes {args.cs_per_bs[0]} images of each of {n_draws} classes, but there are only "
+            f"{n_classes} to train, so classes repeat within a batch; try a smaller one"
         )
     if args.compile and args.bn == "train" and processes.world_size() > 1:
         warnings.append(
@@ -273,7 +273,7 @@ def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:
 
 
 def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:
-    """Return the default of each flag of a run whose value differs from it."""
+    """Return {flag: default} of the flags of a run that differ from their defaults."""
     defaults = vars(parser.parse_args([])) | dependent_defaults(args)
     return {flag: defaults[flag] for flag, value in stored_flags(args).items() if shown(value) != shown(defaults[flag])}
 
@@ -307,7 +307,7 @@ def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
     except InputError as error:
         hint = "" if (folder / LAST).exists() else "; it has no complete epoch, or is no run"
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
-        hint = f"; runs lie in it: {first_few(inside)}" if inside else hint
+        hint = f"; there are runs in it: {first_few(inside)}" if inside else hint
         raise InputError(f"{error}{hint}") from error
 
 
@@ -331,6 +331,6 @@ def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folde
     free |= {"save_path"} if args.go_on else set()  # the run was found there, even if the path was spelt differently
     other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
-        changes = "; ".join(f"{typed(flag, stored[flag])}, not {typed(flag, getattr(args, flag))}" for flag in other)
+        changes = "; ".join(f"{as_typed(f, stored[f])}, not {as_typed(f, getattr(args, f))}" for f in other)
         hint = "give these, or another --savename or --save_path" if args.go_on else f"only {GIVEN_ANEW} may change"
         parser.error(f"--{'go_on' if args.go_on else 'resume'}: {folder} is a run with {changes}; {hint}")

@@ -53,7 +53,7 @@ class OneLineParser(argparse.ArgumentParser):
             words = [word.split("=")[0] for word in message.split() if word.startswith("-")]
             near = [flag for word in words for flag in difflib.get_close_matches(word, flags, 1, 0.75)]
             if near:
-                message += f"; near: {' '.join(near)}"
+                message += f"; did you mean {' or '.join(near)}?"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n" if processes.is_first() else None)
 
 
@@ -153,7 +153,7 @@ def signals_stop() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore signals to stop from now on, so that they cannot interrupt the clean-up."""
+    """From now on, ignore signals that ask the program to stop, so that they cannot interrupt the clean-up."""
     for signum in SIGNALS:
         if signum == getattr(signal, "SIGCHLD", None):  # PyTorch's handler raises when the other workers end
             signal.signal(signum, signal.SIG_DFL)

@@ -42,7 +42,7 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove empty folders, given parents first, from last to first."""
+    """Remove the folders that are empty, the last one first; parents come before what they contain."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()

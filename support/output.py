@@ -154,7 +154,7 @@ class Progress:
         parts = [f"{self.what}: {share:.0%} of {self.n_images:,} images", f"{self.n_done / seconds:,.0f} images/s"]
         parts += [f"{name} {value}" for name, value in self.values.items()]
         parts += [f"left: {clock(seconds / share - seconds)}"]
-        parts += [] if run_left is None else [f"of the run {clock(run_left)}"]
+        parts += [] if run_left is None else [f"left of the run: {clock(run_left)}"]
         return ", ".join(parts)
 
 

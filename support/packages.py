@@ -99,7 +99,7 @@ def imported_timm(name: str) -> ModuleType:
     architecture, _, tag = name.partition(".")
     if architecture not in models or (tag and name not in pretrained):
         near = difflib.get_close_matches(name, pretrained if tag else models, 3, 0)
-        raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; near it: {', '.join(near)}")
+        raise InputError(f"--arch timm/{name}: timm {timm.__version__} has no such model; similar: {', '.join(near)}")
     return timm
 
 
@@ -139,7 +139,7 @@ def library_loss(name: str, n_classes: int, embed_size: int) -> nn.Module:
     try:
         loss = kind(**arguments)
         trial = copy.deepcopy(loss)
-        for _ in range(2):  # some losses keep the graph of the previous batch, which fails now
+        for _ in range(2):  # a loss that keeps the graph of the previous batch fails at the second one: better here
             trial(rows, torch.tensor([0, 0, 0, 1, 1, 0])).backward()
     except (TypeError, ValueError, RuntimeError) as error:
         reason = first_line(error).replace(f"{name}.__init__() ", "")
@@ -166,7 +166,7 @@ def library_loss_class(name: str) -> type[nn.Module]:
     losses = {kind.__name__: kind for kind in kinds if kind is not base}
     if name not in losses:
         near = ", ".join(difflib.get_close_matches(name, losses, 3, 0))
-        raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; near it: {near}")
+        raise InputError(f"--losses pml/{name}: pytorch-metric-learning has no such loss; similar: {near}")
     return losses[name]
 
 

@@ -67,11 +67,16 @@ def warning_of_other_tasks() -> str | None:
     )
 
 
-def end_with(owner: int, signum: int) -> None:
-    """On Linux, send this process a signal when its parent, with process id `owner`, dies, even if that is killed."""
+def die_with_parent(parent: int, signum: int) -> None:
+    """On Linux, let the system send this process a signal when its parent dies, however that ends.
+
+    Args:
+        parent: process id of the parent.
+        signum: the signal.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, int(signum))  # PR_SET_PDEATHSIG
-        if os.getppid() != owner:  # it has already died
+        if os.getppid() != parent:  # it has already died
             signal.raise_signal(signum)
 
 
@@ -83,7 +88,7 @@ def connected() -> Iterator[None]:
         return
     has_gpu = torch.cuda.is_available()
     # A process waiting in NCCL does not react to SIGTERM, and would hold its GPU until TIMEOUT
-    end_with(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
+    die_with_parent(os.getppid(), signal.SIGKILL if has_gpu else signal.SIGTERM)
     backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
     distributed.init_process_group(backend, timeout=TIMEOUT)
     yield
@@ -174,9 +179,10 @@ def gather_batch(embeddings: Mapping[str, Tensor], labels: Tensor) -> tuple[dict
 
 
 def share_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace gradients by those of the first process, for parameters whose gradient all compute from the whole batch.
+    """Replace the gradients of parameters by those of the first process.
 
-    GPUs add up in no fixed order, so the gradients may differ in the last bits, but the parameters must stay identical.
+    It is for parameters whose gradients every process computes from the whole batch. GPUs add up in no fixed order, so
+    these gradients may differ in the last bits, but the parameters must stay identical.
     """
     for parameter in parameters:
         if world_size() > 1 and parameter.grad is not None:

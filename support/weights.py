@@ -15,7 +15,7 @@ from support.packages import imported
 CHECKPOINT_FORMAT = 4
 """Version of the checkpoint layout; checkpoints of other versions are rejected."""
 
-OTHER_VERSION = "no checkpoint of this version of the program"
+OTHER_VERSION = "is not a checkpoint of this version of the program"
 
 
 class Part(dict):
@@ -40,7 +40,7 @@ def read_file(path: str | Path, source: str) -> object:
             be imported.
     """
     if os.path.isdir(path):
-        raise InputError(f"{source}: is a folder; name a file in it, of a run folder its checkpoint.pth.tar")
+        raise InputError(f"{source}: is a folder; give a file, such as the checkpoint.pth.tar of a run folder")
     if not os.path.isfile(path):
         raise InputError(f"{source}: no such file; give a torchvision state dict (.pth) or a checkpoint (.pth.tar)")
     library = None

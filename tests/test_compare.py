@@ -183,7 +183,7 @@ def test_a_setting_without_a_finished_run_has_no_means_and_no_curve(tmp_path, ca
     assert printed.count("0.5000") == 4
     assert "mean of" not in printed
     assert "gap" not in printed
-    with pytest.raises(InputError, match="p.svg: no run is through with its epochs"):
+    with pytest.raises(InputError, match="p.svg: no run has finished all its epochs"):
         compare.compare_runs([tmp_path / "runs"], plot=tmp_path / "p.svg")
     write_run(tmp_path / "runs" / "b1", [0.5, 0.6], n_epochs=2, adv_weights=[0.0])
     compare.compare_runs([tmp_path / "runs"], plot=tmp_path / "p.svg")
@@ -344,7 +344,7 @@ def test_what_cannot_be_compared_is_named(tmp_path):
 def test_a_folder_above_those_of_the_data_sets_is_told_where_runs_lie(tmp_path):
     for dataset in ("cars196", "shapes"):
         write_run(tmp_path / dataset / "a run", [0.5], dataset=dataset)
-    with pytest.raises(InputError, match=f"; runs lie in {tmp_path}/cars196, {tmp_path}/shapes: give those"):
+    with pytest.raises(InputError, match=f"; there are runs in {tmp_path}/cars196, {tmp_path}/shapes: give these"):
         compare.compare_runs([tmp_path])
 
 

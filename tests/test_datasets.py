@@ -339,7 +339,7 @@ def test_command_prints_a_diagnosis_of_several_lines(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         datasets.main(["cub200", "--chek"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "datasets.py: error: unrecognized arguments: --chek; near: --check\n"
+    assert capsys.readouterr().err == "datasets.py: error: unrecognized arguments: --chek; did you mean --check?\n"
 
 
 def test_command_ends_in_one_line_where_nothing_can_be_printed(class_folders):

@@ -154,7 +154,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
     assert "exists already" in refused(capsys, argv, evaluate)
     argv[-3] = tmp_path / "f.npz"
     argv[2] = tmp_path / "nowhere"
-    assert f"--embed {tmp_path}/nowhere: no folder with images" in refused(capsys, argv, evaluate)
+    assert f"--embed {tmp_path}/nowhere: no images" in refused(capsys, argv, evaluate)
     (tmp_path / "mine" / "a" / "folder.png").mkdir()
     (tmp_path / "mine" / "._one.jpg").write_bytes(b"of another system")
     argv[2] = tmp_path / "mine" / "c"
@@ -193,7 +193,7 @@ def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):
     wrong = {
         "holds a pickled object (pathlib": contents | {"flags": Path("x")},
         "not the weights of resnet50": contents | {"flags": contents["flags"] | {"arch": "resnet50"}},
-        "no checkpoint of this version": contents | {"format": 1},
+        "is not a checkpoint of this version": contents | {"format": 1},
     }
     for message, content in wrong.items():
         torch.save(content, path)
@@ -274,7 +274,7 @@ def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
         which = "training images" if heading else "test images"
         assert line.startswith(
-            f"warning: not the images that the run was scored on: {which}: as many, but other files;"
+            f"warning: the images have changed since the run was scored: {which}: as many, but other files;"
         )
         shutil.copy(
             stored.parent.parent / "source" / "tiny" / "images" / f"class_0{label}" / "1.jpg",

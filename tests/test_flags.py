@@ -51,7 +51,7 @@ def test_a_task_that_never_steps_may_have_any_batches():
 
 
 def test_flags_that_train_badly_are_doubted():
-    few = "--bs 112 draws 28 times 4 images of a class, and 6 classes train; a smaller batch repeats less"
+    few = "--bs 112 takes 4 images of each of 28 classes, but there are only 6 to train, so classes repeat within"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
     assert options.warnings_for(parse("--not_pretrained"), 6) == [slow, few]
     assert options.warnings_for(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
@@ -68,7 +68,7 @@ def test_defaults_that_depend_on_other_flags():
 
 def test_flags_that_a_message_asks_for_can_be_pasted():
     named = {"weights": "my nets/a.pth", "task_p": [1.0, 0.8], "tensorboard": True, "fast_eval": False}
-    assert [options.typed(flag, value) for flag, value in named.items()] == [
+    assert [options.as_typed(flag, value) for flag, value in named.items()] == [
         "--weights 'my nets/a.pth'", "--task_p 1.0 0.8", "--tensorboard", "no --fast_eval"
     ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_flags_that_a_message_asks_for_can_be_pasted():
         (["--embed_sizes", "1", "2", "3"], "--embed_sizes: '1' is not a whole number of at least 2"),
         (["--embed_sizes", "8", "8", "8"], "--embed_sizes 8 8 8: takes 2 values"),
         (["--bs", "110"], "--bs 110 is not a multiple of --cs_per_bs 4"),
-        (["--bs", "4"], "--bs 4 holds one class"),
+        (["--bs", "4"], "--bs 4 has room for one class"),
         (["--cs_per_bs", "1", "4"], "marginloss needs at least 2 images per class"),
         (["--adv_weights", "1", "2"], "takes one weight per direction"),
         (["--adversarial", "Class-Shared", "Class-Shared", "--adv_weights", "1", "2"], "name each direction once"),
@@ -96,7 +96,7 @@ def test_flags_that_a_message_asks_for_can_be_pasted():
         (["--savename", "a/b"], "--savename 'a/b': give a plain folder name"),
         (["--dataset", "../elsewhere"], "and where it lies: --dataset elsewhere --source_path"),
         (["--weights", "w.pth", "--not_pretrained"], "contradicts --not_pretrained"),
-        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3; near: --n_epochs"),
+        (["--n_epoch", "3"], "unrecognized arguments: --n_epoch 3; did you mean --n_epochs?"),
         (["--seed", "9" * 30], "is not a whole number from 0 to 2^63 - 1"),
         (["--n_epochs", "9" * 400], "is not a whole number"),
         (["--bs", "1"], "--bs: '1' is not a whole number of at least 2"),

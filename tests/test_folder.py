@@ -174,7 +174,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
     before = (path / "last.pth.tar").stat().st_mtime_ns
     capsys.readouterr()
     run(["--resume", path, "--lr", "1e-3", "--k_vals", 8, 4, 2, "--savename", "run"])  # its own, as they were given
-    assert f"{path} is finished: 2 epochs are done; a larger --n_epochs goes on" in capsys.readouterr().out
+    assert f"{path} is finished: 2 epochs are done; for more, give a larger --n_epochs" in capsys.readouterr().out
     assert (path / "last.pth.tar").stat().st_mtime_ns == before
     shutil.copytree(source, tmp_path / "moved")
     anew = ["--n_epochs", 3, "--kernels", 1, "--gpu", 0, "--source_path", tmp_path / "moved", "--cache", "ram"]
@@ -248,16 +248,16 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     assert "no such run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
-    assert f"; runs lie in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
+    assert f"; there are runs in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
     (tmp_path / "run").mkdir()
     assert "it has no complete epoch, or is no run" in refused(capsys, ["--resume", tmp_path / "run"])
     shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
     assert "holds a network without the state of its training" in refused(capsys, ["--resume", tmp_path / "run"])
     other_format = stored_run(tmp_path / "format", content | {"format": 1})
-    assert "no checkpoint of this version of the program" in refused(capsys, ["--resume", other_format])
+    assert "is not a checkpoint of this version of the program" in refused(capsys, ["--resume", other_format])
     content["flags"]["arch"] = "resnet50"
     other_network = stored_run(tmp_path / "arch", content)
-    assert "last.pth.tar: holds no training of this run (" in refused(capsys, ["--resume", other_network])
+    assert "last.pth.tar: does not hold the training state of" in refused(capsys, ["--resume", other_network])
     assert {file.name for file in other_network.iterdir()} <= FILES_OF_A_REFUSED_RESUME
 
 
@@ -551,7 +551,7 @@ def test_the_time_left_is_that_of_the_epochs_of_this_start_and_of_the_minings_du
     flags = {"n_epochs": 10, "task_p": [1.0, 0.8], "cluster_update_freq": 3}
     run = Run(tmp_path, flags, defaults={}, provenance={}, stored=None, may_restart=False)
     run.history.rows["mining"] = [{"Before Epoch": epoch, "Time": 7.0} for epoch in (0, 4)]
-    run.trained_since, run.stopwatch.seconds["mining"] = (100.0, 5, 20.0), 30.0
+    run.timing_start, run.stopwatch.seconds["mining"] = (100.0, 5, 20.0), 30.0
     monkeypatch.setattr(time, "monotonic", lambda: 170.0)
     assert run.seconds_left(5) is None
     assert run.seconds_left(7) == pytest.approx(60 / 2 * 3 + 7)  # 60 s of training in 2 epochs, 3 epochs, 1 mining

@@ -180,7 +180,7 @@ def test_the_gpu_that_is_asked_for_is_taken_and_made_the_current_one(card, monke
     assert chosen == [device]
     assert caplog.messages == ["device: GPU 0, NVIDIA H200"]
     assert auxiliaries.compute_capability(device) == H200
-    assert auxiliaries.gpu_events(device) is not None
+    assert auxiliaries.event_maker(device) is not None
     assert not recwarn.list
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert auxiliaries.compute_capability(device) is None
@@ -230,7 +230,7 @@ def outlive_torchrun():
     ready, tell = os.pipe()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        processes.end_with(os.getppid(), signal.SIGKILL)
+        processes.die_with_parent(os.getppid(), signal.SIGKILL)
         os.write(tell, b"ready")
         time.sleep(20)
         os.write(2, b"alive")

@@ -297,12 +297,12 @@ def test_images_alone_in_their_class_take_no_part_in_the_first_clustering(mode):
 def test_a_run_says_how_many_images_took_no_part_in_its_first_clustering(tmp_path, capsys):
     write_class_folders(tmp_path / "source" / "tiny", per_class=(4, 1, 5, 1, 4, 4, 1, 4))
     folder = run(small_flags(tmp_path / "source", tmp_path / "results", "--n_epochs", 1))
-    line = "alone in their class: 2 images took no part in this clustering, as the mean of the class would leave"
+    line = "alone in their class: 2 images took no part in this clustering, as subtracting the class mean"
     assert capsys.readouterr().out.count(line) == 1
     assert read_logs(folder)["log_mining.csv"]["Inertia"].notna().all()
     assert np.load(folder / "mined_labels.npz")["labels"].shape[1] == 11
     flags = small_flags(tmp_path / "source", tmp_path / "results", "--shared_num_classes", 10)
-    message = "--shared_num_classes 10 is larger than the 9 training images of tiny that are not alone in their class"
+    message = "--shared_num_classes 10 is larger than the 9 training images of tiny that share their class with another"
     assert message in refused(capsys, flags)
     assert not (tmp_path / "results" / "tiny" / "run_1").exists()
 
@@ -442,8 +442,8 @@ def test_shapes_log_how_mined_labels_match_the_known_factors(tmp_path):
             assert probe[[f"Test {column}" for column in columns]].stack().between(0, 1).all()
     assert "Test Mined by chance" not in probe
     texts = {node.text for node in ElementTree.parse(folder / "InfoPlot_Probe.svg").iter() if node.tag.endswith("text")}
-    assert {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"} <= texts
-    assert {f"{name} (wanted low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
+    assert {"the class (should be low from Shared)", "the mined label (should be low from Class)"} <= texts
+    assert {f"{name} (should be low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
 
 
 def test_known_factors_are_read_from_the_class_embedding_of_a_plain_baseline_too(tmp_path):
@@ -628,7 +628,8 @@ def test_what_cannot_be_held_out_is_one_line(eight_classes, tmp_path, capsys, mo
 
 
 @pytest.mark.parametrize(
-    ("with_background", "found"), [(0.8, "mined: the background"), (0.3, "mined: nothing clear, most the background")]
+    ("with_background", "found"),
+    [(0.8, "mined: the background"), (0.3, "mined: nothing clear, closest is the background")],
 )
 def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(with_background, found):
     mined = {"Before Epoch": 4, "AMI class": 0.36, "AMI size": -0.01, "AMI background": with_background}

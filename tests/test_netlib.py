@@ -284,7 +284,7 @@ def changed_state(*without, **changes):
         (changed_flags(arch="resnet50"), "not the weights of resnet50 .Missing .*backbone.layers.conv1.weight"),
         (changed_flags(arch="vgg"), "its flags say arch vgg, not one of resnet50, googlenet"),
         (changed_flags(arch=["googlenet"]), "its flags or heads are not those of a run"),
-        (lambda stored: stored | {"flags": {"arch": "googlenet"}}, "no checkpoint of this version of the program"),
+        (lambda stored: stored | {"flags": {"arch": "googlenet"}}, "is not a checkpoint of this version"),
         (changed_state("heads.Shared.bias"), "Missing .*: .heads.Shared.bias"),
         (changed_state("backbone.layers.conv1.bn.running_mean"), "Missing .*: .backbone.layers.conv1.bn.running_mean"),
         (changed_state(**{"heads.Class.bias": torch.zeros(9)}), "size mismatch for heads.Class.weight"),

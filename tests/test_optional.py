@@ -122,8 +122,8 @@ def test_frozen_batchnorm_of_a_timm_model_keeps_its_statistics(timm, tiny_run):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--arch", "timm/test_vt"], "has no such model; near it: test_vit, "),
-        (["--arch", "timm/test_vit.unheard_of"], "has no such model; near it: test_vit"),
+        (["--arch", "timm/test_vt"], "has no such model; similar: test_vit, "),
+        (["--arch", "timm/test_vit.unheard_of"], "has no such model; similar: test_vit"),
         (["--arch", "timm/test_vit", "--img_size", 100], "--img_size 100: timm/test_vit cannot take it ("),
         (["--arch", "timm/"], "invalid choice: 'timm/' (choose from resnet50, googlenet, "),
     ],
@@ -145,7 +145,7 @@ def test_the_grid_of_a_transformers_weights_is_brought_to_the_size_of_the_images
 
 
 def test_an_unknown_model_is_not_taken_for_a_bad_size(timm):
-    with pytest.raises(InputError, match="has no such model; near it: "):
+    with pytest.raises(InputError, match="has no such model; similar: "):
         build("timm/sknet", 64)
 
 
@@ -215,7 +215,7 @@ def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, c
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ContrastivLoss", "pytorch-metric-learning has no such loss; near it: ContrastiveLoss"),
+        ("ContrastivLoss", "pytorch-metric-learning has no such loss; similar: ContrastiveLoss"),
         ("SelfSupervisedLoss", "pml/SelfSupervisedLoss: "),
         ("GenericPairLoss", "needs more than embeddings and labels (missing 1 required positional argument: 'mat"),
         ("SmoothAPLoss", "needs more than embeddings and labels (All classes must have the same number of elements"),

@@ -84,7 +84,7 @@ def test_progress_is_a_line_a_minute_where_there_is_no_terminal(caplog, monkeypa
         clock_at(61.0)
         progress.update(25)
     assert caplog.messages == [
-        "epoch 3: 38% of 200 images, 1 images/s, Class 0.25, Shared 0.5, left: 0:01:42, of the run 2:40:00"
+        "epoch 3: 38% of 200 images, 1 images/s, Class 0.25, Shared 0.5, left: 0:01:42, left of the run: 2:40:00"
     ]
 
 

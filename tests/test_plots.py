@@ -118,7 +118,7 @@ def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
     rows = [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)]
     plots.draw_probe(path, history_of(tmp_path / "a run", [], probe=rows))
     assert len(elements(path, r"axes_\d+")) == 2
-    panels = {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"}
+    panels = {"the class (should be low from Shared)", "the mined label (should be low from Class)"}
     assert panels | {"a run", "by chance", "from the Class embedding"} <= set(all_texts(path))
     assert "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label" in all_texts(path)
     assert "test images" not in all_texts(path)
@@ -137,8 +137,8 @@ def test_probe_of_test_images_is_in_the_same_panels(tmp_path, monkeypatch):
     assert [(line.get_label(), line.get_ydata().tolist()) for line in agreement.lines] == [
         ("class", [0.1]), ("light", [0.7])
     ]  # fmt: skip
-    titles = ["the class (wanted low from Shared)", "the mined label (wanted low from Class)"]
-    assert [axis.get_title("left") for axis in axes] == [*titles, "light (wanted low from Class)"]
+    titles = ["the class (should be low from Shared)", "the mined label (should be low from Class)"]
+    assert [axis.get_title("left") for axis in axes] == [*titles, "light (should be low from Class)"]
     assert [[line.get_marker() for line in axis.lines] for axis in axes] == [
         ["s", "", "o", "_", ""], ["s", "o", "_"], ["s", "", "_", ""]
     ]  # fmt: skip
@@ -209,23 +209,23 @@ def test_plots_look_the_same_whatever_the_users_matplotlibrc(tmp_path):
 
 def test_names_are_drawn_in_a_font_that_has_their_characters(tmp_path):
     """STIXGeneral, which Matplotlib brings, stands for a font of the system."""
-    own = fonts.characters_of(fonts.own_font())
+    own = fonts.characters_of(fonts.default_font())
     more = fonts.characters_of(font_manager.findfont("STIXGeneral"))
     character = chr(min(code for code in {*more} - {*own} if chr(code).isprintable()))
     family, file = fonts.font_of(character)
-    assert family != fonts.OWN
+    assert family != fonts.DEFAULT_FONT
     assert ord(character) in fonts.characters_of(file)
     plots.draw_comparison(tmp_path / "plot.svg", {f"a {character}": pd.DataFrame([0.5]), "b": pd.DataFrame([0.5])})
     styles = {node.text: node.get("style") for node in ElementTree.parse(tmp_path / "plot.svg").iter() if node.text}
     assert f"'DejaVu Sans', '{family}'" in styles[f"a {character} (1 run)"]
     assert family not in styles["b (1 run)"]
-    assert [part for _, part in fonts.runs_of(f"a {character}")] == ["a ", character]
+    assert [part for _, part in fonts.parts_by_font(f"a {character}")] == ["a ", character]
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_character_that_no_font_has_is_drawn_without_a_word(tmp_path, suffix):
     plots.draw_comparison(tmp_path / f"plot{suffix}", {"\U000fabcd 漢字 🦜": pd.DataFrame([0.5])})
-    assert fonts.font_of("\U000fabcd")[0] == fonts.OWN
+    assert fonts.font_of("\U000fabcd")[0] == fonts.DEFAULT_FONT
 
 
 def test_ablation_shows_every_value_mean_and_run(tmp_path):

@@ -43,7 +43,7 @@ def one_bit_off(path):
 
 UNUSABLE = {
     "nothing": (lambda path: None, "no such file; give a torchvision state dict"),
-    "a folder": (lambda path: path.mkdir(), "is a folder; name a file in it"),
+    "a folder": (lambda path: path.mkdir(), "is a folder; give a file"),
     "empty": (lambda path: path.touch(), "cannot be read (EOFError); it is damaged or truncated"),
     "bytes": (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read (UnpicklingError); it is damaged"),
     "cut off": (cut_off, "it is damaged or truncated, or was not written by torch.save"),
@@ -155,7 +155,7 @@ def test_a_checkpoint_is_read_from_a_folder_or_a_file(tmp_path):
 def test_other_files_are_no_checkpoints(tmp_path, change):
     torch.save(CHECKPOINT | change, tmp_path / "checkpoint.pth.tar")
     line = refusal(weights.read_checkpoint, tmp_path)
-    assert line == f"{tmp_path}/checkpoint.pth.tar: no checkpoint of this version of the program"
+    assert line == f"{tmp_path}/checkpoint.pth.tar: is not a checkpoint of this version of the program"
 
 
 @pytest.mark.parametrize("part", ["flags", "progress", "training"])
@@ -164,13 +164,13 @@ def test_a_key_that_is_missing_tells_a_checkpoint_of_another_version(tmp_path, p
     read = weights.read_checkpoint(tmp_path)[part]
     assert (read.get("absent", 5), type(read | {"absent": 5})) == (5, dict)  # what a checkpoint can hold again
     line = refusal(lambda: read["absent"])
-    assert line == f"{tmp_path}/checkpoint.pth.tar: no checkpoint of this version of the program"
+    assert line == f"{tmp_path}/checkpoint.pth.tar: is not a checkpoint of this version of the program"
 
 
 def test_lists_state_dicts_and_parts_are_no_checkpoints(tmp_path):
     for content in ([1], CHECKPOINT["state_dict"], {"format": weights.CHECKPOINT_FORMAT}):
         torch.save(content, tmp_path / "checkpoint.pth.tar")
-        assert "no checkpoint of this version" in refusal(weights.read_checkpoint, tmp_path)
+        assert "is not a checkpoint of this version" in refusal(weights.read_checkpoint, tmp_path)
 
 
 def test_a_folder_without_the_checkpoint_names_those_it_has(tmp_path):

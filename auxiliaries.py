@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import faiss
@@ -271,15 +270,14 @@ def n_workers(n_wanted: int) -> int:
 
 
 def kmeans(
-    points: np.ndarray, n_clusters: int, seed: int, n_iterations: int = 20, left_out: np.ndarray | None = None
+    points: np.ndarray, n_clusters: int, seed: int, left_out: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cluster points with faiss, without subsampling.
+    """Cluster points with 20 iterations of faiss, without subsampling.
 
     Args:
         points: (N, D), converted to float32.
         n_clusters: number of clusters, at most the number of points that take part.
         seed: seed of the initial centres.
-        n_iterations: iterations of k-means.
         left_out: (N,) bool, points that are excluded from the clustering and only assigned to the nearest centre; None:
             all points take part.
 
@@ -290,7 +288,7 @@ def kmeans(
     points = np.ascontiguousarray(points, dtype=np.float32)
     taking_part = points if left_out is None or not left_out.any() else points[~left_out]
     every_point = {"min_points_per_centroid": 1, "max_points_per_centroid": len(taking_part)}
-    clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=n_iterations, seed=seed % 2**31, **every_point)
+    clustering = faiss.Kmeans(points.shape[1], n_clusters, niter=20, seed=seed % 2**31, **every_point)
     n_threads = faiss.omp_get_max_threads()
     if processes.world_size() > 1:  # torchrun limits each process to one thread, but here the others wait
         faiss.omp_set_num_threads(n_cores())
@@ -380,7 +378,7 @@ class LossMeter:
         self.pending.clear()
         return {term: f"{total / self.counts[term]:.4g}" for term, total in self.sums.items()}
 
-    def averages(self, n_steps: int, tasks: Sequence[str], directions: Sequence[str]) -> dict[str, float | None]:
+    def averages(self, n_steps: int, tasks: Sequence[str]) -> dict[str, float | None]:
         """Return the average losses of an epoch of n_steps steps; None for a loss that took no step.
 
         "Train Loss" averages all terms over all steps, each task's loss only over the task's own steps, and
@@ -389,7 +387,7 @@ class LossMeter:
         row: dict[str, float | None] = {"Train Loss": sum(self.sums.values()) / n_steps if n_steps else None}
         for task in tasks:
             row[f"{task} Loss"] = self.sums[task] / self.counts[task] if task in self.sums else None
-        adversarial = [total for term, total in self.sums.items() if term in directions]
+        adversarial = [total for term, total in self.sums.items() if term not in tasks]
         return row | {"Adversarial Loss": sum(adversarial) / n_steps if adversarial else None}
 
 
@@ -451,17 +449,13 @@ class Stopwatch:
         While the host waits for a batch, the GPU may still work on earlier steps. So measure on the GPU: from an event
         after these steps to an event recorded when the batch has arrived.
         """
-        waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        start, batches = recorded(new_event), iter(loader)
-        for batch in batches:
+        waits, start = [], recorded(new_event)
+        for batch in loader:
             waits.append((start, recorded(new_event)))
             yield batch
             start = recorded(new_event)
-            # Query without waiting, because the GPU runs several steps behind the host. After the last step nothing is
-            # pending, because reading its losses waited for it
-            while waits and waits[0][1].query():
-                before, after = waits.popleft()
-                seconds = before.elapsed_time(after) / 1000
-                self.seconds["loading"] += seconds
-                if self.running is not None:  # _turn_to will add the whole host time to it, including this wait
-                    self.seconds[self.running] -= seconds
+        # All events have passed, because reading the losses of the last step waited for it
+        seconds = sum(before.elapsed_time(after) for before, after in waits) / 1000
+        self.seconds["loading"] += seconds
+        if self.running is not None:  # _turn_to will add the whole time on the host to it, including these waits
+            self.seconds[self.running] -= seconds

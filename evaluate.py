@@ -53,7 +53,6 @@ def extract_features(
     network: netlib.EmbeddingNetwork,
     loader: Iterable[tuple[Tensor, Tensor]],
     outputs: Sequence[str],
-    amp: str = "none",
     to_all: bool = True,
     what: str = "embedding",
 ) -> dict[str, np.ndarray | None]:
@@ -64,7 +63,6 @@ def extract_features(
     Args:
         loader: batches of images (B, 3, S, S) uint8 and labels; the labels are ignored.
         outputs: names that EmbeddingNetwork.forward takes.
-        amp: none, bf16 or fp16.
         to_all: whether all processes get the features; False: the first process gets them, the others None.
         what: name of the activity in the progress display.
 
@@ -80,7 +78,7 @@ def extract_features(
     sampler = getattr(loader, "sampler", ())
     try:
         with Progress(what, len(sampler)) as progress:
-            computed = (embed_batch(network, images, outputs, amp) for images, _ in loader)
+            computed = (network(images.to(device, non_blocking=True), outputs) for images, _ in loader)
             for batch in on_host(computed, auxiliaries.event_maker(device)):
                 for name in outputs:
                     parts[name].append(batch[name])
@@ -92,20 +90,11 @@ def extract_features(
         values = np.concatenate(parts.pop(name) or [np.empty((0, 0), dtype=np.float32)])
         if not np.isfinite(values).all():
             reason = ": training has diverged (try a lower --lr) or the weights it started from are damaged"
-            if amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
+            if network.amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
                 reason = ", though its weights are: float16 ends at 65504; train with --amp bf16 or none"
             raise DivergedError(f"the network's {name} features are not finite{reason}")
         features[name] = processes.gather_rows(values, to_all)
     return features
-
-
-def embed_batch(
-    network: netlib.EmbeddingNetwork, images: Tensor, outputs: Sequence[str], amp: str
-) -> dict[str, Tensor]:
-    """Return the outputs {name: (B, D)} for a batch of images (B, 3, S, S), on the network's device."""
-    device = network.mean.device
-    with netlib.autocast(device, amp):
-        return network(images.to(device, non_blocking=True), outputs)
 
 
 def on_host(
@@ -376,23 +365,22 @@ def describe_clusters(
     } | {f"AMI {name}": float(adjusted_mutual_info_score(levels, clusters)) for name, levels in known.items()}
 
 
-def probe_subset(labels: np.ndarray, seed: int, images_per_class: int = 5) -> np.ndarray:
+def probe_subset(labels: np.ndarray, seed: int) -> np.ndarray:
     """Choose the images of a set that are probed; the same seed gives the same choice.
 
     Take a quarter of the images, at least 100 and at most PROBE_IMAGES, about equally many of each class. If that is
-    fewer than images_per_class of each class, take images_per_class of randomly chosen classes instead. Classes with
-    only one image in the choice are dropped, as that image has no neighbour of its class.
+    fewer than five per class, take five of each of some randomly chosen classes instead. Drop classes with only one
+    chosen image, which has no neighbour of its class.
 
     Args:
         labels: (N,) int in [0, n_classes).
         seed: seed of the choice.
-        images_per_class: fewest images of a class.
 
     Returns:
         Sorted indices, int64.
     """
     n_images, n_classes = min(PROBE_IMAGES, max(100, len(labels) // 4)), int(labels.max()) + 1
-    n_per_class = max(images_per_class, n_images // n_classes)
+    n_per_class = max(5, n_images // n_classes)
     rng = np.random.default_rng([seed, PROBE_IMAGES])
     images, classes = rng.permutation(len(labels)), rng.permutation(n_classes).argsort()
     members = {label: [] for label in classes}
@@ -455,7 +443,6 @@ def probe_sets(
     mined: np.ndarray | None,
     test_embeddings: Mapping[str, Mapping[str, np.ndarray]],
     seed: int,
-    amp: str,
 ) -> dict[str, float]:
     """Return the probe_scores of training images, and of each test set whose factors are known.
 
@@ -464,12 +451,11 @@ def probe_sets(
         mined: labels (N,) of all training images; None if none are mined: the Shared head is then not probed.
         test_embeddings: {test set: {task: (N, D)}}.
         seed: seed of probe_subset.
-        amp: none, bf16 or fp16.
     """
     tasks = ["Class"] if mined is None else ["Class", "Shared"]
     images, chosen = loaders.images, loaders.probe.dataset.indices
     labels = {"Class": images.labels} | ({} if mined is None else {"Mined": mined}) | images.factors
-    embeddings = extract_features(network, loaders.probe, tasks, amp)
+    embeddings = extract_features(network, loaders.probe, tasks)
     scores = probe_scores(embeddings, {name: values[chosen] for name, values in labels.items()})
     for test_set, images in loaders.test_images.items():
         chosen = probe_subset(images.labels, seed) if images.factors else []
@@ -482,10 +468,10 @@ def probe_sets(
 
 
 def embed_sets(
-    network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], tasks: Sequence[str], amp: str
+    network: netlib.EmbeddingNetwork, loaders: Mapping[str, DataLoader], tasks: Sequence[str]
 ) -> dict[str, dict[str, np.ndarray]]:
     """Return the embeddings of test sets, {test set: {task: (N, D)}}; see extract_features."""
-    return {name: extract_features(network, loader, tasks, amp) for name, loader in loaders.items()}
+    return {name: extract_features(network, loader, tasks) for name, loader in loaders.items()}
 
 
 def score_sets(
@@ -610,7 +596,8 @@ def embed(
     )
     auxiliaries.set_seeds(flags["seed"])
     network = netlib.rebuild(stored, checkpoint).to(device)
-    return extract_features(network, loader, [embedding], amp)[embedding]
+    network.amp = amp
+    return extract_features(network, loader, [embedding])[embedding]
 
 
 def embed_folder(args: argparse.Namespace) -> None:
@@ -749,8 +736,6 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             check_name(args.dataset, args.source_path or "./Datasets")
         except InputError as error:
             parser.error(str(error))
-    if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
-        parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
 
 
 @output.logged()

@@ -32,13 +32,13 @@ def squared_triplet_distances(embeddings: Tensor, triplets: Tensor) -> tuple[Ten
     return squared[0], squared[1]
 
 
-def draw_index(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_index(weights: Tensor) -> Tensor:
     """Draw one column per row of (N, M) non-negative weights, with probabilities proportional to them (within 1e-6).
 
     Unlike torch.multinomial it never waits for the device. A row without a positive weight gives an arbitrary column.
     """
     cumulative = weights.cumsum(1)
-    uniform = torch.rand(len(weights), 1, dtype=weights.dtype, device=weights.device, generator=generator)
+    uniform = torch.rand(len(weights), 1, dtype=weights.dtype, device=weights.device)
     # Shrink slightly, so that rounding cannot push the draw past the last positive weight
     threshold = uniform * cumulative[:, -1:] * (1 - 2**-20)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp_(max=weights.shape[1] - 1)
@@ -51,15 +51,7 @@ def pair_masks(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TripletSampler:
-    """Draw one triplet per image of a batch; a subclass says how negatives are drawn.
-
-    Args:
-        generator: generator on the embeddings' device. None: that device's default one, the only one that
-            torch.compile(fullgraph=True) supports.
-    """
-
-    def __init__(self, generator: torch.Generator | None = None):
-        self.generator = generator
+    """Draw one triplet per image of a batch; a subclass says how negatives are drawn."""
 
     def __call__(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Draw triplets.
@@ -76,8 +68,8 @@ class TripletSampler:
         positive_mask, negative_mask = pair_masks(labels)
         valid = positive_mask.any(1) & negative_mask.any(1)
         anchors = torch.arange(len(labels), device=labels.device)
-        positives = draw_index(positive_mask.float(), self.generator)
-        negatives = draw_index(self.negative_weights(embeddings, positives, negative_mask), self.generator)
+        positives = draw_index(positive_mask.float())
+        negatives = draw_index(self.negative_weights(embeddings, positives, negative_mask))
         return torch.stack([anchors, positives, negatives], 1), valid
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
@@ -123,8 +115,7 @@ class SemihardSampler(TripletSampler):
         Schroff, Kalenichenko, Philbin: FaceNet, CVPR 2015, section 3.2 (there with squared distances).
     """
 
-    def __init__(self, margin: float = 0.2, generator: torch.Generator | None = None):
-        super().__init__(generator)
+    def __init__(self, margin: float = 0.2):
         self.margin = margin
 
     def negative_weights(self, embeddings: Tensor, positives: Tensor, negative_mask: Tensor) -> Tensor:
@@ -146,9 +137,9 @@ class RandomSampler(TripletSampler):
         """See TripletSampler. Rows are invalid only if the batch has no triplet at all."""
         positive_mask, negative_mask = pair_masks(labels)
         triplets_per_anchor = positive_mask.sum(1) * negative_mask.sum(1)
-        anchors = draw_index(triplets_per_anchor.float().expand(len(labels), -1), self.generator)
-        positives = draw_index(positive_mask[anchors].float(), self.generator)
-        negatives = draw_index(negative_mask[anchors].float(), self.generator)
+        anchors = draw_index(triplets_per_anchor.float().expand(len(labels), -1))
+        positives = draw_index(positive_mask[anchors].float())
+        negatives = draw_index(negative_mask[anchors].float())
         return torch.stack([anchors, positives, negatives], 1), triplets_per_anchor[anchors] > 0
 
 
@@ -279,9 +270,6 @@ class ProxyNCALoss(Loss):
     Args:
         proxy_lr: learning rate of the proxies.
 
-    Raises:
-        ValueError: there are fewer than two classes, hence no negative proxy.
-
     Reference:
         Movshovitz-Attias, Toshev, Leung, Ioffe, Singh: No Fuss Distance Metric Learning using Proxies, ICCV 2017,
         eq. 4.
@@ -291,8 +279,6 @@ class ProxyNCALoss(Loss):
 
     def __init__(self, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()
-        if n_classes < 2:
-            raise ValueError(f"ProxyNCA needs at least 2 classes, got {n_classes}")
         self.learning_rate = proxy_lr
         self.proxies = nn.Parameter(torch.randn(n_classes, embed_size) / 8)
 
@@ -429,11 +415,6 @@ def loss_class(name: str) -> type[Loss]:
 def takes_sampler(name: str) -> bool:
     """Tell whether a loss works on triplets that a sampler picks."""
     return "sampler" in inspect.signature(loss_class(name)).parameters
-
-
-def needs_positives(name: str) -> bool:
-    """Tell whether a loss needs several images of a class in a batch."""
-    return loss_class(name).needs_positives
 
 
 def build_loss(name: str, sampling: str, **values: float) -> Loss:

@@ -22,14 +22,13 @@ import datasets
 import evaluate
 import losses
 import netlib
-from auxiliaries import seconds_since
 from data.cache import cached
 from data.images import VALIDATION, ImageSet, digest, fingerprints, hold_out_classes
 from report import page, sheets
 from run import options
 from run.checkpoint import StoredRun
 from run.folder import Run
-from run.history import History, Row, factor_agreements, row_text
+from run.history import History, Row, row_text, strongest_factor
 from run.options import FRACTION, NOT_NEGATIVE, PATH, POSITIVE, PROBABILITY, SEED, TASKS, name_of, whole
 from run.provenance import as_text, provenance, warning_of_threads
 from support import errors, output, packages, processes
@@ -48,7 +47,7 @@ SMALLEST_SCALE = 2.0**-14
 
 def get_args_parser() -> OneLineParser:
     """Build the parser of all flags. `options.resolve` uses it to read a command line."""
-    pair = {"nargs": "+", "metavar": ("CLASS", "SHARED")}
+    pair = {"nargs": 2, "metavar": ("CLASS", "SHARED")}
     parser = OneLineParser(
         prog="main.py",
         description="Train MIC: deep metric learning with mined interclass characteristics.",
@@ -258,6 +257,7 @@ def build_network(args: argparse.Namespace, run: Run, device: torch.device) -> n
             img_size=args.img_size,
             detached_heads=["Shared"] if args.shared_gradient == "head" else [],
         ).to(device)
+    network.amp = args.amp
     run.note(started_from=network.started_from)
     if args.make_graph and run.is_new and run.writes:
         write_file(run.folder / "network.svg", packages.network_graph(network, args.img_size))
@@ -335,7 +335,7 @@ def mine_labels(
         MIC paper, section 3.2.
     """
     output = "Early" if is_first_time else "Shared"
-    features = evaluate.extract_features(network, loader, [output], args.amp, to_all=False, what="mining")[output]
+    features = evaluate.extract_features(network, loader, [output], to_all=False, what="mining")[output]
     clustered = left_out = None
     if processes.is_first():  # only this process has the features; the others wait for the labels
         if is_first_time:
@@ -383,9 +383,8 @@ def renew_labels(
     with run.stopwatch.measure("mining"):
         mined, squared_distances = mine_labels(args, network, loader, is_first_time=previous is None)
         facts = evaluate.describe_clusters(mined, args.shared_num_classes, images.labels, images.factors, previous)
-    row = {"Before Epoch": epoch, "Time": seconds_since(start)}
-    row |= {"Inertia": float(np.nansum(squared_distances, dtype=np.float64))} | facts
-    run.log_mining(row, mined, images.names)
+        inertia = float(np.nansum(squared_distances, dtype=np.float64))
+    run.log_mining(epoch, start, {"Inertia": inertia} | facts, mined, images.names)
     matches = ", ".join(f"{name[4:]} {value:z.3f}" for name, value in facts.items() if name.startswith("AMI "))
     log.info(
         f"mined for epoch {epoch}: {counted(facts['Clusters'], 'cluster')} of {facts['Smallest']} to "
@@ -410,7 +409,6 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler,
     steps: Sequence[tuple[int, str]],
     batches: Iterable[tuple[Tensor, Tensor]],
-    amp: str,
     progress: Progress,
 ) -> dict[str, float | None]:
     """Train one epoch and return the average losses; None for a loss that took no step.
@@ -423,7 +421,6 @@ def train_one_epoch(
         scaler: scales the loss for fp16 and skips steps whose gradients overflow.
         steps: (iteration, task) of each step.
         batches: images (B, 3, S, S) uint8 and labels (B,) of each step.
-        amp: none, bf16 or fp16.
         progress: counts the images and shows the losses now and then.
 
     Raises:
@@ -437,8 +434,7 @@ def train_one_epoch(
     idle_parameters += objective.parameters()
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with netlib.autocast(device, amp):
-            embeddings = trained(images, objective.heads(task))
+        embeddings = trained(images, objective.heads(task))
         # Every process computes the loss of the whole batch. Gradients flow back through the gathered embeddings
         embeddings, labels = processes.gather_batch(embeddings, labels)
         terms = objective(task, embeddings, labels)
@@ -457,7 +453,7 @@ def train_one_epoch(
                     f"up to iteration {iteration} the float16 gradients overflow at every step, whatever their scale: "
                     "try --amp bf16 or none, or a lower --lr"
                 )
-    return meter.averages(len(steps), TASKS, DIRECTIONS)
+    return meter.averages(len(steps), TASKS)
 
 
 def score_before_training(
@@ -465,7 +461,7 @@ def score_before_training(
 ) -> None:
     """Score the network before training."""
     with run.stopwatch.measure("evaluation"):
-        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"], args.amp)
+        embeddings = evaluate.embed_sets(network, loaders.tests, ["Class"])
         scoring = {"k_vals": args.k_vals, "seed": args.seed, "device": network.mean.device}
         scoring["with_clustering"] = not args.fast_eval
         run.history.initial_scores = evaluate.score_sets("Class", embeddings, loaders.test_images, **scoring)
@@ -487,17 +483,17 @@ def evaluate_epoch(
     tests = loaders.test_images
     with run.stopwatch.measure("evaluation"):
         start = time.monotonic()
-        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS, args.amp)
+        embeddings = evaluate.embed_sets(network, loaders.tests, TASKS)
         scores = evaluate.score_sets("Class", embeddings, tests, **scoring)
-        run.log("val", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
+        run.log("val", epoch, start, scores)
         if args.eval_shared:
             start = time.monotonic()
             scores = evaluate.score_sets("Shared", embeddings, tests, **scoring)
-            run.log("shared", {"Epochs": epoch, "Time": seconds_since(start)} | scores)
+            run.log("shared", epoch, start, scores)
         if len(loaders.probe.dataset):
             start = time.monotonic()
-            accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed, args.amp)
-            run.log("probe", {"Epochs": epoch, "Time": seconds_since(start)} | accuracies)
+            accuracies = evaluate.probe_sets(network, loaders, mined, embeddings, args.seed)
+            run.log("probe", epoch, start, accuracies)
     run.keep_best(network)
     with run.stopwatch.measure("drawing"):
         if run.writes:
@@ -544,12 +540,13 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
         may_restart=args.go_on,
     )
     try:
-        with run, contextlib.ExitStack() as at_the_end:
-            if run.is_finished:
-                log.info(f"{run.folder} is finished: {run.epoch} epochs are done; for more, give a larger --n_epochs")
+        with run:
+            if run.history.is_finished:
+                n_done = counted(run.history.epoch, "epoch")
+                log.info(f"{run.folder} is finished after {n_done}; to train longer, give a larger --n_epochs")
                 return run.folder
             loaders = load_data(args, run, pin_memory=device.type == "cuda")
-            at_the_end.callback(loaders.pool.close)
+            run.stack.callback(loaders.pool.close)
             images = loaders.images
             network = build_network(args, run, device)
             objective = build_objective(args, images, device)
@@ -569,7 +566,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
             log.info(f"run folder: {run.folder}")
             page.draw(run.history)
             run.start_timing()
-            for epoch in range(run.epoch, args.n_epochs):
+            for epoch in range(run.history.epoch, args.n_epochs):
                 if run.history.mining_is_due(epoch):
                     mined = renew_labels(args, run, network, loaders.train, mined, epoch)
                 start = time.monotonic()
@@ -579,11 +576,8 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 left = functools.partial(run.seconds_left, epoch)
                 progress = Progress(f"epoch {epoch}", args.bs * len(steps), left)
                 with run.stopwatch.measure("training"), progress:
-                    averages = train_one_epoch(
-                        trained, objective, optimizer, scaler, steps, batches, args.amp, progress
-                    )
-                averages["Learning Rate"] = scheduler.get_last_lr()[0]
-                run.log("train", {"Epochs": epoch, "Time": seconds_since(start)} | averages)
+                    averages = train_one_epoch(trained, objective, optimizer, scaler, steps, batches, progress)
+                run.log("train", epoch, start, averages | {"Learning Rate": scheduler.get_last_lr()[0]})
                 if (epoch + 1) % args.eval_every == 0 or epoch == args.n_epochs - 1:
                     evaluate_epoch(args, run, network, loaders, mined, epoch)
                 scheduler.step()
@@ -611,13 +605,13 @@ def epoch_line(run: Run, epoch: int, seconds: float) -> str:
 
 def what_was_mined(row: Row) -> str:
     """Return, as text, the known factor that a mining agrees with most; empty for a row of an older version."""
-    agreements, with_class = factor_agreements(row), row.get("AMI class", 0.0)
-    if not agreements:
+    factor = strongest_factor(row)
+    if not factor:
         return ""
-    factor = max(agreements, key=agreements.get)
-    is_clear = agreements[factor] > max(with_class, 0.5)
+    with_factor, with_class = row[f"AMI {factor}"], row["AMI class"]
+    is_clear = with_factor > max(with_class, 0.5)
     clear = f"the {factor}" if is_clear else f"nothing clear, closest is the {factor}"
-    return f"; mined: {clear} (AMI of the labels with it {agreements[factor]:z.2f}, with the class {with_class:z.2f})"
+    return f"; mined: {clear} (AMI of the labels with it {with_factor:z.2f}, with the class {with_class:z.2f})"
 
 
 def demo_summary(history: History) -> str:

@@ -14,7 +14,7 @@ from googlenet import GoogLeNet
 from support import processes, weights
 from support.errors import InputError, first_line
 from support.output import log
-from support.packages import TimmBackbone, create_timm_model, imported_timm, resample_grid
+from support.packages import TimmBackbone, create_timm_model, resample_grid
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -95,6 +95,10 @@ class EmbeddingNetwork(nn.Module):
             Their scale and shift are trained either way.
         detached_heads: tasks whose heads pass no gradient to the backbone.
 
+    Attributes:
+        amp: precision of the backbone: none (float32) or a name in AMP_TYPES.
+        started_from: weights that the network started from, in words.
+
     Reference:
         MIC paper, section 3.
     """
@@ -110,7 +114,7 @@ class EmbeddingNetwork(nn.Module):
         self.backbone = backbone
         self.detached_heads = tuple(detached_heads)
         self.freeze_batchnorm = freeze_batchnorm
-        self.started_from = "random weights"
+        self.started_from, self.amp = "random weights", "none"
         self.heads = nn.ModuleDict({task: nn.Linear(backbone.out_features, d) for task, d in embed_sizes.items()})
         mean, std = getattr(backbone, "mean", IMAGENET_MEAN), getattr(backbone, "std", IMAGENET_STD)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -144,18 +148,17 @@ class EmbeddingNetwork(nn.Module):
             raise TypeError(f"images are (B, 3, H, W) uint8 RGB; got {tuple(images.shape)} {images.dtype}")
         outputs = list(self.heads) if outputs is None else outputs
         images = images.contiguous(memory_format=torch.channels_last).float()
-        early_maps, pooled = self.backbone((images - self.mean) / self.std, set(outputs) != {"Early"})
+        with torch.autocast(images.device.type, AMP_TYPES.get(self.amp), enabled=self.amp in AMP_TYPES):
+            early_maps, pooled = self.backbone((images - self.mean) / self.std, set(outputs) != {"Early"})
         features = {}
         if "Early" in outputs:
             features["Early"] = F.normalize(torch.flatten(pool_to_grid(early_maps.float()), 1), dim=1)
         if pooled is not None:
             features["Pooled"] = pooled.float()
-            # Compute the heads in float32 even under autocast: they are cheap, and the scores gain precision
-            with torch.autocast(images.device.type, enabled=False):
-                for task, head in self.heads.items():
-                    if task in outputs:
-                        pooled = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
-                        features[task] = F.normalize(head(pooled), dim=1)
+            for task, head in self.heads.items():  # in float32: they are cheap, and the scores gain precision
+                if task in outputs:
+                    pooled = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
+                    features[task] = F.normalize(head(pooled), dim=1)
         return {name: features[name] for name in outputs}
 
 
@@ -169,11 +172,6 @@ def pool_to_grid(maps: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(maps, 4)
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    """Return the autocast context for the network; amp is none (float32) or a name of AMP_TYPES."""
-    return torch.autocast(device.type, AMP_TYPES.get(amp), enabled=amp in AMP_TYPES)
-
-
 def build_network(
     arch: str,
     embed_sizes: dict[str, int],
@@ -185,8 +183,6 @@ def build_network(
     detached_heads: Sequence[str] = (),
 ) -> EmbeddingNetwork:
     """Build the network for a name of BACKBONES or "timm/NAME", in channels_last memory format.
-
-    The attribute `started_from` of the network says which weights it starts from.
 
     Args:
         embed_sizes: see EmbeddingNetwork.
@@ -227,22 +223,15 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
     Raises:
         InputError: there are no such weights, or they cannot be downloaded or read.
     """
-    name, cached = arch.removeprefix("timm/"), "in the cache"
-    if name == arch:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[arch].weights.url).name
-    elif not imported_timm(name).is_model_pretrained(name):
-        raise InputError(f"--arch {arch}: timm has no weights of it; give --weights FILE or --not_pretrained")
-    elsewhere = "pass a local state dict with --weights FILE, or train from random weights with --not_pretrained"
     try:
-        if name == arch:
+        if not arch.startswith("timm/"):
             return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        return create_timm_model(name, img_size, pretrained=True).state_dict()
-    except OSError as error:  # errors of urllib, requests and the hub are OSErrors
-        reason = f"cannot download the pretrained {arch} weights ({first_line(error)})"
-        raise InputError(f"{reason}: {elsewhere}") from error
-    except Exception as error:  # the unpickler raises almost anything on a damaged file
-        reason = f"the pretrained {arch} weights cannot be read ({first_line(error)})"
-        raise InputError(f"{reason}: delete the damaged file {cached}, or {elsewhere}") from error
+        return create_timm_model(arch.removeprefix("timm/"), img_size, pretrained=True).state_dict()
+    except Exception as error:  # no network, no such weights, or a damaged file, on which the unpickler raises anything
+        raise InputError(
+            f"cannot get the pretrained {arch} weights ({first_line(error)}): delete the file in {torch.hub.get_dir()} "
+            "if it is damaged, pass a local one with --weights FILE, or train from random weights with --not_pretrained"
+        ) from error
 
 
 def adapted_state(network: EmbeddingNetwork, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -313,8 +302,6 @@ def rebuild(stored: Mapping[str, Mapping], path: Path) -> EmbeddingNetwork:
     flags, state = stored["flags"], stored["state_dict"]
     try:
         arch = flags["arch"]
-        if arch not in BACKBONES and not arch.startswith("timm/"):
-            raise InputError(f"{path}: its flags say arch {arch}, not one of {', '.join(BACKBONES)}, timm/NAME")
         sizes = {name.split(".")[1]: len(values) for name, values in state.items() if name.startswith("heads.")}
         backbone = build_backbone(arch, flags["img_size"])
         network = EmbeddingNetwork(backbone, sizes, freeze_batchnorm=flags["bn"] == "frozen")

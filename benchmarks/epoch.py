@@ -60,7 +60,7 @@ def generate_embeddings(labels: np.ndarray, seed: int) -> np.ndarray:
 def generate_row(epoch: int, names: list[str]) -> dict[str, float]:
     """Return a row of a log whose columns rise with noise, so that about every fourth epoch is the best so far."""
     rng = np.random.default_rng(epoch)
-    return {"Epochs": epoch, "Time": 1.0} | {name: 0.6 - 0.4 * 0.97**epoch + rng.normal(0, 0.01) for name in names}
+    return {name: 0.6 - 0.4 * 0.97**epoch + rng.normal(0, 0.01) for name in names}
 
 
 class Trial:
@@ -115,7 +115,7 @@ class Trial:
             described = evaluate.describe_clusters(mined, N_CLUSTERS, images.labels, {}, self.mined)
             described |= {f"AMI factor {i}": 0.5 for i in range(self.args.factors)}
         with self.timed("logs"):
-            run.log_mining({"Before Epoch": epoch, "Time": 1.0} | described, mined, images.names)
+            run.log_mining(epoch, time.monotonic(), described, mined, images.names)
         with self.timed("sheet of a mining"):
             sheets.draw_mining(run.history, images, mined, distances)
 
@@ -135,9 +135,10 @@ class Trial:
             for i in range(self.args.factors):
                 probe |= {f"factor {i} {what}": 0.5 for what in ("from Class", "from Shared", "by chance")}
         with self.timed("logs"):
-            run.log("train", generate_row(epoch, LOSSES))
-            run.log("val", generate_row(epoch, [column(name, score) for name in self.names for score in SCORES]))
-            run.log("probe", {"Epochs": epoch, "Time": 1.0} | probe)
+            columns = [column(name, score) for name in self.names for score in SCORES]
+            rows = {"train": generate_row(epoch, LOSSES), "val": generate_row(epoch, columns), "probe": probe}
+            for log, row in rows.items():
+                run.log(log, epoch, time.monotonic(), row)
         with self.timed("checkpoint, if the epoch is the best"):
             run.keep_best(self.network)
         with self.timed("sheets of neighbours"):

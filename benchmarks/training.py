@@ -158,6 +158,7 @@ class Ours:
         )
         sizes = {name: task.embed_sizes for name, task in tasks.items()}
         self.network = netlib.build_network("resnet50", sizes, pretrained=False, freeze_batchnorm=True).to(device)
+        self.network.amp = args.amp
         n_classes, directions = (
             {"Class": N_CLASSES, "Shared": N_CLUSTERS},
             dict(zip(args.adversarial, args.adv_weights)),
@@ -181,7 +182,7 @@ class Ours:
             network, scaler = MarkedNetwork(network, marks), MarkedScaler(marks, is_scaled)
             batches = marks.loading(self.loaders.batches)
         with Progress("", 0) as bar:
-            program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, self.args.amp, bar)
+            program.train_one_epoch(network, self.objective, self.optimizer, scaler, steps, batches, bar)
 
 
 class Bare:
@@ -208,7 +209,7 @@ class Bare:
         """Take n_steps steps."""
         torch.backends.cudnn.deterministic = False
         for _ in range(n_steps):
-            with netlib.autocast(self.device, self.amp):
+            with torch.autocast(self.device.type, netlib.AMP_TYPES.get(self.amp), enabled=self.amp != "none"):
                 pooled = self.network(self.images)
             loss = pooled.float().square().mean()
             self.optimizer.zero_grad()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from data.published import PUBLISHED
 from report.compare import compare_runs
 from run import options
 from run.options import PATH, whole
@@ -26,7 +27,6 @@ from support.files import locked
 
 PROG = "Result_Runs.sh"
 ROOT = Path(__file__).resolve().parent.parent
-PUBLISHED = ("cub200", "cars196", "online_products", "in-shop", "vehicle_id")
 SETUPS = {**{name: name for name in PUBLISHED}, "shapes": "demo"}
 """Data sets with a set-up in Result_Runs.sh, and the names of the set-ups."""
 

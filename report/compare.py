@@ -12,8 +12,8 @@ from scipy import stats
 
 from data.published import published_info
 from report import plots
-from run.history import History, column, fill_in_flags, scores_of, test_sets_of
-from run.options import PAIRS, makes_setting, shown
+from run.history import History, column, fill_in_flags, scores_of, shown, test_sets_of
+from run.options import PAIRS, makes_setting
 from run.provenance import VERSIONS
 from support.errors import InputError, first_few
 from support.files import replaced_file

@@ -20,7 +20,7 @@ from PIL import Image
 from data.images import VALIDATION
 from data.published import published_info
 from report import plots
-from report.compare import setting_flags
+from report.compare import seed_of, setting_flags
 from report.plots import warn, warned
 from run.checkpoint import LAST
 from run.history import (
@@ -30,15 +30,15 @@ from run.history import (
     History,
     Row,
     column,
-    factor_agreements,
     fill_in_flags,
     info_plot,
     memory_text,
     mining_sheet,
     neighbour_sheet,
     scores_of,
+    shown,
+    strongest_factor,
 )
-from run.options import shown
 from run.provenance import command
 from support import processes
 from support.errors import InputError
@@ -93,15 +93,14 @@ def draw_plots(history: History) -> None:
 def write_page(history: History) -> None:
     """Write page.html in a run folder."""
     flags, folder = history.flags, history.folder
-    known = {flag: default for flag, default in history.defaults.items() if flag in flags}
-    changed = {flag: (shown(flags[flag]), shown(default)) for flag, default in known.items()}
+    changed = {flag: (shown(flags[flag]), shown(default)) for flag, default in history.defaults.items()}
     files = sorted(os.listdir(folder))
     slides = mining_slides(history)
     content = rendered(
         "page.html",
         run=history,
         name=folder.absolute().name,
-        dataset=shown(flags["dataset"]),
+        dataset=flags["dataset"],
         written=history.written or max(modified(folder / name) for name in LOGS.values()) / 1e9,
         patience=patience(history),
         panels=[score_panel(history, test_set) for test_set in history.test_sets],
@@ -109,7 +108,7 @@ def write_page(history: History) -> None:
         spent={what: round(100 * part / history.seconds) for what, part in history.spent.items() if history.seconds},
         memory=memory_text(history.peak_memory) if history.peak_memory else "",
         slides=slides,
-        strongest=strongest_factor(history),
+        strongest=strongest_factor(history.rows["mining"][-1]) if slides else "",
         neighbours=neighbours(history),
         probe=picture(folder / "InfoPlot_Probe.svg", last_values(history.rows["probe"])),
         changed=changed,
@@ -170,12 +169,6 @@ def mining_slides(history: History) -> list[dict[str, object]]:
     return slides
 
 
-def strongest_factor(history: History) -> str:
-    """Return the known factor that the labels mined last agree with most; empty if there is none."""
-    agreements = factor_agreements(history.rows["mining"][-1] if history.rows["mining"] else {})
-    return max(agreements, key=agreements.get, default="")
-
-
 def neighbours(history: History) -> dict[str, list[dict[str, object]]]:
     """Return the existing sheets of nearest neighbours, {test set: sheets by the Class and by the Shared embedding}."""
     sets = {}
@@ -223,7 +216,7 @@ def draw_index(folder: Path) -> None:
         flags = setting_flags(histories)
         differing = flags.loc[:, flags.nunique() > 1]
         entries = [index_entry(history, row) for history, row in zip(histories, differing.to_dict("records"))]
-        dataset = shown(histories[0].flags["dataset"]) if histories else parent.name
+        dataset = histories[0].flags["dataset"] if histories else parent.name
         test_set = entries[0]["test_set"] if entries else "test"
         content = rendered(
             "index.html",
@@ -278,7 +271,7 @@ def index_entry(history: History, differences: dict[str, str]) -> dict[str, obje
         "best": None if index is None else rows[index][recall],
         "last": curve[-1][1] if curve else None,
         "nmi": nmi[-1] if nmi else None,
-        "seed": shown(history.flags.get("seed", "")),
+        "seed": seed_of(history),
         "curve": curve[:: max(1, len(curve) // 60)],
         "differences": ", ".join(f"{flag} {value}" for flag, value in differences.items()),
     }

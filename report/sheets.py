@@ -63,12 +63,12 @@ def draw_neighbours(
 
 
 def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_distances: np.ndarray) -> list[Path]:
-    """Draw the last mining (see draw_clusters) to mined_clusters.png, and to a file that later minings do not replace.
+    """Draw the last mining to mined_clusters.png, and to a file that later minings do not replace.
 
     Args:
         images: the training images.
         mined: labels (N,).
-        squared_distances: (N,), see draw_clusters.
+        squared_distances: (N,) to the centre of the cluster; NaN for images that are left out.
 
     Returns:
         mined_clusters.png, or nothing if it could not be drawn.
@@ -77,7 +77,16 @@ def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_d
     path = mining_sheet(history.folder, epoch)
     with warned(latest):
         path.parent.mkdir(exist_ok=True)
-        draw_clusters([path, latest], history.folder.name, epoch, images, mined, squared_distances)
+        clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors)
+        n_clusters = len(set(mined[~np.isnan(squared_distances)]))
+        which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
+        name = shortened(history.folder.name, 50)
+        title = f"{name}: {which} {counted(n_clusters, 'cluster')} mined before epoch {epoch}"
+        note = "images nearest to the centre, each of another class: a row should have something in common"
+        rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
+        sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)
+        save(sheet, path)
+        save(sheet, latest)
         return [latest]
     return []
 
@@ -109,34 +118,6 @@ def draw_recoveries(
         rows.append([read_tile(images, query, "query"), *tiles])
     legend = "left: query;  ✓ solid: of its class;  ✗ dashed: of another class"
     save(draw_sheet([title, legend], [""] * len(rows), rows), path)
-
-
-def draw_clusters(
-    paths: Sequence[Path],
-    run_name: str,
-    before_epoch: int,
-    images: ImageSet,
-    mined: np.ndarray,
-    squared_distances: np.ndarray,
-) -> None:
-    """Draw mined clusters to PNG or JPEG files; see clusters_to_show.
-
-    Args:
-        run_name: name of the run, for the title.
-        before_epoch: the epoch that begins with these labels.
-        images: the training images.
-        mined: labels (N,).
-        squared_distances: (N,) to the centre of the cluster; NaN for images that are left out.
-    """
-    clusters = clusters_to_show(mined, squared_distances, images.labels, images.factors)
-    n_clusters = len(set(mined[~np.isnan(squared_distances)]))
-    which = "all" if len(clusters) == n_clusters else f"{len(clusters)} (largest, middle, smallest) of"
-    title = f"{shortened(run_name, 50)}: {which} {counted(n_clusters, 'cluster')} mined before epoch {before_epoch}"
-    note = "images nearest to the centre, each of another class: a row should have something in common"
-    rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
-    sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)
-    for path in paths:
-        save(sheet, path)
 
 
 def clusters_to_show(

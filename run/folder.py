@@ -14,11 +14,11 @@ import auxiliaries
 from data.images import describe_change, digest
 from run import checkpoint
 from run.checkpoint import LAST, StoredRun
-from run.history import STATE_FILE, History, Row, file_suffix, read_state
+from run.history import STATE_FILE, History, Row, epoch_column, file_suffix, read_state
 from run.provenance import command
 from support import processes
 from support.errors import DivergedError, InputError, StoppedError, ignore_signals, stop_reason
-from support.files import LOCK, locked, make_folder, remove_empty, replaced_file, try_file_system
+from support.files import LOCK, locked, make_folder, remove_empty, replaced_file
 from support.output import log, log_to
 
 
@@ -67,7 +67,7 @@ class Run:
             self.start -= history.seconds
             with contextlib.suppress(InputError):
                 history.peak_memory = read_state(stored.folder / STATE_FILE)["peak_memory"]
-            self.is_resumable = self.is_finished  # a finished run needs no restoring
+            self.is_resumable = history.is_finished  # a finished run needs no restoring
         self.history.spent = self.stopwatch.seconds
         self.start_timing()
 
@@ -75,16 +75,6 @@ class Run:
     def folder(self) -> Path:
         """The run folder."""
         return self.history.folder
-
-    @property
-    def epoch(self) -> int:
-        """The number of complete epochs."""
-        return self.history.epoch
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.epoch >= self.history.n_epochs
 
     def __enter__(self) -> "Run":
         try:
@@ -116,7 +106,6 @@ class Run:
             self.made = make_folder(folder)
             self.history.folder = self.made[-1]
             self.stack.enter_context(locked(self.folder))
-        try_file_system(self.folder)
 
     def _open(self) -> None:
         """Write all files of the history so far, and open the TensorBoard log."""
@@ -126,7 +115,7 @@ class Run:
         if self.history.flags["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.epoch)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.history.epoch)
             self.stack.callback(self.board.close)
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -151,7 +140,7 @@ class Run:
                 history.write_state()
         self.stack.close()
         if isinstance(error, DivergedError):
-            error.add_note(f"this was epoch {self.epoch}; {self.folder / LAST} is from before it")
+            error.add_note(f"this was epoch {history.epoch}; {self.folder / LAST} is from before it")
         elif error:
             error.add_note(f"last complete epoch saved; {resume}")
         if isinstance(error, InputError):  # an image has disappeared or been damaged since
@@ -192,27 +181,33 @@ class Run:
         if self.is_new and self.writes:
             self.history.write_flags()
 
-    def log(self, name: str, row: Row) -> None:
-        """Add a row to a log of history.LOGS."""
-        self.history.rows[name].append(row)
+    def log(self, name: str, epoch: int, start: float, values: Row) -> None:
+        """Add a row to a log.
+
+        Args:
+            name: a key of history.LOGS.
+            epoch: number of the epoch; of a mining, the epoch that it precedes.
+            start: when the work began that the row is about, as time.monotonic() counts.
+            values: all other columns of the row.
+        """
+        values = {"Time": auxiliaries.seconds_since(start)} | values
+        self.history.rows[name].append({epoch_column(name): epoch} | values)
         if self.writes:
             self.history.write_log(name)
         if self.board:
-            step = row["Before Epoch"] if name == "mining" else row["Epochs"]
-            for key, value in row.items():
-                if value is not None and key not in ("Epochs", "Before Epoch"):
-                    self.board.add_scalar(f"{name}/{key}", value, step)
+            for key, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(f"{name}/{key}", value, epoch)
             self.board.flush()  # must be on disk before last.pth.tar holds its epoch
 
-    def log_mining(self, row: Row, mined: np.ndarray, paths: Sequence[str]) -> None:
-        """Log a mining.
+    def log_mining(self, epoch: int, start: float, values: Row, mined: np.ndarray, paths: Sequence[str]) -> None:
+        """Log a mining; see log.
 
         Args:
-            row: its row of log_mining.csv.
             mined: labels (N,) int of the images at `paths`.
         """
         self.minings.append(mined)
-        self.log("mining", row)
+        self.log("mining", epoch, start, values)
         self._write_minings(paths)
 
     def _write_minings(self, paths: Sequence[str]) -> None:
@@ -295,7 +290,7 @@ class Run:
             self._open()
         self._write_minings(paths)
         self.is_resumable = True
-        log.info(f"resumed: {self.epoch} of {self.history.n_epochs} epochs are done")
+        log.info(f"resumed: {self.history.epoch} of {self.history.n_epochs} epochs are done")
         return self.minings[-1].astype(np.int64) if self.minings else None
 
 

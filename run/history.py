@@ -2,8 +2,6 @@
 
 import csv
 import json
-import math
-import os
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -82,6 +80,11 @@ class History:
         return self.flags["n_epochs"]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch >= self.n_epochs
+
+    @property
     def mined_epochs(self) -> list[int]:
         """The epochs that began with newly mined labels."""
         return [row["Before Epoch"] for row in self.rows["mining"]]
@@ -151,13 +154,11 @@ class History:
         """Write flags and provenance as hypa.pkl, a pickled dict of plain values, and as Parameter_Info.txt."""
         provenance = {"provenance": self.provenance} if self.provenance else {}
         write_file(self.folder / "hypa.pkl", pickle.dumps(self.flags | provenance))
-        shown = {}
-        for name, value in self.flags.items():
-            shown[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        entries = {name: shown(value) for name, value in self.flags.items()}
         for i, start in enumerate(self.provenance):
-            shown |= {f"start {i + 1}, {name}": value for name, value in start.items()}
-        width = max(map(len, shown))
-        text = "".join(f"{name:<{width}}  {value}\n" for name, value in shown.items())
+            entries |= {f"start {i + 1}, {name}": value for name, value in start.items()}
+        width = max(map(len, entries))
+        text = "".join(f"{name:<{width}}  {value}\n" for name, value in entries.items())
         write_file(self.folder / "Parameter_Info.txt", text.encode(errors="surrogateescape"))
 
     def write_log(self, name: str) -> None:
@@ -210,26 +211,19 @@ class History:
         Raises:
             InputError: the folder cannot be read, or a file in it is damaged.
         """
-        try:
-            names = os.listdir(folder)
-        except FileNotFoundError as error:
-            raise InputError(f"{folder}: no such folder") from error
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
-        if "hypa.pkl" not in names:
-            raise InputError(f"{folder}: holds no hypa.pkl")
+        if not (folder / "hypa.pkl").is_file():
+            raise InputError(f"{folder}: {'holds no hypa.pkl' if folder.is_dir() else 'no such folder'}")
         flags, provenance = read_flags(folder)
         history = cls(folder, flags, provenance=provenance)
-        for name, file in LOGS.items():
-            history.rows[name] = read_log(folder / file) if file in names else []
+        history.rows = {name: read_log(folder, name) for name in LOGS}
         for row in history.rows["val"]:
             if not test_sets_of(row) or None in [row[name] for name in row if name.endswith("Recall @ 1")]:
                 raise InputError(f"{folder}: {LOGS['val']} cannot be read (an epoch without Recall @ 1)")
-        if STATE_FILE in names:
+        if (folder / STATE_FILE).exists():
             vars(history).update(read_state(folder / STATE_FILE))
         else:  # written by an earlier version
             history.epoch = history.rows["train"][-1]["Epochs"] + 1 if history.rows["train"] else 0
-            history.state = "finished" if history.epoch >= history.n_epochs else "stopped"
+            history.state = "finished" if history.is_finished else "stopped"
         return history
 
 
@@ -276,20 +270,31 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
     return flags, provenance
 
 
-def read_log(path: Path) -> list[Row]:
-    """Return the rows of a CSV file of a run, with the numbers exactly as they were written.
+def epoch_column(log: str) -> str:
+    """Return the column of a log that numbers the epochs."""
+    return "Before Epoch" if log == "mining" else "Epochs"
+
+
+def read_log(folder: Path, name: str) -> list[Row]:
+    """Return the rows of a log of a run, with the numbers exactly as they were written.
+
+    Args:
+        folder: the run folder.
+        name: a key of LOGS.
 
     Raises:
         InputError: the file cannot be read or is damaged.
     """
+    path = folder / LOGS[name]
+    if not path.exists():
+        return []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
-        epochs = "Before Epoch" if path.name == LOGS["mining"] else "Epochs"
-        if not rows or not all(isinstance(row[epochs], int) and None not in row for row in rows):
+        if not rows or not all(isinstance(row[epoch_column(name)], int) and None not in row for row in rows):
             raise ValueError("no rows, or incomplete rows")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
+        raise InputError(f"{folder}: {path.name} cannot be read ({first_line(error)})") from error
     return rows
 
 
@@ -318,11 +323,9 @@ def read_state(path: Path) -> dict[str, object]:
         for name, kind in STATE.items():
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
-        if not math.isfinite(stored["seconds"] + stored["written"]):
-            raise ValueError("its times are not finite")
+        return {name: stored[name] for name in STATE}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
-    return {name: stored[name] for name in STATE}
 
 
 def file_suffix(test_set: str) -> str:
@@ -348,16 +351,22 @@ def scores_of(row: Mapping[str, float | None], test_set: str) -> dict[str, float
     return {name: row[name] for name in row if name not in ("Epochs", "Time") and not name.startswith(others)}
 
 
-def row_text(row: Row, names: Sequence[str] | None = None) -> str:
+def shown(value: object) -> str:
+    """Return a flag's value as text."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def row_text(row: Row) -> str:
     """Return the values of a row as one line of text, without epoch, time and values that were left out."""
-    values = {name: row[name] for name in names or row if name not in ("Epochs", "Time") and row[name] is not None}
+    values = {name: value for name, value in row.items() if name not in ("Epochs", "Time") and value is not None}
     return "  ".join(f"{name} {value:.4g}" if name == "Learning Rate" else f"{name} {value:.4f}"
                      for name, value in values.items())  # fmt: skip
 
 
-def factor_agreements(row: Row) -> dict[str, float]:
-    """Return the AMI of mined labels with each known factor, from their row of log_mining.csv, without the class."""
-    return {name[4:]: value for name, value in row.items() if name.startswith("AMI ") and name != "AMI class"}
+def strongest_factor(row: Row) -> str:
+    """Return the known factor with the highest AMI in a row of log_mining.csv; empty if there is none."""
+    agreements = {name[4:]: row[name] for name in row if name.startswith("AMI ") and name != "AMI class"}
+    return max(agreements, key=agreements.get, default="")
 
 
 def mining_sheet(folder: Path, epoch: int) -> Path:

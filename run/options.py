@@ -16,7 +16,7 @@ import losses
 from data.locate import check_name
 from data.published import published_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
-from run.history import read_flags
+from run.history import read_flags, shown
 from support import packages, processes
 from support.errors import InputError, OneLineParser, first_few
 from support.output import log
@@ -39,22 +39,12 @@ GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epo
 
 
 class FlagHelpFormatter(argparse.HelpFormatter):
-    """Help formatter that shows list defaults and pairs as they are typed."""
+    """Help formatter that shows list defaults as they are typed."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or action.default == argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: {shown(action.default) or 'empty'})"
-
-    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        if isinstance(action.metavar, tuple):
-            return " ".join(action.metavar)
-        return super()._format_args(action, default_metavar)
-
-
-def shown(value: object) -> str:
-    """Return a flag's value as text."""
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def as_typed(flag: str, value: object) -> str:
@@ -147,15 +137,22 @@ def resolve(
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
     """Return a new run's flags with dependent defaults filled in; `parser.error` if flags do not fit together."""
     args = argparse.Namespace(**vars(args))
-    check_names(args, parser)
+    check_name(args.dataset, args.source_path)
+    if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
+        parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
+    if args.go_on and not args.savename:
+        parser.error("--go_on: name the run to resume with --savename NAME")
     check_objective(args, parser)
     if args.not_pretrained and args.weights is not None:
         parser.error(f"--weights {args.weights} contradicts --not_pretrained; give one of the two")
     if args.select == "val" and not args.val_classes:
         parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
-    check_optional(args, parser)
+    check_packages(args)
+    for name, given, default in zip(args.losses, args.sampling, parser.get_default("sampling")):
+        if given != default and not losses.takes_sampler(name):
+            log.info(f"--sampling: does not apply to --losses {name}")
     args.cs_per_bs = [
-        n if losses.needs_positives(name) or name.startswith("pml/") else 1
+        n if losses.loss_class(name).needs_positives or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
     ]
     args.k_vals = sorted({1, *(args.k_vals or dependent_defaults(args)["k_vals"])})
@@ -164,24 +161,8 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
     return args
 
 
-def check_names(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Reject names of data set and run that cannot be folder names."""
-    try:
-        check_name(args.dataset, args.source_path)
-    except InputError as error:
-        parser.error(str(error))
-    if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
-        parser.error(f"--savename {args.savename!r}: give a plain folder name; --save_path takes the folder above it")
-    if args.go_on and not args.savename:
-        parser.error("--go_on: name the run to resume with --savename NAME")
-
-
 def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Reject pairs without two values, tasks that train nothing, and more or fewer weights than directions."""
-    for flag in PAIRS:
-        values = getattr(args, flag)
-        if len(values) != len(TASKS):
-            parser.error(f"--{flag} {shown(values)}: takes 2 values, for the Class and the Shared task")
+    """Reject tasks that train nothing, and more or fewer weights than directions."""
     if not any(args.task_p):
         parser.error("--task_p 0 0: nothing would be trained; give at least one task a probability above 0")
     if len(set(args.adversarial)) != len(args.adversarial):
@@ -191,29 +172,22 @@ def check_objective(args: argparse.Namespace, parser: OneLineParser) -> None:
         parser.error(f"--adv_weights {given}: takes one weight per direction of --adversarial ({directions})")
 
 
-def check_optional(args: argparse.Namespace, parser: OneLineParser) -> None:
-    """Reject flags whose package is missing or cannot be imported, or does not know the given name."""
-    problems = packages.missing_for_graphs() if args.make_graph and not args.resume else []
-    if problems:
-        parser.error(f"--make_graph: {'; '.join(problems)}")
-    try:
-        if args.tensorboard:
-            packages.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
-        if args.weights and args.weights.endswith(".safetensors") and not args.resume:
-            packages.imported("safetensors.torch", "safetensors", f"--weights {args.weights}")
-        if args.arch.startswith("timm/"):
-            packages.imported_timm(args.arch.removeprefix("timm/"))
-        library_losses = {name: size for name, size in zip(args.losses, args.embed_sizes) if name.startswith("pml/")}
-        for name, embed_size in library_losses.items():
-            packages.library_loss(name.removeprefix("pml/"), 2, embed_size)
-    except InputError as error:
-        parser.error(str(error))
+def check_packages(args: argparse.Namespace) -> None:
+    """Check, before any data are read, what flags need from optional packages, and that the weight file exists.
+
+    Raises:
+        InputError: something is missing, or a package has nothing of the given name.
+    """
+    if args.tensorboard:
+        packages.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
+    if args.arch.startswith("timm/"):
+        packages.imported_timm(args.arch.removeprefix("timm/"))
+    for name in [name for name in args.losses if name.startswith("pml/")]:
+        packages.library_loss_class(name.removeprefix("pml/"))
+    if args.make_graph and not args.resume:
+        packages.require_graphviz()
     if args.weights and not args.resume and not os.path.isfile(args.weights):
-        parser.error(f"--weights {args.weights}: no such file; give a torchvision state dict (.pth) or a checkpoint")
-    samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
-    without = [name for name, given, usual in samplings if given != usual and not losses.takes_sampler(name)]
-    if without:
-        log.info(f"--sampling: does not apply to --losses {shown(without)}")
+        raise InputError(f"--weights {args.weights}: no such file")
 
 
 def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
@@ -221,11 +195,12 @@ def check_batches(args: argparse.Namespace, parser: OneLineParser) -> None:
     for task, name, images_per_class, p in zip(TASKS, args.losses, args.cs_per_bs, args.task_p):
         if p == 0:
             continue
-        if losses.needs_positives(name) and images_per_class < 2:
+        needs_positives = losses.loss_class(name).needs_positives
+        if needs_positives and images_per_class < 2:
             parser.error(f"--cs_per_bs {images_per_class} for {task}: {name} needs at least 2 images per class")
         if args.bs % images_per_class:
             parser.error(f"--bs {args.bs} is not a multiple of --cs_per_bs {images_per_class} ({task})")
-        if losses.needs_positives(name) and args.bs < 2 * images_per_class:
+        if needs_positives and args.bs < 2 * images_per_class:
             parser.error(f"--bs {args.bs} has room for one class of --cs_per_bs {images_per_class}; {task} needs two")
     n_processes = processes.world_size()
     if args.bs % n_processes:

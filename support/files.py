@@ -48,25 +48,6 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
-def try_file_system(folder: Path) -> None:
-    """Check that a folder's file system can do what checkpoints need.
-
-    Raises:
-        InputError: it cannot; the message says what fails.
-    """
-    needed, trial = "write", folder / ".trial.tmp"
-    try:
-        with open(trial, "wb") as file:
-            needed = "flush"
-            os.fsync(file.fileno())
-        needed = "rename"
-        os.replace(trial, folder / "hypa.pkl")
-    except OSError as error:
-        raise InputError(
-            f"--save_path: the file system of {folder} cannot {needed} files ({error.strerror}); give another folder"
-        ) from error
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a run folder within the block. The lock of a process that has died does not count.

@@ -25,7 +25,7 @@ def assert_row(lines, start, n_numbers):
 
 def test_epoch(tmp_path):
     lines = printed(tmp_path, "epoch.py", "--images", 400, "--arch", "googlenet", "--epochs", 5, "--runs", 2)
-    parts = ["scoring", "probe", "logs", "checkpoint of the best epoch, or none", "sheets of neighbours", "clustering"]
+    parts = ["scoring", "probe", "logs", "checkpoint, if the epoch is the best", "sheets of neighbours", "clustering"]
     parts += ["sheet of a mining", "checkpoint of the epoch, state and summary", "plots, page and index"]
     for part in parts:
         assert_row(lines, f"| {part} | ", 3)

@@ -307,7 +307,7 @@ def test_one_difference_has_no_interval_and_none_is_no_plot(tmp_path, capsys):
     write_run(tmp_path / "runs" / "mic_seed8", [0.3], seed=8)
     runs = [tmp_path / "runs" / name for name in ("mic_seed8", "plain_seed0")]
     compare.compare_runs(runs, against=runs[0], plot=plot)
-    assert f"--against {runs[0]}: no differences" in capsys.readouterr().out
+    assert f"--against {runs[0]}: no other setting has a finished run" in capsys.readouterr().out
     assert "band: one standard deviation" in plot.read_text()  # the curves over the epochs
 
 

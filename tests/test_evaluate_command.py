@@ -75,7 +75,7 @@ def test_a_run_with_tf32_is_scored_without_it_where_the_device_has_none(stored, 
             run([tmp_path / "last.pth.tar", *more], evaluate)
             lines = capsys.readouterr().out.splitlines()
             assert [line for line in lines if line.startswith("embedding in")] == [
-                f"embedding in {used}, without --tf32 of the run, which this device does not have"
+                f"embedding in {used}: this device does not support the run's --tf32"
             ]  # once for both test sets
             assert more or len([line for line in lines if line.startswith("Recall @ 1 ")]) == 2
 

@@ -51,7 +51,8 @@ def test_a_task_that_never_steps_may_have_any_batches():
 
 
 def test_flags_that_train_badly_are_doubted():
-    few = "--bs 112 takes 4 images of each of 28 classes, but there are only 6 to train, so classes repeat within"
+    few = "--bs 112 takes 4 images of each of 28 classes, but there are only 6 to train, so "
+    few += "classes repeat within a batch; try a smaller one"
     slow = "--lr 1e-05 with --not_pretrained: random weights want about 1e-3"
     assert options.warnings_for(parse("--not_pretrained"), 6) == [slow, few]
     assert options.warnings_for(parse("--not_pretrained", "--lr", 1e-3, "--bs", 24), 6) == []
@@ -223,7 +224,7 @@ def test_help_fits_100_columns(monkeypatch):
     assert max(map(len, text.splitlines())) <= 100
     for flag in DEFAULTS:
         assert f"--{flag}" in text
-    assert "keeps the adversarial term: --adv_weights 0 too" in " ".join(text.split())
+    assert "keeps the adversarial term; for the plain baseline" in " ".join(text.split())
 
 
 def spoil_data_set(source, name, fault):

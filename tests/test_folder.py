@@ -174,7 +174,7 @@ def test_a_finished_run_says_so_and_goes_on_with_flags_given_anew(whole, tmp_pat
     before = (path / "last.pth.tar").stat().st_mtime_ns
     capsys.readouterr()
     run(["--resume", path, "--lr", "1e-3", "--k_vals", 8, 4, 2, "--savename", "run"])  # its own, as they were given
-    assert f"{path} is finished: 2 epochs are done; for more, give a larger --n_epochs" in capsys.readouterr().out
+    assert f"{path} is finished after 2 epochs" in capsys.readouterr().out
     assert (path / "last.pth.tar").stat().st_mtime_ns == before
     shutil.copytree(source, tmp_path / "moved")
     anew = ["--n_epochs", 3, "--kernels", 1, "--gpu", 0, "--source_path", tmp_path / "moved", "--cache", "ram"]
@@ -339,7 +339,7 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     assert_same_run(top / "run_1", expected)
     capsys.readouterr()
     run(named)
-    assert "run_1 is finished: 3 epochs are done" in capsys.readouterr().out
+    assert "run_1 is finished after 3 epochs" in capsys.readouterr().out
     assert sorted(path.name for path in top.iterdir()) == ["index.html", "run", "run_1", "run_7"]
     assert [path.name for path in (top / "run").iterdir()] == ["checkpoint.pth.tar"]
 

@@ -133,12 +133,12 @@ def test_a_precision_that_the_gpu_lacks_is_refused_in_training_and_left_out_in_s
     used = "none" if lacking == "--amp bf16" else amp
     assert scored == (False, used)
     in_words = {"none": "float32"}.get(used, used)
-    assert said == f"embedding in {in_words}, without {lacking} of the run, which this device does not have\n"
+    assert said == f"embedding in {in_words}: this device does not support the run's {lacking}\n"
 
 
 def test_a_card_that_lacks_both_precisions_is_said_to_once(caplog):
     assert auxiliaries.supported_precision(T4, True, "bf16") == (False, "none")
-    said = "embedding in float32, without --tf32 and --amp bf16 of the run, which this device does not have"
+    said = "embedding in float32: this device does not support the run's --tf32 and --amp bf16"
     assert caplog.messages == [said]
 
 

@@ -168,7 +168,7 @@ def test_a_run_that_logged_nmi_of_its_minings_goes_on_with_ami(tiny_run):
     assert log["NMI class"].notna().tolist() == [True, False]
     assert log["AMI class"].notna().tolist() == [False, True]
     page = (folder / "page.html").read_text(encoding="utf-8")
-    assert f"<dd>{log['AMI class'].iloc[-1]:z.3f}<small>of the labels mined last; first –" in page
+    assert f"<dd>{log['AMI class'].iloc[-1]:z.3f}<small>labels mined last; mined first –" in page
     assert "NMI class" not in page
 
 
@@ -330,7 +330,7 @@ def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatc
     for what in ("embedding", "mining", "searching", "epoch 0", "epoch 1"):
         assert re.search(rf"^{what}: \d+% of \d+ images, [\d,]+ images/s.*, left: 0:00:\d\d", printed, re.M), what
     assert re.search(r"^mining: 100% of .*, left: 0:00:00$", printed, re.M)
-    assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, of the run 0:00:\d\d$", printed, re.M)
+    assert re.search(r"^epoch 1: .*, Class [\d.]+, Class-Shared -[\d.]+.*, left of the run: 0:00:\d\d$", printed, re.M)
     losses, end = r"Train Loss [-\d.]+  Class Loss .*  Learning Rate 1e-05", r"[\d.]+ s, 0:00:\d\d left"
     scores = r"NMI [\d.]+ .*  Recall @ 1 [\d.]+ .*  \(best Recall @ 1: [\d.]+ in epoch 1\)"
     unscored, scored = re.findall("^epoch .* left$", printed, re.M)
@@ -635,7 +635,7 @@ def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(wit
     mined = {"Before Epoch": 4, "AMI class": 0.36, "AMI size": -0.01, "AMI background": with_background}
     history = History(Path("my runs/demo"), {}, rows={"mining": [mined], "val": [{"Recall @ 1": 0.8}]})
     history.initial_scores = {"Recall @ 1": 0.25}
-    lines = main.lesson(history).splitlines()
+    lines = main.demo_summary(history).splitlines()
     assert [line.split(":")[0] for line in lines] == ["learned", "look at", "try next"]
     assert "is 0.80, before training 0.25" in lines[0]
     assert f"{found} (AMI of the labels with it {with_background:.2f}, with the class 0.36)" in lines[0]
@@ -643,7 +643,7 @@ def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(wit
     assert "demo --task_p 1 0 --adv_weights 0" in lines[2]
     assert shlex.split(lines[2])[-2:] == ["--compare", "my runs"]  # it can be pasted
     history.rows["mining"] = [{"Before Epoch": 4, "NMI class": 0.36, "NMI size": 0.5}]  # of an earlier version
-    assert "mined" not in main.lesson(history).splitlines()[0]
+    assert "mined" not in main.demo_summary(history).splitlines()[0]
 
 
 def test_a_clock_that_is_set_back_makes_no_duration_negative(tiny_run, monkeypatch, capsys):

@@ -124,7 +124,7 @@ def test_a_page_shows_the_run_and_all_its_links_lead_somewhere(tmp_path, prefixe
     ]
     assert len(words) == 1 + (prefixes == ("",))  # this run has no plots of the other sets
     assert "light by chance 0.4" in words[-1]
-    assert parsed.texts["summary"] == ["8 others, as by default, and notes"]
+    assert parsed.texts["summary"] == ["8 other flags at their defaults, and notes"]
     assert "checkpoint.pth.tar" not in parsed.texts["a"]
     assert "Peak memory: process 2.00 GB." in parsed.texts["span"]
     assert "0.6000" in table.texts["td"]

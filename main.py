@@ -24,6 +24,7 @@ import losses
 import netlib
 from data.cache import cached
 from data.images import VALIDATION, ImageSet, digest, fingerprints, hold_out_classes
+from data.published import K_VALS, PUBLISHED
 from report import page, sheets
 from run import options
 from run.checkpoint import StoredRun
@@ -48,6 +49,7 @@ SMALLEST_SCALE = 2.0**-14
 def get_args_parser() -> OneLineParser:
     """Build the parser of all flags. `options.resolve` uses it to read a command line."""
     pair = {"nargs": 2, "metavar": ("CLASS", "SHARED")}
+    published = [f"{name} {options.shown(info.k_vals)}" for name, info in PUBLISHED.items() if info.k_vals != K_VALS]
     parser = OneLineParser(
         prog="main.py",
         description="Train MIC: deep metric learning with mined interclass characteristics.",
@@ -57,12 +59,13 @@ def get_args_parser() -> OneLineParser:
     )
     # fmt: off
     add = parser.add_argument_group("data and network").add_argument
-    add("--dataset", default="cub200", metavar="NAME", help="a published data set: cub200, cars196, "
-        "online_products, in-shop, vehicle_id; shapes: the built-in rendered set; any other NAME: your own images in "
+    add("--dataset", default="cub200", metavar="NAME", help="a published data set: "
+        f"{', '.join(PUBLISHED)}; shapes: the built-in rendered set; any other NAME: your own images in "
         "SOURCE_PATH/NAME, as images/<class>/<image>, as train/<class>/<image> and test/<class>/<image>, or as a list "
         "images.csv, see docs/data.md")
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="backbone: "
-        "resnet50, googlenet, or timm/NAME for any model of the package timm, with or without the tag of its weights")
+        f"{', '.join(netlib.BACKBONES)}, or timm/NAME for any model of the package timm, with or without the tag of its "
+        "weights")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's; needs a "
         "larger --lr, about 1e-3")
     add("--weights", type=PATH, metavar="FILE", help="start from this file instead of downloading weights: a state "
@@ -73,8 +76,7 @@ def get_args_parser() -> OneLineParser:
     add("--img_size", type=whole(32, 4096), default=224, metavar="PIXELS", help="side of the square network input; "
         "smaller is faster; evaluation resizes images to 256/224 of it and crops the centre")
     add("--k_vals", type=whole(1), nargs="+", metavar="K", help="values of k for Recall@k; 1 is always added, because "
-        "it picks the best epoch (default: online_products 1 10 100 1000, in-shop 1 10 20 30 50, vehicle_id 1 5, "
-        "others 1 2 4 8)")
+        f"it picks the best epoch (default: {', '.join(published)}, others {options.shown(K_VALS)})")
     add("--cache", choices=["none", "ram"], default="none", help="ram: keep decoded images in memory; use it "
         "when decoding is the bottleneck and the images fit; does not change results")
 

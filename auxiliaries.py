@@ -324,11 +324,6 @@ def recorded(new_event: Callable[[], torch.cuda.Event]) -> torch.cuda.Event:
     return event
 
 
-def seconds_since(start: float) -> float:
-    """Return the seconds since a value of time.monotonic(), rounded as in the logs."""
-    return round(time.monotonic() - start, 2)
-
-
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peak memory of this process and its GPU in bytes; Windows does not report that of the process."""
     memory = {}

@@ -64,8 +64,8 @@ def get_args_parser() -> OneLineParser:
         "SOURCE_PATH/NAME, as images/<class>/<image>, as train/<class>/<image> and test/<class>/<image>, or as a list "
         "images.csv, see docs/data.md")
     add("--arch", type=name_of(netlib.BACKBONES, "timm/"), default="resnet50", metavar="NAME", help="backbone: "
-        f"{', '.join(netlib.BACKBONES)}, or timm/NAME for any model of the package timm, with or without the tag of its "
-        "weights")
+        f"{', '.join(netlib.BACKBONES)}, or timm/NAME for any model of the package timm, with or without the tag of "
+        "its weights")
     add("--not_pretrained", action="store_true", help="start from random weights instead of ImageNet's; needs a "
         "larger --lr, about 1e-3")
     add("--weights", type=PATH, metavar="FILE", help="start from this file instead of downloading weights: a state "

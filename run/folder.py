@@ -190,7 +190,7 @@ class Run:
             start: when the work began that the row is about, as time.monotonic() counts.
             values: all other columns of the row.
         """
-        values = {"Time": auxiliaries.seconds_since(start)} | values
+        values = {"Time": round(time.monotonic() - start, 2)} | values
         self.history.rows[name].append({epoch_column(name): epoch} | values)
         if self.writes:
             self.history.write_log(name)

@@ -276,7 +276,7 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     of_run = datasets.Loaders(pool=None, sampler=None, batches=None, train=whole, tests=tests, probe=part)
     mined, tasks = np.arange(120) % 7, ["Class", "Shared"]
     embeddings = evaluate.embed_sets(network, tests, tasks, "none")
-    found = evaluate.probe_sets(network, of_run, mined, embeddings, 1, "none")
+    found = evaluate.probe_sets(network, of_run, mined, embeddings, 1)
     features, read = evaluate.extract_features(network, part, tasks), evaluate.nearest_neighbour_accuracy
     assert found["Class from Shared"] == read(features["Shared"], train.labels[chosen])
     assert found["Mined from Class"] == read(features["Class"], mined[chosen])
@@ -330,12 +330,13 @@ class LoudBackbone(torch.nn.Module):
 def test_features_beyond_float16_are_told_from_weights_that_are_damaged(output):
     network = netlib.EmbeddingNetwork(LoudBackbone(), {"Class": 3}, freeze_batchnorm=False)
     batches = [(torch.full((2, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(2))]
-    for amp in ("none", "bf16"):
-        assert np.isfinite(evaluate.extract_features(network, batches, [output], amp)[output]).all()
+    for network.amp in ("none", "bf16"):
+        assert np.isfinite(evaluate.extract_features(network, batches, [output])[output]).all()
+    network.amp = "fp16"
     beyond = f"{output} features are not finite, though its weights are: float16 ends at 65504; train with --amp bf16"
     with pytest.raises(DivergedError, match=beyond):
-        evaluate.extract_features(network, batches, [output], "fp16")
+        evaluate.extract_features(network, batches, [output])
     network.backbone.layers.weight.data[0] = torch.nan
-    for amp in ("none", "fp16"):
+    for network.amp in ("none", "fp16"):
         with pytest.raises(DivergedError, match="training has diverged"):
-            evaluate.extract_features(network, batches, [output], amp)
+            evaluate.extract_features(network, batches, [output])

@@ -346,7 +346,7 @@ def test_no_gradient_is_held_while_a_step_computes_its_loss(class_folders):
     batch = torch.randint(255, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8) // 2
     steps, scaler = [(0, "Class"), (0, "Shared"), (1, "Class")], torch.amp.GradScaler("cpu", enabled=False)
     with Progress("", 0) as bar:
-        main.train_one_epoch(network, objective, optimizer, scaler, steps, [batch] * 3, "none", bar)
+        main.train_one_epoch(network, objective, optimizer, scaler, steps, [batch] * 3, bar)
     assert held == [0, 0, 0]
 
 
@@ -445,7 +445,7 @@ def compute_on_fake_gpu():
             optimizer = torch.optim.Adam([*network.parameters(), *objective.parameters()], foreach=True)
             scaler, steps = torch.amp.GradScaler("cpu", enabled=False), [(0, "Class"), (0, "Shared")]
             with HostWaits() as host, StepCounter(host) as counter:
-                main.train_one_epoch(network, objective, optimizer, scaler, steps, [batch] * 2, "none", counter)
+                main.train_one_epoch(network, objective, optimizer, scaler, steps, [batch] * 2, counter)
             assert counter.noted == [0, 0], f"{case}: the host has waited after each step {counter.noted} times"
             assert host.waits, f"{case}: the losses are never read"
             with HostWaits() as host:

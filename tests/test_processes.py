@@ -117,7 +117,7 @@ def gradients(loss, sampling, directions, compiled=False):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = [(0, "Class"), (0, "Shared"), (1, "Class"), (1, "Shared")]
     with main.Progress("", 0) as bar:
-        averages = main.train_one_epoch(trained, objective, optimizer, scaler, steps, own, "none", bar)
+        averages = main.train_one_epoch(trained, objective, optimizer, scaler, steps, own, bar)
     assert list(network.state_dict()) == names
     return {"steps": optimizer.steps, "averages": averages, "around": around(trained)}
 

@@ -79,9 +79,11 @@ def test_images_that_took_no_part_in_a_mining_are_not_shown():
 def test_mined_clusters_have_a_row_each_and_say_what_they_are(tmp_path):
     images = grey_images([0, 1, 1, 2, 0, 0, 3], ["a", "b", "c", "d"], factors={"light": np.arange(N) % 2})
     mined, distances = np.array([7, 7, 7, 7, 2, 2, 5]), np.array([0.3, 0.1, 0.2, 0.4, 0.1, 0.0, 0.0])
-    sheets.draw_clusters([tmp_path / "sheet.png"], "run", 4, images, mined, distances)
+    history = History(tmp_path, {}, rows={"mining": [{"Before Epoch": 4}]})
+    (path,) = sheets.draw_mining(history, images, mined, distances)
     left = int(2 * sheets.EDGE + max(sheets.text_width(line, 13) for line in ("cluster 7", "4 images", "3 classes")))
-    assert tiles(tmp_path / "sheet.png", left) == [
+    assert (tmp_path / "mined/before_epoch_0004.jpg").exists()
+    assert tiles(path, left) == [
         [("plain", 1), ("plain", 0), ("plain", 3)], [("plain", 5)], [("plain", 6)]
     ]  # fmt: skip
 

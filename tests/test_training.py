@@ -86,7 +86,7 @@ def train_step(network, objective, optimizer, task, images, labels):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batch = [(torch.as_tensor(images), torch.as_tensor(labels))]
     with main.Progress("", 0) as bar:
-        found = main.train_one_epoch(network, objective, optimizer, scaler, [(0, task)], batch, "none", bar)
+        found = main.train_one_epoch(network, objective, optimizer, scaler, [(0, task)], batch, bar)
     return found[f"{task} Loss"], found["Adversarial Loss"]
 
 

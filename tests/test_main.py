@@ -615,19 +615,6 @@ def test_the_best_epoch_is_that_of_the_classes_it_is_selected_by(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--select", "val"], "--select val: there are no classes to select by"),
-        (["--val_classes", "0.9"], "--val_classes 0.9: holds out 4 of 4 training classes"),
-        (["--val_classes", "1"], "is not a fraction from 0"),
-    ],
-)
-def test_what_cannot_be_held_out_is_one_line(eight_classes, tmp_path, capsys, more, message):
-    assert message in refused(capsys, eight_classes(*more))
-    assert not (tmp_path / "results").exists()
-
-
-@pytest.mark.parametrize(
     ("with_background", "found"), [(0.8, "mined: the background"), (0.3, "mined: nothing clear, most the background")]
 )
 def test_the_demo_ends_with_what_was_learned_what_to_look_at_and_what_to_try(with_background, found):

@@ -176,6 +176,7 @@ def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, capsys):
     tables = scored(capsys, folder, "--save_embeddings", tmp_path / "e.npz")
     log = pd.read_csv(folder / "log_val_Class.csv", dtype=str)
     assert log["Epochs"].tolist() == ["1"]
+    written = {path.name for path in folder.iterdir()}
     for i, (heading, rows) in enumerate(tables.items(), start=1):
         n_images = (6, 9, 12)[i - 1]
         assert (
@@ -184,7 +185,10 @@ def test_each_test_set_is_scored_with_its_own_checkpoint(tmp_path, capsys):
         assert rows["NMI"] == [log[f"Set {i} NMI"][0]] * 2
         assert rows["Recall @ 1"] == [log[f"Set {i} Recall @ 1"][0]] * 2
         assert (tmp_path / f"e_set{i}.npz").exists()
+        drawn = {f"InfoPlot_Class_set{i}.svg", f"sample_recoveries_set{i}.png", f"sample_recoveries_Shared_set{i}.png"}
+        assert drawn <= written
     assert i == 3
+    assert not {"checkpoint.pth.tar", "InfoPlot_Class.svg", "sample_recoveries.png"} & written
 
 
 def test_unusable_checkpoints_are_one_line(stored, tmp_path, capsys):

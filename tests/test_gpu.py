@@ -201,6 +201,7 @@ def test_what_pytorch_says_of_a_gpu_is_shown_unless_one_line_refuses_it(card, re
     [
         (("GTX 1080 Ti", GTX_1080_TI), [], [], "error: GTX 1080 Ti: PyTorch "),
         (("Tesla T4", T4), ["--amp", "bf16"], ["device: GPU 0, Tesla T4"], "error: --amp bf16: needs an NVIDIA GPU of"),
+        (("Tesla T4", T4), ["--tf32"], ["device: GPU 0, Tesla T4"], "error: --tf32: needs an NVIDIA GPU of"),
         (("H200", H200), ["--amp", "bf16"], ["device: GPU 0, H200"], "no images of --dataset"),
         (("H200", H200), [], ["device: GPU 0, H200", "hint: on this GPU --amp bf16 "], "no images of --dataset"),
     ],

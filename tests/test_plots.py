@@ -116,10 +116,10 @@ def test_one_epoch_is_one_tick(tmp_path):
 def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
     path = tmp_path / "plot.svg"
     rows = [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)]
-    plots.draw_probe(path, history_of(tmp_path / "a run", [], probe=rows))
+    plots.draw_probe(path, history_of(tmp_path / "a$^$ run", [], probe=rows))
     assert len(elements(path, r"axes_\d+")) == 2
     panels = {"the class (wanted low from Shared)", "the mined label (wanted low from Class)"}
-    assert panels | {"a run", "by chance", "from the Class embedding"} <= set(all_texts(path))
+    assert panels | {"a$^$ run", "by chance", "from the Class embedding"} <= set(all_texts(path))
     assert "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label" in all_texts(path)
     assert "test images" not in all_texts(path)
 

@@ -106,14 +106,6 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp
     assert_tells_how_to_go_on(process.stderr, " by SIGTERM; ", tmp_path / "tiny" / "run")
 
 
-@pytest.mark.parametrize("point", [At("os.scandir", "class_03"), At("os.mkdir", "run")], ids=["reads", "makes folder"])
-def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path, point):
-    argv = small_flags(class_folders, tmp_path / "results", "--go_on")
-    process = run_in_process(run_and_act, argv, [point], partial(signal.raise_signal, signal.SIGTERM))
-    assert process == (143, "main.py: stopped by SIGTERM; no epoch was complete: nothing is saved\n")
-    assert not (tmp_path / "results").exists()
-
-
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, tmp_path, n_workers):
     image, path = class_folders / "tiny" / "images" / "class_01" / "3.jpg", tmp_path / "tiny" / "run"

@@ -8,7 +8,8 @@ import unicodedata
 
 import numpy as np
 import pytest
-from conftest import read_logs, run, small_flags, write_class_folders
+import torch
+from conftest import write_class_folders
 from PIL import Image
 
 import datasets
@@ -16,7 +17,7 @@ from data.files import survey
 from data.images import describe_change, fingerprints
 from support.errors import InputError
 
-LAYOUTS = ("images", "train and test", "list of paths", "list of a flat folder", "list with queries")
+LAYOUTS = ("images", "train and test", "list of paths", "list of a flat folder")
 
 
 def message_of(source, name="mine"):
@@ -67,33 +68,23 @@ def write_as(root, layout):
     return root
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:4])
-def test_the_same_images_and_split_give_equal_logs_in_every_layout(tmp_path, layout):
-    """Trained on, too, but in another folder the logs of class folders."""
-    logs = []
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_the_same_images_and_split_are_read_from_every_layout(tmp_path, layout):
+    """In the same order, so that runs on them are equal, and as no change to a stored run."""
+    sets, known = [], []
     for name in ("images", layout):
-        root = write_as(tmp_path / name / "tiny", name)
-        train, tests = datasets.load_dataset("tiny", root.parent)
+        train, tests = datasets.load_dataset("tiny", write_as(tmp_path / name / "tiny", name).parent)
         assert train.factors["light"].tolist() == [1, 1, 0, 1, 1, 0, 1]
-        more = ("--n_epochs", 1, "--eval_every", 1, "--bs", 4)
-        logs.append((train, tests, read_logs(run(small_flags(root.parent, tmp_path / "results", *more)))))
-    (train, tests, plain), (other_train, other_tests, other) = logs
-    assert train.layout != other_train.layout
-    for one, another in ((train, other_train), (tests["test"], other_tests["test"])):
+        sets.append((train, tests["test"]))
+        known.append(fingerprints({"train": train, **tests}))
+    assert sets[0][0].layout != sets[1][0].layout
+    for one, another in zip(*sets):
         assert one.class_names == another.class_names
         assert one.labels.tolist() == another.labels.tolist()
-    assert list(plain) == list(other)
-    assert all(plain[name].equals(other[name]) for name in plain)
-
-
-def test_the_same_images_in_another_layout_are_no_change(tmp_path):
-    known = []
-    for layout in LAYOUTS[:3]:
-        train, tests = datasets.load_dataset("tiny", write_as(tmp_path / layout / "tiny", layout).parent)
-        known.append(
-            {name: value for name, value in fingerprints({"train": train, **tests}).items() if name != "factors"}
-        )
-    assert describe_change(known[0], known[1]) is describe_change(known[0], known[2]) is None
+        assert one.factors["light"].tolist() == another.factors["light"].tolist()
+        assert all(torch.equal(one.read(i), another.read(i)) for i in range(len(one)))
+    if layout != "list of a flat folder":  # whose files have other names
+        assert describe_change(*known) is None
 
 
 def test_a_list_with_queries_and_a_gallery(tmp_path):
@@ -143,17 +134,11 @@ LINES = (
         (4, "class_01/0.jpg,c1,train,0,1", r"cannot be read \(Expected 4 fields in line 4, saw 5\)"),
         (4, "class_01/7.jpg,c1,train,0", r"1 of 8 listed images not on disk in row 4 \(class_01/7\.jpg\); give paths"),
         (4, "/data/0.jpg,c1,train,0", r"1 of 8 listed images not on disk in row 4 \(/data/0\.jpg\); give paths below"),
-        (4, "C:\\data\\0.jpg,c1,train,0", r"1 of 8 listed images not on disk in .*; give paths below .*, with slashes"),
         (4, "../images/class_01/0.jpg,c1,train,0", r"1 of 8 listed images not on disk"),
         (4, "./class_00//1.jpg,c1,train,0", r"an image listed twice in row 3 \(.*\), row 4 \(images/class_00/1\.jpg\)"),
         (4, "class_01/0.jpg, ,train,0", r"no class in row 4 \(images/class_01/0\.jpg\)"),
         (4, ",c1,train,0", r"1 of 8 listed images not on disk in row 4 \(\)"),
         (4, "class_01/0.jpg,c1,trian,0", r"a split that is none of train, test, .* in row 4 \(trian\)"),
-        (
-            4,
-            "class_01/0.jpg,c1,query,0",
-            r"the column split holds query, test, train; give train and test, or train, q",
-        ),
         (4, "class_01/note.txt,c1,train,0", r"a file that is no image in row 4 \(images/class_01/note\.txt\)"),
         (4, "class_01/._0.jpg,c1,train,0", r"a hidden file in row 4 \(images/class_01/\._0\.jpg\)"),
         (4, '"class_01/0.jpg,c1,train,0', r"cannot be read \(EOF inside string starting at row 3\)"),
@@ -182,7 +167,6 @@ def test_faults_of_a_list_are_one_line_with_the_row(tmp_path, row, line, message
             lambda line: line.replace("test", "train"),
             "the column split holds train; give train and test, or train, query",
         ),
-        (lambda line: line.replace("test", "query"), "the column split holds query, train; give train and test, or"),
         (lambda line: line.replace("c1", "c0"), "1 class to train; at least 2 are needed"),
         (
             lambda line: re.sub(r",(train|test|split)", "", line).replace("c3", "c2"),
@@ -266,6 +250,7 @@ def messy(root, layout):
         (images / name).write_bytes(jpeg)
     (images / "class_00" / "0.jpg").rename(images / "class_00" / "0.JPG")
     (images / "empty" / "below").mkdir(parents=True)
+    (images / "lost+found").mkdir()  # of a disk
     (images / "again").symlink_to(images / "class_04")
     (images / "class_03" / "tones.tif").write_bytes(b"II*\0")
     (images / "class_03" / "raw").write_bytes(b"II*\0")
@@ -344,18 +329,12 @@ def test_dead_links_and_pointers_of_git_lfs_are_counted_and_refused(tmp_path, la
         assert train.left_out[-1] == "2 dead links: images/class_00/0.jpg, images/class_02/1.jpg"
 
 
-def test_folders_that_are_no_classes(tmp_path):
-    images = write_class_folders(tmp_path / "mine", per_class=(2,) * 6) / "images"
-    (images / "empty").mkdir()
-    assert datasets.load_dataset("mine", tmp_path)[0].left_out == ("1 folder without images: images/empty",)
-    (images / "gone").symlink_to(tmp_path / "nowhere")
-    (images / "more").symlink_to("more")
-    assert message_of(tmp_path) == f"{tmp_path}/mine: 2 dead links: images/gone, images/more; repair or remove them"
-    images = write_class_folders(tmp_path / "few", per_class=(2, 2, 2)) / "images"
+def test_too_few_classes_are_told_with_what_was_left_out(tmp_path):
+    images = write_class_folders(tmp_path / "mine", per_class=(2, 2, 2)) / "images"
     for path in images.glob("class_00/*.jpg"):
         path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
         path.rename(path.with_suffix(".heic"))
-    message = message_of(tmp_path, "few")
+    message = message_of(tmp_path)
     assert message.startswith(f"{images}/<class>/<image>: 2 classes with images; at least 4 are needed")
     assert "left out: 2 other files: images/class_00/0.heic, images/class_00/1.heic" in message
 
@@ -379,10 +358,6 @@ def test_folders_that_are_no_classes(tmp_path):
             "the images up into the class folders, or the subfolders up into {0}/test and {0}/train if they are the",
         ),
         (
-            ["train/images/a/1", "train/images/b/1", "test/images/c/1", "test/images/d/1"],
-            "{0}/test and {0}/train: 2 class folders with images in subfolders only: test/images, train/images; move",
-        ),
-        (
             ["images/1", "images/2"],
             "{0}/images: 2 images without class folders: images/1.gif, images/2.gif; put them into",
         ),
@@ -390,10 +365,6 @@ def test_folders_that_are_no_classes(tmp_path):
         (
             ["train/a/1", "train/b/1", "test/1"],
             "{0}/test: 1 image without class folders: test/1.gif; put them into test/<",
-        ),
-        (
-            ["train/1", "test/1"],
-            "{0}/train: 1 image without class folders: train/1.gif; put them into train/<class>/, or",
         ),
         (
             ["train/a/1", "train/b/1", "test/empty/"],
@@ -426,15 +397,12 @@ GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", 
         (["x/g/a", "x/g/b", "x/h/a"], "{0}/x holds 2 folders with images (a, b): too few if they are the classes"),
         (["a", "b", "c", "d"], "move or link the class folders from {0} to {0}/images"),
         (["x/a", "x/b", "x/c", "x/d", "x/e"], "move or link the class folders from {0}/x to {0}/images"),
-        (["a", "b"], "{0} holds 2 folders with images (a, b): too few if they are the classes"),
         ([""], "{0} holds 2 images without class folders: put the images into {0}/images/<class>/, or list them with "
                "their classes in {0}/images.csv, whose first line is image,class"),
-        (["all"], "{0}/all holds 2 images without class folders: put the images into"),
         (["data/train/a", "data/test/b"], "it lies too deep: move what {0}/data holds to {0}"),
         (["train/a", "val/a"], "{0} holds train, val, but these folders have to be called train and test: ln -s val"),
         (["x/train/a", "x/val/a"], "train and test: ln -s x/train {0}/train && ln -s x/val {0}/test"),
         (["training/a", "test/a"], "{0} holds training, test, but these folders have to be called train and test"),
-        (["train/a", "Test/a"], "{0} holds train, Test, but these folders have to be called train and test"),
         (["Train/g/a", "Test/g/a"], "train and test: ln -s Train {0}/train && ln -s Test {0}/test"),
         (["train/a", "train/b"], "{0} holds train, but nothing to test on; the first half of the classes trains, the "
                                  "rest tests with this link: ln -s train {0}/images"),
@@ -445,26 +413,6 @@ def test_images_in_no_layout_are_to_be_moved_linked_or_listed(tmp_path, folders,
         for i in range(2):
             picture(tmp_path / "mine" / folder / f"{folder.replace('/', '_')}image.{i}", "GIF")
     assert message.format(tmp_path / "mine") in message_of(tmp_path)
-
-
-def test_advice_done_to_the_letter_keeps_every_class(tmp_path):
-    """Also where there is a stray image beside the groups, and an archive beside all."""
-    for folder in GROUPS:
-        for i in range(2):
-            picture(tmp_path / "mine" / folder / f"{i}.png")
-    picture(tmp_path / "mine" / "cover.png")
-    (tmp_path / "mine" / "mine.zip").touch()
-    advice = message_of(tmp_path)
-    assert f"put what all 4 folders in {tmp_path}/mine (hex, round, square, ...) hold together in" in advice
-    groups = [path for path in (tmp_path / "mine").iterdir() if path.is_dir()]
-    images = tmp_path / "mine" / "images"
-    images.mkdir()
-    for group in groups:
-        for folder in group.iterdir():
-            folder.rename(images / folder.name)
-    train, tests = datasets.load_dataset("mine", tmp_path)
-    assert f"{len(train.class_names) + len(tests['test'].class_names)} classes" in advice
-    assert len(train) + len(tests["test"]) == 22
 
 
 @pytest.mark.parametrize("put", ["a link", "a pointer"])
@@ -524,24 +472,16 @@ def test_levels_are_numbered_over_all_splits_and_what_is_left_out_is_no_change(t
     assert describe_change(fingerprints({"train": train}), fingerprints({"train": again})) is None
 
 
-def test_the_summary_names_classes_of_one_image_and_queries_that_cannot_be_found(tmp_path, capsys):
+def test_the_summary_names_queries_that_cannot_be_found(tmp_path, capsys):
     root = write_class_folders(tmp_path / "mine", per_class=(1, 3, 1, 2, 2))
-    assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"layout: {root}/images/<class>/<image>, the first half of the classes trains, the rest tests"
-    assert lines[2:] == [
-        "train             2        4  1, 2, 3; class_00 to class_01",
-        "test              3        5  1, 2, 2; class_02 to class_04",
-        "train: 1 image with no other of the class: class_00",
-        "test: 1 image with no other of the class to find: class_02",
-    ]
     words = ["train"] * 4 + ["query", "query", "query", "gallery", "query"]
     names = [f"class_{c:02d}/{i}.jpg,{c}" for c, n in enumerate((1, 3, 1, 2, 2)) for i in range(n)]
     write_list(root, "image,class,split", *(f"{name},{word}" for name, word in zip(names, words)))
     assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "test: 3 images with no other of the class in the gallery to find: 2, 3"
-    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "train: 1 image with no other of the class: 0",
+        "test: 3 images with no other of the class in the gallery to find: 2, 3",
+    ]
 
 
 def write_factors(root, change=lambda lines: lines):
@@ -585,19 +525,8 @@ def test_known_characteristics_match_in_any_unicode_form_and_may_name_what_is_le
     ("change", "message"),
     [
         (lambda lines: lines[:-2], "2 images without a row: class_03/1.jpg, class_03/2.jpg"),
-        (
-            lambda lines: [*lines[:5], "class_01/1.jpg,left,hand,1", *lines[6:]],
-            "cannot be read (Expected 3 fields in line 6",
-        ),
         (lambda lines: [*lines, lines[1]], "an image listed twice in row 2 (class_00/0.jpg), row 14 (class_00/0.jpg)"),
-        (lambda lines: ["image,light,light", *lines[1:]], "row 1: the column 'light' cannot be read: rename it"),
-        (lambda lines: ["image,light,", *lines[1:]], "row 1: the column '' cannot be read"),
         (lambda lines: ["image,light,class", *lines[1:]], "row 1: the column 'class' cannot be read"),
-        (
-            lambda lines: ["name,light,size", *lines[1:]],
-            "row 1: expected image and known characteristics; found 'name,l",
-        ),
-        (lambda lines: lines[:1], "has no rows below its header"),
         (lambda lines: [], "cannot be read"),
     ],
 )
@@ -608,7 +537,7 @@ def test_faults_of_known_characteristics_are_one_line(tmp_path, change, message)
     assert "\n" not in error
 
 
-@pytest.mark.parametrize("kind", ["a dead link", "a folder", "no text"])
+@pytest.mark.parametrize("kind", ["a dead link", "a folder"])
 @pytest.mark.parametrize("name", ["factors.csv", "images.csv"])
 def test_a_table_that_cannot_be_read_is_not_left_out(tmp_path, name, kind):
     path = write_factors(tmp_path) / "mine" / "factors.csv"
@@ -616,19 +545,9 @@ def test_a_table_that_cannot_be_read_is_not_left_out(tmp_path, name, kind):
     path = path.with_name(name)
     if kind == "a dead link":
         path.symlink_to(tmp_path / "nowhere")
-    elif kind == "a folder":
-        path.mkdir()
     else:
-        path.write_bytes(b"image,class\nx,\xff\xfe,left\n")
+        path.mkdir()
     assert message_of(tmp_path).startswith(f"{path}: cannot be read (")
-
-
-def test_what_disks_and_file_servers_make_is_no_class(tmp_path):
-    images = write_class_folders(tmp_path / "mine") / "images"
-    for name in ("@eaDir", "lost+found", "class_00/@eaDir"):
-        (images / name).mkdir()
-    (images / "class_00" / "@eaDir" / "0.jpg").write_bytes((images / "class_00" / "0.jpg").read_bytes())
-    assert datasets.load_dataset("mine", tmp_path)[0].left_out == ("1 hidden file: images/class_00/@eaDir/0.jpg",)
 
 
 def test_linked_folders_count_once_and_where_they_are_read_first(tmp_path):

@@ -18,7 +18,6 @@ from torchvision import transforms
 import datasets
 import evaluate
 import main
-from data.images import ImageSet
 from support.errors import InputError, stop_reason
 
 LABELS = np.repeat(np.arange(7), [9, 4, 12, 5, 4, 6, 1])
@@ -46,19 +45,6 @@ def test_augmentation_depends_on_the_seed_alone(shapes):
     assert first.dtype == torch.uint8
     assert (first == again).all()
     assert (first != other).any()
-
-
-def test_only_the_class_task_flips():
-    pixels = np.tile(np.arange(64, dtype=np.uint8)[:, None] * 3, (1, 64, 1, 3))  # brighter to the right
-    ramp = ImageSet(["ramp"], np.zeros(1, int), ["a"], pixels)
-
-    def n_flipped(flip):
-        dataset = datasets.ImageDataset(ramp, datasets.train_transform(32, flip))
-        rows = [dataset[(0, 0, seed)][0][0, 16].int() for seed in range(200)]
-        return sum(bool(row[0] > row[-1]) for row in rows)
-
-    assert n_flipped(False) == 0
-    assert binomtest(n_flipped(True), 200, 0.5).pvalue > 1e-3
 
 
 def epoch_of(sampler, labels, epoch=0, n_batches=10):

@@ -106,14 +106,6 @@ def test_a_signal_to_all_processes_of_a_run_stops_with_one_line(with_bitmap, tmp
     assert_tells_how_to_go_on(process.stderr, " by SIGTERM; ", tmp_path / "tiny" / "run")
 
 
-@pytest.mark.parametrize("point", [At("os.scandir", "class_03"), At("os.mkdir", "run")], ids=["reads", "makes folder"])
-def test_a_signal_before_anything_is_stored_leaves_no_run(class_folders, tmp_path, point):
-    argv = small_flags(class_folders, tmp_path / "results", "--go_on")
-    process = run_in_process(run_and_act, argv, [point], partial(signal.raise_signal, signal.SIGTERM))
-    assert process == (143, "main.py: stopped by SIGTERM; no epoch was complete: nothing is saved\n")
-    assert not (tmp_path / "results").exists()
-
-
 @pytest.mark.parametrize("n_workers", [0, 1])
 def test_an_image_that_goes_or_breaks_stops_a_run_that_can_go_on(class_folders, tmp_path, n_workers):
     image, path = class_folders / "tiny" / "images" / "class_01" / "3.jpg", tmp_path / "tiny" / "run"
@@ -183,16 +175,8 @@ def test_evaluate_is_a_program_of_its_own(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-"])
-def test_a_run_whose_output_is_closed_goes_on(class_folders, tmp_path, redirection):
-    flags = (*ALONE, "--n_epochs", 1, "--task_p", 1, 0)
-    done = command_line("main.py", *small_flags(class_folders, tmp_path / "results", *flags), redirection=redirection)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "epochs done: 1\n" in (tmp_path / "results" / "tiny" / "run" / "Curr_Summary_Class.txt").read_text()
-
-
-@pytest.mark.parametrize("redirection", [">/dev/full", "| true"])
-def test_output_that_cannot_be_written_ends_no_run(class_folders, tmp_path, redirection):
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">/dev/full", "| true"])
+def test_output_that_is_closed_or_cannot_be_written_ends_no_run(class_folders, tmp_path, redirection):
     argv = small_flags(class_folders, tmp_path, *ALONE, "--n_epochs", 1, "--task_p", 1, 0)
     done = command_line("main.py", *argv, redirection=f"{redirection}; exit ${{PIPESTATUS[0]}}")
     assert (done.returncode, done.stderr) == (0, "")

@@ -201,6 +201,7 @@ def test_what_pytorch_says_of_a_gpu_is_shown_unless_one_line_refuses_it(card, re
     [
         (("GTX 1080 Ti", GTX_1080_TI), [], [], "error: GTX 1080 Ti: PyTorch "),
         (("Tesla T4", T4), ["--amp", "bf16"], ["device: GPU 0, Tesla T4"], "error: --amp bf16: needs an NVIDIA GPU of"),
+        (("Tesla T4", T4), ["--tf32"], ["device: GPU 0, Tesla T4"], "error: --tf32: needs an NVIDIA GPU of"),
         (("H200", H200), ["--amp", "bf16"], ["device: GPU 0, H200"], "no images of --dataset"),
         (("H200", H200), [], ["device: GPU 0, H200", "hint: on this GPU --amp bf16 "], "no images of --dataset"),
     ],
@@ -252,7 +253,7 @@ def test_processes_of_torchrun_end_with_it_by_what_they_answer(monkeypatch, has_
     for name, value in {"TORCHELASTIC_RUN_ID": "tests", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(processes, "end_with", lambda *values: called.append(values))
+    monkeypatch.setattr(processes, "die_with_parent", lambda *values: called.append(values))
 
     def connect(backend, timeout):
         called.append(backend)
@@ -448,8 +449,8 @@ def compute_on_fake_gpu():
                 main.train_one_epoch(network, objective, optimizer, scaler, steps, [batch] * 2, counter)
             assert counter.noted == [0, 0], f"{case}: the host has waited after each step {counter.noted} times"
             assert host.waits, f"{case}: the losses are never read"
-            with HostWaits() as host:
-                features = evaluate.embed_batch(network, batch[0], ["Class", "Shared", "Early"], "none")
+            with HostWaits() as host, torch.no_grad():
+                features = network(batch[0].to("gpu"), ["Class", "Shared", "Early"])
             assert {values.device.type for values in features.values()} == {"gpu"}, case
             assert host.waits == 0, case
     embeddings, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) // 3

@@ -132,9 +132,15 @@ def test_the_same_images_elsewhere_are_no_change(class_folders, tmp_path):
     assert len(digest(now)) == 12
 
 
+def swap_classes(root):
+    for old, new in (("class_00", "aside"), ("class_01", "class_00"), ("aside", "class_01")):
+        (root / old).rename(root / new)
+
+
 @pytest.mark.parametrize(
     ("change", "described"),
     [
+        (swap_classes, "training images: as many, but other files"),
         (lambda root: (root / "class_03/1.jpg").unlink(), "test images: 10 in 2 classes then, 9 in 2 now"),
         (lambda root: (root / "class_01/1.jpg").write_bytes(b""), "training images: as many, but other files"),
         (lambda root: (root / "class_01").rename(root / "a"), "training images: as many, but other files"),

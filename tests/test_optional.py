@@ -11,7 +11,6 @@ import evaluate
 import losses
 import netlib
 from support.errors import InputError
-from support.weights import read_checkpoint
 
 SIZES = {"Class": 8, "Shared": 6}
 ARCHS = ["timm/test_efficientnet", "timm/test_vit"]
@@ -97,7 +96,7 @@ def test_a_classifier_in_the_weights_of_a_timm_model_is_not_used(timm, tmp_path)
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_run_with_a_timm_backbone_resumes_exactly_and_is_scored(timm, class_folders, tmp_path, capsys, arch):
-    more = ("--arch", arch, "--img_size", 64, "--eval_every", 1, "--n_epochs", 2)
+    more = ("--arch", arch, "--img_size", 64, "--eval_every", 1, "--n_epochs", 2, "--bn", "frozen")
     whole = run(small_flags(class_folders, tmp_path / "whole", *more))
     cut = tmp_path / "cut" / "tiny" / "run"
     killed_run(small_flags(class_folders, tmp_path / "cut", *more), At("os.rename", "log_train_Class.csv", 2))
@@ -108,15 +107,9 @@ def test_a_run_with_a_timm_backbone_resumes_exactly_and_is_scored(timm, class_fo
     run([whole], evaluate)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Recall @ 1")]
     assert len(set(line.split()[-2:])) == 1  # now, and as logged
-    assert netlib.load(whole)(images(64, 1))["Class"].shape == (1, 128)
-
-
-def test_frozen_batchnorm_of_a_timm_model_keeps_its_statistics(timm, tiny_run):
-    folder = tiny_run("--arch", "timm/test_efficientnet", "--bn", "frozen", "--n_epochs", 1)
-    state = read_checkpoint(folder)["state_dict"]
-    means = [values for name, values in state.items() if name.endswith("running_mean")]
-    assert means
-    assert all((values == 0).all() for values in means)
+    network = netlib.load(whole)
+    assert network(images(64, 1))["Class"].shape == (1, 128)
+    assert not any(values.any() for name, values in network.named_buffers() if name.endswith("running_mean"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +143,7 @@ def test_an_unknown_model_is_not_taken_for_a_bad_size(timm):
 
 
 def test_a_timm_model_without_pretrained_weights_says_so(timm):
-    with pytest.raises(InputError, match="timm has no weights of it; give --weights FILE or --not_pretrained"):
+    with pytest.raises(InputError, match="No pretrained weights exist for test_vit4.*--weights FILE"):
         netlib.build_network("timm/test_vit4", SIZES, pretrained=True, freeze_batchnorm=True, img_size=64)
 
 
@@ -217,10 +210,7 @@ def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, c
     [
         ("ContrastivLoss", "pytorch-metric-learning has no such loss; similar: ContrastiveLoss"),
         ("SelfSupervisedLoss", "pml/SelfSupervisedLoss: "),
-        ("GenericPairLoss", "needs more than embeddings and labels (missing 1 required positional argument: 'mat"),
-        ("SmoothAPLoss", "needs more than embeddings and labels (All classes must have the same number of elements"),
-        ("DynamicSoftMarginLoss", "needs more than embeddings and labels (Trying to backward"),
-        ("VICRegLoss", "needs more than embeddings and labels (labels are ref_labels are not supported"),
+        ("GenericPairLoss", "needs more than embeddings and labels (GenericPairLoss.__init__() missing"),
     ],
 )
 def test_losses_that_cannot_be_are_one_line(library, class_folders, tmp_path, capsys, name, message):

@@ -19,6 +19,7 @@ from PIL import Image
 from report import fonts, plots
 from run.history import History
 from support import packages
+from support.errors import InputError
 
 ROWS = [
     {"Epochs": 0, "Time": 1.0, "NMI": 0.5, "Recall @ 1": 0.3},
@@ -116,10 +117,10 @@ def test_one_epoch_is_one_tick(tmp_path):
 def test_probe_has_a_panel_for_each_kind_of_label(tmp_path):
     path = tmp_path / "plot.svg"
     rows = [{"Epochs": 0, "Time": 1.0} | dict.fromkeys(PROBES, 0.5)]
-    plots.draw_probe(path, history_of(tmp_path / "a run", [], probe=rows))
+    plots.draw_probe(path, history_of(tmp_path / "a$^$ run", [], probe=rows))
     assert len(elements(path, r"axes_\d+")) == 2
     panels = {"the class (should be low from Shared)", "the mined label (should be low from Class)"}
-    assert panels | {"a run", "by chance", "from the Class embedding"} <= set(all_texts(path))
+    assert panels | {"a$^$ run", "by chance", "from the Class embedding"} <= set(all_texts(path))
     assert "accuracy of a nearest-neighbour probe: the 5 nearest images vote for the label" in all_texts(path)
     assert "test images" not in all_texts(path)
 
@@ -288,8 +289,8 @@ class Network(torch.nn.Module):
         return {"Class": self.head(self.norm(images.float()).mean((2, 3)))}
 
 
-@pytest.mark.skipif(bool(packages.missing_for_graphs()), reason="needs torchview and graphviz")
 def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
+    pytest.importorskip("torchview")
     network = Network().train()
     before, random_state = {name: value.clone() for name, value in network.state_dict().items()}, torch.get_rng_state()
     graph = packages.network_graph(network, 32)
@@ -303,7 +304,9 @@ def test_the_graph_of_a_network_shows_its_layers_and_changes_nothing():
 
 def test_what_graphs_need_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert packages.missing_for_graphs()[-1] == "Graphviz's program dot is missing: https://graphviz.org/download"
+    monkeypatch.setattr(packages.importlib, "import_module", lambda name: None)
+    with pytest.raises(InputError, match="Graphviz's program dot is missing: https://graphviz.org/download"):
+        packages.require_graphviz()
 
 
 def test_a_backend_that_is_not_installed_and_a_damaged_matplotlibrc_stop_nothing(tmp_path):

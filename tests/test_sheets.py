@@ -5,6 +5,7 @@ from PIL import Image
 
 from data.images import ImageSet
 from report import sheets
+from run.history import History
 
 N = 7
 """Images of the sets below; image i is of the grey 30 * i."""

@@ -204,7 +204,7 @@ def pretrained(arch):
 
 def test_failed_download_says_what_to_do(torch_cache):
     line = refusal(pretrained, "resnet50")
-    assert line.startswith("cannot download the pretrained resnet50 weights (")
+    assert line.startswith("cannot get the pretrained resnet50 weights (")
     assert line.endswith("--weights FILE, or train from random weights with --not_pretrained")
 
 
@@ -227,6 +227,6 @@ def test_a_damaged_file_in_the_cache_is_to_be_deleted(torch_cache, kind):
     if kind == "truncated":
         cut_off(path)
     line = refusal(pretrained, "resnet50")
-    assert line.startswith("the pretrained resnet50 weights cannot be read (")
-    assert f"delete the damaged file {path}, or pass a local state dict with --weights FILE" in line
+    assert line.startswith("cannot get the pretrained resnet50 weights (")
+    assert f"delete the file in {torch.hub.get_dir()} if it is damaged, pass a local one with --weights FILE" in line
     assert not (torch_cache / "exploded").exists()

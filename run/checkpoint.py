@@ -11,7 +11,7 @@ import torch
 import auxiliaries
 from run.history import LOGS, History
 from support import processes, weights
-from support.errors import InputError
+from support.errors import InputError, first_few
 from support.files import locked, replaced_file
 
 LAST = "last.pth.tar"
@@ -55,21 +55,28 @@ def save(
             raise
 
 
-def read_to_resume(folder: Path, locks: contextlib.ExitStack) -> StoredRun:
-    """Lock a run folder, in the first process only, and read its last.pth.tar.
+def read_to_resume(path: Path, locks: contextlib.ExitStack) -> StoredRun:
+    """Lock a run to resume, in the first process only, and read its last.pth.tar.
 
     Args:
+        path: the run folder, or its last.pth.tar.
         locks: takes over the lock.
 
     Raises:
         InputError: another process trains the run, or it has no checkpoint to resume from.
     """
-    path = weights.checkpoint_path(folder, LAST)
+    folder = path.parent if path.name == LAST else path
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such run folder")
+    if not (folder / LAST).is_file():
+        inside = first_few(sorted(str(last.parent) for last in folder.glob(f"*/{LAST}")))
+        hint = f"there are runs in it: {inside}" if inside else "it has no complete epoch, or is not a run folder"
+        raise InputError(f"{folder}: no {LAST}; {hint}")
     if processes.is_first():
         locks.enter_context(locked(folder))
-    content = weights.read_checkpoint(path)
+    content = weights.read_checkpoint(folder / LAST)
     if "training" not in content:
-        raise InputError(f"{path}: holds a network without the state of its training")
+        raise InputError(f"{folder / LAST}: holds a network without the state of its training")
     return StoredRun(folder, content)
 
 

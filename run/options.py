@@ -18,7 +18,7 @@ from data.published import published_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags, shown
 from support import packages, processes
-from support.errors import InputError, OneLineParser, first_few
+from support.errors import InputError, OneLineParser
 from support.output import log
 
 TASKS = ("Class", "Shared")
@@ -123,7 +123,7 @@ def resolve(
     args, defaults = parser.parse_args(argv), vars(parser.parse_args([]))
     stored = None
     if args.resume is not None:
-        stored = read_stored(Path(args.resume), locks)
+        stored = read_to_resume(Path(args.resume), locks)
         parser.set_defaults(**{flag: value for flag, value in stored.content["flags"].items() if flag in defaults})
         args = parser.parse_args(argv)
     args = check(args, parser)
@@ -270,22 +270,6 @@ def stored_flags(args: argparse.Namespace) -> dict[str, object]:
     return {flag: value for flag, value in vars(args).items() if flag not in START}
 
 
-def read_stored(path: Path, locks: contextlib.ExitStack) -> StoredRun:
-    """Lock and read a run to resume, given its folder or its last.pth.tar.
-
-    Raises:
-        InputError: it cannot be resumed.
-    """
-    folder = path.parent if path.name == LAST else path
-    try:
-        return read_to_resume(folder, locks)
-    except InputError as error:
-        hint = "" if (folder / LAST).exists() else "; it has no complete epoch, or is no run"
-        inside = sorted(str(path.parent) for path in folder.glob(f"*/{LAST}"))
-        hint = f"; there are runs in it: {first_few(inside)}" if inside else hint
-        raise InputError(f"{error}{hint}") from error
-
-
 def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) -> StoredRun | None:
     """Lock and read the run named --savename, for --go_on; return None if there is none.
 
@@ -296,7 +280,7 @@ def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) ->
     for folder in sorted(path.parent for path in parent.glob(f"*/{LAST}") if named.fullmatch(path.parent.name)):
         flags, _ = read_flags(folder)
         if flags.get("savename") == args.savename:
-            return read_stored(folder, locks)
+            return read_to_resume(folder, locks)
     return None
 
 

@@ -220,7 +220,7 @@ def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
     assert f"; there are runs in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
     (tmp_path / "run").mkdir()
-    assert "it has no complete epoch, or is no run" in refused(capsys, ["--resume", tmp_path / "run"])
+    assert "it has no complete epoch, or is not a run folder" in refused(capsys, ["--resume", tmp_path / "run"])
     shutil.copy(whole[1] / "checkpoint.pth.tar", tmp_path / "run" / "last.pth.tar")
     assert "holds a network without the state of its training" in refused(capsys, ["--resume", tmp_path / "run"])
     content["flags"]["arch"] = "resnet50"

@@ -649,7 +649,7 @@ def draw_page(folder: Path) -> None:
         complete_history(history)
     page.draw_plots(history)
     page.write_page(history)
-    page.draw_index(folder.absolute())
+    page.write_index(folder.absolute())
     print(f"page: {folder / 'page.html'}")
 
 

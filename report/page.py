@@ -70,7 +70,7 @@ def draw(history: History) -> None:
     with warned(history.folder / "page.html"):
         write_page(history)
     if (history.folder / LAST).exists():
-        draw_index(history.folder.absolute())
+        write_index(history.folder.absolute())
 
 
 def modified(path: Path) -> int:
@@ -201,7 +201,7 @@ def patience(history: History) -> float:
     return max(SILENCE, 3 * history.seconds / history.epoch) if history.epoch else FIRST_SILENCE
 
 
-def draw_index(folder: Path) -> None:
+def write_index(folder: Path) -> None:
     """Write index.html beside a run folder; failures are logged as warnings.
 
     Someone else's index.html is left alone. If two runs write it at once, the last one wins.

@@ -83,7 +83,7 @@ def history_of(folder, n_epochs=4, prefixes=("",), **more):
 def drawn(history):
     """Draw the page of a run and the index; return both taken apart."""
     page.write_page(history)
-    page.draw_index(history.folder)
+    page.write_index(history.folder)
     return Parsed(history.folder / "page.html"), Parsed(history.folder.parent / "index.html")
 
 
@@ -210,7 +210,7 @@ def test_a_page_says_what_of_a_data_set_was_left_out(tmp_path):
 def test_an_index_that_is_not_ours_is_left_alone(tmp_path, caplog):
     (tmp_path / "index.html").write_text("mine")
     for _ in range(2):
-        page.draw_index(history_of(tmp_path / "run").folder)
+        page.write_index(history_of(tmp_path / "run").folder)
     assert (tmp_path / "index.html").read_text() == "mine"
     assert len(caplog.messages) == 1
 
@@ -263,7 +263,7 @@ def test_plots_are_drawn_when_their_log_is_newer_and_nothing_in_a_folder_that_ha
 
 def test_two_runs_write_the_index_at_once(tmp_path):
     histories = [history_of(tmp_path / name) for name in ("one", "other")]
-    act_at([At("os.rename", "index.html")], lambda: page.draw_index(histories[1].folder))
-    page.draw_index(histories[0].folder)
+    act_at([At("os.rename", "index.html")], lambda: page.write_index(histories[1].folder))
+    page.write_index(histories[0].folder)
     assert {"one", "other"} <= set(Parsed(tmp_path / "index.html").texts["a"])
     assert not list(tmp_path.glob("**/*.tmp"))

@@ -213,7 +213,6 @@ def test_sampling_does_not_apply_to_losses_of_the_library_and_says_so(library, c
         ("GenericPairLoss", "needs more than embeddings and labels (missing 1 required positional argument: 'mat"),
         ("SmoothAPLoss", "needs more than embeddings and labels (All classes must have the same number of elements"),
         ("DynamicSoftMarginLoss", "needs more than embeddings and labels (Trying to backward"),
-        ("VICRegLoss", "needs more than embeddings and labels (labels are ref_labels are not supported"),
     ],
 )
 def test_losses_that_cannot_be_are_one_line(library, class_folders, tmp_path, capsys, name, message):

@@ -280,6 +280,11 @@ def write_class_folders(root, per_class=(5, 5, 5, 5), size=40, contrast=1.0):
     return root
 
 
+def images(size, n=2):
+    """Return n random images as a network takes them."""
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
 def as_bitmap(image):
     """Write an image anew as BMP, which Pillow opens whatever reads others: At("open", ...) sees it."""
     with Image.open(image) as picture:

@@ -356,12 +356,6 @@ def test_learning_rate_schedules(scheduler, expected):
     np.testing.assert_allclose(rates, np.outer(expected, [1, 2, 2, 1]))
 
 
-def test_both_adversarial_directions_with_unequal_sizes(tiny_run):
-    directions = ["--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 10, 20]
-    folder = tiny_run(*directions, "--embed_sizes", 16, 24, "--amp", "bf16")
-    assert (read_logs(folder)["log_train_Class.csv"]["Adversarial Loss"] < 0).all()
-
-
 def test_a_data_set_with_queries_trains_and_is_scored(tmp_path):
     layouts.LAYOUTS["in-shop", "readme"](tmp_path / "source")
     more = ["--dataset", "in-shop", "--n_epochs", 1, "--bs", 4, "--k_vals", 1, 2, "--shared_num_classes", 2]

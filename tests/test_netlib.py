@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torchvision
+from conftest import images
 from torch.nn.functional import avg_pool2d, linear, normalize
 
 import netlib
@@ -12,10 +13,6 @@ from support import weights
 from support.errors import InputError
 
 SIZES = {"Class": 8, "Shared": 6}
-
-
-def images(size, n=2):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def assert_same_outputs(one, other, outputs=("Class", "Shared")):

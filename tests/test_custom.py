@@ -217,16 +217,9 @@ def test_the_first_layout_counts_and_the_others_are_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize("layout", ["images.csv", "images", "train and test"])
-def test_no_layout_of_ones_own_is_read_under_a_published_or_the_built_in_name(tmp_path, layout):
+def test_no_layout_of_ones_own_is_read_under_a_published_or_the_built_in_name(tmp_path):
     for name in ("in-shop", "shapes"):
-        root = write_class_folders(tmp_path / name, per_class=(2,) * 4)
-        if layout == "train and test":
-            shutil.copytree(root / "images", root / "test")
-            (root / "images").rename(root / "train")
-        elif layout == "images.csv":
-            (root / "images").rename(root / "pictures")
-            write_list(root, *LINES)
+        write_class_folders(tmp_path / name, per_class=(2,) * 4)
     assert "no images of --dataset in-shop" in message_of(tmp_path, "in-shop")
     assert "is the built-in set, and" in message_of(tmp_path, "shapes")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -211,8 +212,6 @@ class History:
         Raises:
             InputError: the folder cannot be read, or a file in it is damaged.
         """
-        if not (folder / "hypa.pkl").is_file():
-            raise InputError(f"{folder}: {'holds no hypa.pkl' if folder.is_dir() else 'no such folder'}")
         flags, provenance = read_flags(folder)
         history = cls(folder, flags, provenance=provenance)
         history.rows = {name: read_log(folder, name) for name in LOGS}
@@ -265,6 +264,8 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
             raise ValueError("not the flags of a run")
         if not weights.is_provenance(provenance):
             raise ValueError("its provenance is malformed")
+    except OSError as error:
+        raise InputError(f"{folder}: hypa.pkl cannot be read ({error.strerror})") from error
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     return flags, provenance
@@ -323,6 +324,8 @@ def read_state(path: Path) -> dict[str, object]:
         for name, kind in STATE.items():
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
+        if not math.isfinite(stored["seconds"] + stored["written"]):
+            raise ValueError("its times are not finite")
         return {name: stored[name] for name in STATE}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error

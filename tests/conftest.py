@@ -32,7 +32,7 @@ import main
 import netlib
 from data.shapes import render_shapes
 from run import options
-from support.output import log
+from support import output
 
 ROOT = Path(__file__).resolve().parent.parent
 # Processes begin as copies of one that has main imported, which takes seconds; it finds main where the tests are run
@@ -62,7 +62,8 @@ class SmallBackbone(torch.nn.Module):
 
 
 netlib.BACKBONES["small"] = SmallBackbone
-log.setLevel("INFO")  # as in a run, for caplog
+output.log.setLevel("INFO")  # as in a run, for caplog
+output.INTERVAL = 3600  # no line on the progress of a slow test stands between those that it looks at
 ALONE = ("--arch", "googlenet")
 """For runs in programs that do not import this file, and so know no small backbone."""
 
@@ -278,6 +279,11 @@ def write_class_folders(root, per_class=(5, 5, 5, 5), size=40, contrast=1.0):
             pixels = np.clip(colour + rng.normal(0, 25, (size, size + 8, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
     return root
+
+
+def images(size, n=2):
+    """Return n random images as a network takes them."""
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def as_bitmap(image):

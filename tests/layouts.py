@@ -89,6 +89,7 @@ def write_vehicles(root):
         (root / "train_test_split" / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
+IN_SHOP = "In-shop Clothes Retrieval Benchmark"
 LAYOUTS = {
     ("cub200", "readme"): lambda source: write_cub(source / "cub200"),
     ("cub200", "official"): lambda source: write_cub(source / "CUB_200_2011"),
@@ -97,7 +98,7 @@ LAYOUTS = {
     ("online_products", "readme"): lambda source: write_products(source / "online_products", "images", "Info_Files"),
     ("online_products", "official"): lambda source: write_products(source / "Stanford_Online_Products", "", ""),
     ("in-shop", "readme"): lambda source: write_in_shop(source / "in-shop", "", "Eval"),
-    ("in-shop", "official"): lambda source: write_in_shop(source / "in-shop", "Img", ""),
+    ("in-shop", "official"): lambda source: write_in_shop(source / IN_SHOP, "Img", ""),
     ("vehicle_id", "readme"): lambda source: write_vehicles(source / "vehicle_id"),
     ("vehicle_id", "official"): lambda source: write_vehicles(source / "vehicle_id" / "VehicleID_V1.0"),
 }

@@ -66,11 +66,6 @@ def test_float32_products_are_not_rounded_unless_asked_for():
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_workers_are_at_most_one_per_core():
-    cores = auxiliaries.n_cores()
-    assert [auxiliaries.n_workers(n) for n in (0, 1, cores, 100_000)] == [0, 1, cores, cores]
-
-
 @pytest.mark.parametrize(("n_processes", "expected"), [(1, [0, 1, 8, 64]), (8, [0, 1, 8, 8]), (100, [0, 1, 1, 1])])
 def test_each_process_has_the_workers_that_are_asked_for_up_to_its_share_of_the_cores(
     n_processes, expected, monkeypatch

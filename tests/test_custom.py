@@ -217,16 +217,9 @@ def test_the_first_layout_counts_and_the_others_are_named(tmp_path):
     )
 
 
-@pytest.mark.parametrize("layout", ["images.csv", "images", "train and test"])
-def test_no_layout_of_ones_own_is_read_under_a_published_or_the_built_in_name(tmp_path, layout):
+def test_no_layout_of_ones_own_is_read_under_a_published_or_the_built_in_name(tmp_path):
     for name in ("in-shop", "shapes"):
-        root = write_class_folders(tmp_path / name, per_class=(2,) * 4)
-        if layout == "train and test":
-            shutil.copytree(root / "images", root / "test")
-            (root / "images").rename(root / "train")
-        elif layout == "images.csv":
-            (root / "images").rename(root / "pictures")
-            write_list(root, *LINES)
+        write_class_folders(tmp_path / name, per_class=(2,) * 4)
     assert "no images of --dataset in-shop" in message_of(tmp_path, "in-shop")
     assert "is the built-in set, and" in message_of(tmp_path, "shapes")
 
@@ -302,16 +295,12 @@ def test_a_file_without_an_ending_of_images_is_one_if_it_begins_like_one(tmp_pat
     assert found["other file"] == ["LICENSE", "photo.heic", "raw.BMPx", "raw.PPMx", "raw.TIFFx"]
 
 
-@pytest.mark.parametrize("layout", ["images", "train and test", "images.csv"])
+@pytest.mark.parametrize("layout", ["images", "images.csv"])
 def test_dead_links_and_pointers_of_git_lfs_are_counted_and_refused(tmp_path, layout):
     root = write_class_folders(tmp_path / "mine", per_class=(2,) * 4)
     first, second = root / "images/class_00/0.jpg", root / "images/class_02/1.jpg"
     if layout == "images.csv":
         write_list(root, *LINES)
-    if layout == "train and test":
-        shutil.copytree(root / "images", root / "test")
-        (root / "images").rename(root / "train")
-        first, second = root / "train/class_00/0.jpg", root / "test/class_02/1.jpg"
     for path in (first, second):
         path.write_text(POINTER)
     message = message_of(tmp_path)

@@ -340,7 +340,6 @@ def test_command_ends_in_one_line_where_nothing_can_be_printed(class_folders):
     ("name", "meant"),
     [
         ("here/mine", "mine --source_path here"),
-        ("here/mine/", "mine --source_path here"),
         ("./here", "here --source_path ."),
         ("{cwd}/here/mine", "mine --source_path {cwd}/here"),
         ("./other", "other --source_path Datasets"),

@@ -1,6 +1,5 @@
 """Scores against golden values, naive loops and by hand; feature extraction."""
 
-import importlib.util
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -130,25 +129,6 @@ def test_scores_of_pytorch_metric_learning():
     assert scores["Recall @ 1"] == pytest.approx(0.19166667, abs=1e-6)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("pytorch_metric_learning"), reason="needs pytorch-metric-learning")
-@pytest.mark.parametrize("with_gallery", [False, True])
-def test_scores_beside_pytorch_metric_learning(with_gallery):
-    from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
-
-    rng = np.random.default_rng(1)
-    labels = rng.permutation(np.repeat(np.arange(20), 8))
-    embeddings = (rng.normal(size=(20, 6))[labels] + rng.normal(size=(160, 6))).astype(np.float32)
-    is_query = np.arange(160) % 3 == 0 if with_gallery else np.ones(160, dtype=bool)
-    is_found = ~is_query if with_gallery else is_query
-    theirs = AccuracyCalculator(("precision_at_1", "r_precision", "mean_average_precision_at_r"), k="max_bin_count")
-    parts = [torch.from_numpy(values[part]) for part in (is_query, is_found) for values in (embeddings, labels)]
-    expected = theirs.get_accuracy(*parts, ref_includes_query=not with_gallery)
-    scores = evaluate.retrieval_scores(embeddings, labels, [1], is_query=is_query if with_gallery else None)
-    assert scores["Recall @ 1"] == pytest.approx(expected["precision_at_1"], abs=1e-6)
-    assert scores["R-Precision"] == pytest.approx(expected["r_precision"], abs=1e-6)
-    assert scores["mAP @ R"] == pytest.approx(expected["mean_average_precision_at_r"], abs=1e-6)
-
-
 def test_recall_by_hand():
     # a duplicate of another class ties with the own class: no hit at 1; a class of one image never hits
     embeddings = np.array([[0.0], [0.0], [0.0], [9.0]], dtype=np.float32)
@@ -275,7 +255,7 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     part = make(Subset(whole.dataset, chosen))
     of_run = datasets.Loaders(pool=None, sampler=None, batches=None, train=whole, tests=tests, probe=part)
     mined, tasks = np.arange(120) % 7, ["Class", "Shared"]
-    embeddings = evaluate.embed_sets(network, tests, tasks, "none")
+    embeddings = evaluate.embed_sets(network, tests, tasks)
     found = evaluate.probe_sets(network, of_run, mined, embeddings, 1)
     features, read = evaluate.extract_features(network, part, tasks), evaluate.nearest_neighbour_accuracy
     assert found["Class from Shared"] == read(features["Shared"], train.labels[chosen])

@@ -235,15 +235,6 @@ def test_files_that_exist_or_cannot_be_written_are_refused(tmp_path, capsys):
     assert f"there is no folder {tmp_path / 'closed'} that can be written to" in line
 
 
-@pytest.mark.parametrize("spelt", ["x.svg", "./x.svg", "../{}/x.svg", "link/x.svg"])
-def test_table_and_plot_in_the_same_file_are_refused(tmp_path, capsys, monkeypatch, spelt):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path)
-    argv = ["a", "--compare", "--csv", "x.svg", "--plot", spelt.format(tmp_path.name)]
-    assert "are the same file" in refused(capsys, argv, evaluate)
-    assert os.listdir(tmp_path) == ["link"]
-
-
 def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys):
     shutil.copytree(stored.parent.parent / "source", tmp_path / "source")
     images = tmp_path / "source" / "tiny" / "images"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torchvision
+from conftest import images
 from torch.nn.functional import avg_pool2d, normalize
 
 import netlib
@@ -12,10 +13,6 @@ REST = [
     "maxpool2", "inception3a", "inception3b", "maxpool3", "inception4a", "inception4b", "inception4c", "inception4d",
     "inception4e", "maxpool4", "inception5a", "inception5b",
 ]  # fmt: skip
-
-
-def images(size, n=2):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")

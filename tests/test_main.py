@@ -91,12 +91,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert {path.name for path in folder.iterdir()} == RUN_FILES
     logs = read_logs(folder)
     assert logs["log_train_Class.csv"]["Epochs"].tolist() == [0, 1, 2]
-    assert list(logs["log_train_Class.csv"]) == [
-        "Epochs", "Train Loss", "Class Loss", "Shared Loss", "Adversarial Loss", "Learning Rate"
-    ]  # fmt: skip
     val = logs["log_val_Class.csv"]
-    assert list(val) == ["Epochs", "NMI", "F1", "Recall @ 1", "Recall @ 2", "Recall @ 4", "Recall @ 8",
-                         "mAP @ R", "R-Precision"]  # fmt: skip
     assert val["Epochs"].tolist() == [0, 1, 2]
     assert logs["log_mining.csv"]["Before Epoch"].tolist() == [0, 1, 2]
     kept = pickle.loads((folder / "hypa.pkl").read_bytes())
@@ -104,10 +99,6 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert len(kept["images"]) == 12
     for name in ("InfoPlot_Class.svg", "InfoPlot_Probe.svg"):
         ElementTree.parse(folder / name)
-    assert list(logs["log_mining.csv"]) == [
-        "Before Epoch", "Inertia", "Clusters", "Empty", "Smallest", "Median", "Largest", "ARI with previous",
-        "AMI class",
-    ]  # fmt: skip
     assert logs["log_mining.csv"]["ARI with previous"].isna().tolist() == [True, False, False]
     assert logs["log_probe.csv"]["Epochs"].tolist() == [0, 1, 2]
     assert logs["log_probe.csv"].drop(columns="Epochs").stack().between(0, 1).all()
@@ -117,7 +108,7 @@ def test_a_whole_run_writes_every_file(tiny_run, capsys):
     assert printed.count("\nepoch ") == 3
     assert "CPU" in printed or "GPU" in printed
 
-    # the checkpoint is the best epoch's network, and scores as logged
+    # the checkpoint is that of the best epoch
     stored = read_checkpoint(folder)
     best_epoch = stored["progress"]["rows"]["val"][-1]["Epochs"]
     assert best_epoch == val["Recall @ 1"].idxmax()
@@ -356,12 +347,6 @@ def test_learning_rate_schedules(scheduler, expected):
     np.testing.assert_allclose(rates, np.outer(expected, [1, 2, 2, 1]))
 
 
-def test_both_adversarial_directions_with_unequal_sizes(tiny_run):
-    directions = ["--adversarial", "Class-Shared", "Shared-Class", "--adv_weights", 10, 20]
-    folder = tiny_run(*directions, "--embed_sizes", 16, 24, "--amp", "bf16")
-    assert (read_logs(folder)["log_train_Class.csv"]["Adversarial Loss"] < 0).all()
-
-
 def test_a_data_set_with_queries_trains_and_is_scored(tmp_path):
     layouts.LAYOUTS["in-shop", "readme"](tmp_path / "source")
     more = ["--dataset", "in-shop", "--n_epochs", 1, "--bs", 4, "--k_vals", 1, 2, "--shared_num_classes", 2]
@@ -369,25 +354,6 @@ def test_a_data_set_with_queries_trains_and_is_scored(tmp_path):
     scores = ["NMI", "F1", "Recall @ 1", "Recall @ 2", "mAP @ R", "R-Precision"]
     assert list(read_logs(folder)["log_val_Class.csv"]) == ["Epochs", *scores]
     assert {path.name for path in folder.iterdir()} == RUN_FILES
-
-
-def test_shapes_log_how_mined_labels_match_the_known_factors(tmp_path):
-    folder = run(small_flags(".", tmp_path, "--dataset", "shapes", "--n_epochs", 1, "--bs", 288))
-    log = read_logs(folder)["log_mining.csv"]
-    factors = ["AMI class", "AMI background", "AMI orientation", "AMI size", "AMI light"]
-    assert list(log)[-5:] == factors
-    assert log[factors].stack().between(-0.1, 1).all()
-    assert log["AMI background"][0] > 0.5
-    probe = read_logs(folder)["log_probe.csv"]
-    for name in ("Class", "Mined", "background", "orientation", "size", "light"):
-        columns = [f"{name} from Class", f"{name} from Shared", f"{name} by chance"]
-        assert probe[columns].stack().between(0, 1).all()
-        if name != "Mined":
-            assert probe[[f"Test {column}" for column in columns]].stack().between(0, 1).all()
-    assert "Test Mined by chance" not in probe
-    texts = {node.text for node in ElementTree.parse(folder / "InfoPlot_Probe.svg").iter() if node.tag.endswith("text")}
-    assert {"the class (should be low from Shared)", "the mined label (should be low from Class)"} <= texts
-    assert {f"{name} (should be low from Class)" for name in ("background", "orientation", "size", "light")} <= texts
 
 
 def test_known_factors_are_read_from_the_class_embedding_of_a_plain_baseline_too(tmp_path):

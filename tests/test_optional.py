@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import At, assert_equal, assert_same_run, killed_run, parse, read_logs, refused, run, small_flags
+from conftest import At, assert_equal, assert_same_run, images, killed_run, parse, read_logs, refused, run, small_flags
 from torch.nn.functional import normalize
 
 import evaluate
@@ -28,10 +28,6 @@ def library():
     from pytorch_metric_learning import losses as library
 
     return library
-
-
-def images(size, n=2):
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def build(arch, img_size, weights_file=None):

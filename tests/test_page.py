@@ -215,21 +215,12 @@ def test_an_index_that_is_not_ours_is_left_alone(tmp_path, caplog):
     assert len(caplog.messages) == 1
 
 
-def test_what_cannot_be_written_is_a_warning_once(tmp_path, caplog):
-    history = history_of(tmp_path / "run")
-    (tmp_path / "run/page.html").mkdir()
-    for _ in range(2):
-        page.draw(history)
-    (line,) = caplog.messages
-    assert line.startswith(f"{tmp_path}/run/page.html: cannot be written (Is a directory)")
-
-
 def test_what_cannot_be_drawn_is_a_warning_once(tmp_path, caplog):
     history = history_of(tmp_path / "run", n_epochs=2)
     history.rows["probe"] = [{"Epochs": 0, "Time": 1.0, "Class by chance": "?"}]
     images = ImageSet([""] * 4, np.array([0, 0, 1, 1]), ["a", "b"], pixels=np.zeros((4, 8, 8, 3), dtype=np.uint8))
-    for name in ("InfoPlot_Class.svg", "mined_clusters.png", "sample_recoveries.png"):
-        (tmp_path / "run" / name).unlink()
+    for name in ("InfoPlot_Class.svg", "mined_clusters.png", "sample_recoveries.png", "page.html"):
+        (tmp_path / "run" / name).unlink(missing_ok=True)
         (tmp_path / "run" / name).mkdir()
     for _ in range(2):
         assert sheets.draw_mining(history, images, np.array([0, 1, 0, 1]), np.zeros(4)) == []
@@ -237,9 +228,10 @@ def test_what_cannot_be_drawn_is_a_warning_once(tmp_path, caplog):
             history, {"test": images}, {"test": dict.fromkeys(("Class", "Shared"), np.eye(4))}
         )
         page.draw_plots(history)
+        page.draw(history)
     assert [path.name for path in drawn_files] == ["sample_recoveries_Shared.png"]
     assert [line.split(": ")[0].removeprefix(f"{tmp_path}/run/") for line in caplog.messages] == [
-        "mined_clusters.png", "sample_recoveries.png", "InfoPlot_Class.svg", "InfoPlot_Probe.svg"
+        "mined_clusters.png", "sample_recoveries.png", "InfoPlot_Class.svg", "InfoPlot_Probe.svg", "page.html"
     ]  # fmt: skip
     assert caplog.messages[0].endswith(": cannot be written (Is a directory)")
     assert "cannot be drawn (ValueError: could not convert string to float" in caplog.messages[3]

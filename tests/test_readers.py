@@ -46,13 +46,6 @@ def test_layouts_are_read_as_the_table_says(tmp_path, name, layout):
         assert all(images.read(i).dtype == torch.uint8 for i in range(len(images)))
 
 
-def test_in_shop_under_the_name_of_its_archive(tmp_path):
-    layouts.write_in_shop(tmp_path / "In-shop Clothes Retrieval Benchmark", "Img", "Eval")
-    train, tests = datasets.load_dataset("in-shop", tmp_path)
-    assert (train.class_names, train.labels.tolist()) == layouts.TABLE["in-shop"]["train"]
-    assert tests["test"].is_query.sum() == 2
-
-
 def test_first_half_of_the_classes_trains(tmp_path):
     images = write_class_folders(tmp_path / "cars196", per_class=(2, 1, 3, 2, 4)) / "images"
     (images / "class_01" / "._0.jpg").write_bytes(b"litter")

@@ -186,10 +186,22 @@ def test_float16_gradients_that_overflow_at_every_scale_end_a_run(tiny_run, clas
     assert all(torch.equal(values, state[name]) for name, values in stored["state_dict"].items() if "weight" in name)
 
 
-def test_training_learns(tmp_path):
+def test_training_learns_and_its_logs_tell_how_labels_match_the_known_factors(tmp_path):
     flags = ["--img_size", 64, "--bs", 56, "--cs_per_bs", 4, 4, "--shared_num_classes", 8, "--cluster_update_freq", 13]
     folder = run(small_flags(".", tmp_path, "--dataset", "shapes", "--n_epochs", 12, *flags))
-    before = read_checkpoint(folder, LAST)["progress"]["initial_scores"]["Recall @ 1"]
-    assert read_logs(folder)["log_val_Class.csv"]["Recall @ 1"].iloc[-1] > before + 0.2
-    log = read_logs(folder)["log_train_Class.csv"]
-    assert (log[["Class Loss", "Shared Loss"]].iloc[-1] < 0.75 * log[["Class Loss", "Shared Loss"]].iloc[0]).all()
+    before, logs = read_checkpoint(folder, LAST)["progress"]["initial_scores"]["Recall @ 1"], read_logs(folder)
+    assert logs["log_val_Class.csv"]["Recall @ 1"].iloc[-1] > before + 0.2
+    losses_logged = logs["log_train_Class.csv"][["Class Loss", "Shared Loss"]]
+    assert (losses_logged.iloc[-1] < 0.75 * losses_logged.iloc[0]).all()
+    mining = logs["log_mining.csv"]
+    factors = ["AMI class", "AMI background", "AMI orientation", "AMI size", "AMI light"]
+    assert list(mining)[-5:] == factors
+    assert mining[factors].stack().between(-0.1, 1).all()
+    assert mining["AMI background"][0] > 0.5
+    probe = logs["log_probe.csv"]
+    for name in ("Class", "Mined", "background", "orientation", "size", "light"):
+        columns = [f"{name} from Class", f"{name} from Shared", f"{name} by chance"]
+        assert probe[columns].stack().between(0, 1).all()
+        if name != "Mined":
+            assert probe[[f"Test {column}" for column in columns]].stack().between(0, 1).all()
+    assert "Test Mined by chance" not in probe

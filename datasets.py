@@ -26,14 +26,14 @@ from data.custom import layouts_in
 from data.files import normal_form
 from data.images import NO_TORCHCODEC, ImageSet, Splits
 from data.locate import check_name, locate
-from data.published import published_info
+from data.published import data_set_info
 from data.shapes import render_shapes
 from support import processes
 from support.errors import InputError, OneLineParser, counted, first_few, one_line_errors, set_up_output
 from support.output import Progress, logged
 
 SCORING_BATCH_SIZE = 112
-"""Largest batch that is embedded without gradients; --bs may be larger if several processes share a batch."""
+"""Largest batch embedded without gradients; a larger --bs may fit only because several processes share it."""
 
 Draw = tuple[int, int, int]
 """An image of a training batch: (index of the image, label to train it with, seed of its augmentation)."""
@@ -54,7 +54,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
         if layouts_in(folder):
             raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
-    published, root = published_info(name), locate(name, Path(source_path))
+    published, root = data_set_info(name), locate(name, Path(source_path))
     train, tests = published.read(root)
     return replace(train, layout=train.layout or f"{published.layout} in {root}"), tests
 
@@ -310,8 +310,8 @@ class Pool:
 
 
 @dataclass(eq=False)
-class Pass:
-    """A loader; each iteration over it is a pass of a pool.
+class PoolLoader:
+    """A loader whose batches a pool loads; each iteration over it starts a new pass of the pool.
 
     Args:
         pool: the pool that loads the batches.
@@ -335,11 +335,11 @@ class Pass:
         return list(itertools.chain.from_iterable(self.batches))
 
 
-def in_order(pool: Pool, name: str, batch_size: int) -> Pass:
+def in_order(pool: Pool, name: str, batch_size: int) -> PoolLoader:
     """Return a pass over the images of one data set in order; each process loads whole batches of it."""
     dataset = pool.dataset.datasets[name]
     keys = [(name, index) for index in processes.shard(len(dataset), batch_size)]
-    return Pass(pool, [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)], dataset)
+    return PoolLoader(pool, [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)], dataset)
 
 
 class Loaders(NamedTuple):
@@ -356,10 +356,10 @@ class Loaders(NamedTuple):
 
     pool: Pool
     sampler: TaskBatchSampler
-    batches: Pass
-    train: Pass
-    tests: dict[str, Pass]
-    probe: Pass
+    batches: PoolLoader
+    train: PoolLoader
+    tests: dict[str, PoolLoader]
+    probe: PoolLoader
 
     @property
     def images(self) -> ImageSet:
@@ -417,7 +417,7 @@ def build_loaders(
     return Loaders(
         pool=pool,
         sampler=sampler,
-        batches=Pass(pool, sampler, pool.dataset),
+        batches=PoolLoader(pool, sampler, pool.dataset),
         train=in_order(pool, "train", size),
         tests={name: in_order(pool, f"tests, {name}", size) for name in tests},
         probe=in_order(pool, "probe", size),
@@ -433,7 +433,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, official in published_info(name).counts.items():
+    for split, official in data_set_info(name).counts.items():
         if counts[split] != official:
             n_classes, n_images = counts[split]
             found = f"{counted(n_classes, 'class')} with {counted(n_images, 'image')}"
@@ -471,9 +471,9 @@ def summary_lines(train: ImageSet, tests: Mapping[str, ImageSet]) -> list[str]:
             queries, where = images.labels[images.is_query], " in the gallery"
         lost = queries[sizes[queries] == 0]
         if len(lost):
-            names = first_few([images.class_names[label] for label in np.unique(lost)])
-            where += "" if images is train else " to find"
-            lines.append(f"{split}: {counted(len(lost), 'image')} with no other of the class{where}: {names}")
+            found = f"{counted(len(lost), 'image')} with no other image of the class{where}"
+            classes = first_few([images.class_names[label] for label in np.unique(lost)])
+            lines.append(f"{split}: {found}; classes: {classes}")
     if train.factors:
         lines.append(f"known characteristics: {', '.join(train.factors)}")
     return lines + [f"left out: {note}" for note in train.left_out]

@@ -178,7 +178,9 @@ def retrieval_scores(
 
 
 TIE = 3e-7
-"""Margin of x.y - |y|^2/2, for points in the unit ball, within which float32 cannot order two points reliably."""
+"""The closeness of a query x and a gallery point y in the unit ball is x.y - |y|^2/2; larger means nearer. Two values
+that differ by less than TIE cannot be ordered reliably in float32.
+"""
 
 
 def metrics_per_query(
@@ -521,7 +523,7 @@ def score_run(args: argparse.Namespace) -> None:
         then, now = stored["progress"]["contents"], fingerprints(splits)
         change = describe_change({name: then.get(name, {}) for name in splits}, {name: now[name] for name in splits})
         if change:
-            log.warning(f"the images have changed since the run was scored: {change}; logged scores are of the old")
+            log.warning(f"the images have changed since the run was scored: {change}; logged scores are from before")
     for name, images in tests.items():
         best = run / f"checkpoint{file_suffix(name)}.pth.tar"
         checkpoint = best if best in checkpoints else checkpoints[0]
@@ -696,9 +698,9 @@ def get_args_parser() -> errors.OneLineParser:
         "differ: scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="also print Recall @ 1 as a function of this flag, next to the paper's curve "
         "if there is one; --plot draws it; if the flag is a pair, the Shared task's value is used")
-    add("--against", type=PATH, metavar="RUN", help="also print how the scores of every other setting (runs that "
-        "differ only in the seed) differ from those of the setting of RUN, which must be among the runs compared: mean "
-        "over pairs of equal seed, with a 95 %% confidence interval; --plot draws them")
+    add("--against", type=PATH, metavar="RUN", help="also print the differences of every other setting's scores to "
+        "those of RUN's setting: mean over pairs of equal seed, with a 95 %% confidence interval; --plot draws them; a "
+        "setting is all runs that differ only in the seed, and RUN must be among the runs compared")
     add("--csv", type=PATH, metavar="FILE", help="also write the table to FILE, with a column for each flag that "
         "differs")
     add("--plot", type=PATH, metavar="FILE", help="draw Recall @ 1 over the epochs, or what --over or --against prints "
@@ -739,7 +741,7 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
 
 
 @output.logged()
-@errors.signals_stop()
+@errors.stop_on_signals()
 @errors.one_line_errors("evaluate.py")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, embed, draw or compare runs, as a command line asks."""

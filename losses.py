@@ -418,7 +418,7 @@ def takes_sampler(name: str) -> bool:
 
 
 def build_loss(name: str, sampling: str, **values: float) -> Loss:
-    """Build a loss, and pass its constructor and its sampler's those of `values` that are their parameters.
+    """Build a loss; its constructor and that of its sampler get the `values` that they have parameters for.
 
     Args:
         name: a name in LOSSES, or pml/NAME.

@@ -624,7 +624,7 @@ def demo_summary(history: History) -> str:
         f"{learned}{what_was_mined(history.rows['mining'][-1])}\n"
         f"look at: {history.folder / 'page.html'} in a browser; each row of mined clusters shows images of different "
         "classes: what they have in common was mined\n"
-        "try next: the same without mining, with your own flags if you gave any: bash Result_Runs.sh demo --task_p 1 0 "
+        "try next: the same without mining (add your own flags again): bash Result_Runs.sh demo --task_p 1 0 "
         "--adv_weights 0; then "
         f"python evaluate.py --compare {shlex.quote(str(history.folder.parent))}"
     )
@@ -634,7 +634,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     """Train with the flags of a command line and return the run folder."""
     argv = sys.argv[1:] if argv is None else argv
     locks = contextlib.ExitStack()
-    with output.logged(), errors.signals_stop(), errors.one_line_errors("main.py"), locks:
+    with output.logged(), errors.stop_on_signals(), errors.one_line_errors("main.py"), locks:
         args, stored = options.resolve(argv, get_args_parser(), locks)
         with processes.connected():
             return train(args, argv, stored)

@@ -20,7 +20,7 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PREFIX = "backbone.layers."
-"""Prefix of torchvision's names in the state dict of an EmbeddingNetwork."""
+"""Prefix of the backbone's own names in the state dict of an EmbeddingNetwork."""
 
 
 class ResNet50(nn.Module):

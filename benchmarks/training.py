@@ -7,8 +7,8 @@ both tasks' steps, samplers, margin losses, the adversarial term and Adam. Bare 
 classifier on one normalised float32 batch that lies in memory on the device: forward, the mean square of the output,
 backward, the same fused Adam; in PyTorch's default memory format and in channels_last, which ours always has. Batch
 size, precision, compilation and BatchNorm (frozen, as with pretrained weights) are the same. Rounds alternate between
-the three; the medians over the rounds are printed, the ratio of each round's rates likewise. cuDNN is asked for
-deterministic algorithms in ours only, as main does.
+the three. The table gives the median rates over the rounds, and the median of the ratios within each round. cuDNN is
+asked for deterministic algorithms in ours only, as main does.
 
 Settings: plain is float32, tf32 the same with --tf32, bf16 and fp16 are autocast, compile is torch.compile with bf16.
 Images have 224 pixels on a GPU, 64 without one. At the end a profile shows how the time of our step is split between

@@ -17,7 +17,7 @@ CGROUP_FILES = {
     "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""{controller, "" in version 2: (mount of the memory cgroups, names that left_in_cgroup takes)}."""
+"""Memory cgroups by controller name, "" for version 2: (mount point, the names that left_in_cgroup takes)."""
 
 
 def image_views(flat: np.ndarray, sizes: np.ndarray) -> np.ndarray:

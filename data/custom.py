@@ -35,7 +35,7 @@ NOT_READABLE = {
 
 
 def layouts_in(root: Path) -> list[str]:
-    """Return the layouts that a folder holds, the one to read first: "images.csv", "images", "train and test"."""
+    """Return the layouts that a folder holds, in order of preference: "images.csv", "images", "train and test"."""
     is_there = {
         "images.csv": os.path.lexists(root / "images.csv"),
         "images": any(listing(root / "images")),
@@ -110,8 +110,8 @@ def require_class_folders(root: Path, found: Survey, folders: Sequence[str]) -> 
         named = f"{counted(len(nested), 'class folder')} with images in subfolders only: {first_few(nested)}"
         if {"images/train", "images/training"} & {name.lower() for name in nested}:
             raise InputError(
-                f"{root / 'images'}: {named}; if that is a split, move all that it holds up to {root}, which is to "
-                "have a name of your own"
+                f"{root / 'images'}: {named}; if that is a split, move all that it holds up to {root}, and rename that "
+                "folder if it has the name of a published data set"
             )
         where = " and ".join(str(root / top) for top in sorted({name.split("/")[0] for name in nested}))
         classes = counted(len(set().union(*subfolders.values())), "class")
@@ -139,7 +139,7 @@ def list_advice(root: Path, found: Survey) -> str:
 
 
 def left_out_of_folders(found: Survey, folders: Sequence[str]) -> tuple[str, ...]:
-    """Return a line for each reason why files are not read, if class folders in `folders` are."""
+    """Return a line for each reason why files are left out when the class folders in `folders` are read."""
     outside, too_deep, too_high, class_folders = [], [], [], set()
     for path in found["image"]:
         top, *inside = path.split("/")
@@ -174,7 +174,7 @@ def note(noun: str, names: Sequence[str], reason: str = "") -> list[str]:
 
 
 def notes_on_others(found: Survey, read: set[str]) -> list[str]:
-    """Return a line for each kind of file that is not an image, without the paths in `read`."""
+    """Return a line for each kind of other files and folders that are left out, without the paths in `read`."""
     kinds = ("backup copy", "other file", "hidden file", *NOT_READABLE)
     return [line for kind in kinds for line in note(kind, [name for name in found[kind] if name not in read])]
 
@@ -285,7 +285,7 @@ def make_splits(root: Path, images: pd.DataFrame, layout: str, left_out: Sequenc
     sides = {"train": is_training, "test": ~is_training}
     factors = levels_of(images.drop(columns=IMAGE_COLUMNS))
     useless = [name for name, levels in factors.items() if min(len({*levels[side]}) for side in sides.values()) < 2]
-    left_out = (*left_out, *note("characteristic", useless, " with one value in all images of a side"))
+    left_out = (*left_out, *note("characteristic", useless, " with one value in all training or all test images"))
     sets = {}
     for name, side in sides.items():
         class_names, labels = np.unique(images["class"][side].tolist(), return_inverse=True)

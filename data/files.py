@@ -32,7 +32,7 @@ Survey = dict[str, list[str]]
 """Sorted paths below a folder, with slashes, for each of FILE_KINDS and FOLDER_KINDS.
 
 A backup copy is an image such as x.jpg~, without an ending of images. A repeated folder leads to one that was read
-already. Hidden files include all files in hidden folders. Hidden folders, pipes and devices are not listed.
+already. Hidden files include all files in hidden folders. Pipes and devices are not listed.
 """
 
 
@@ -41,7 +41,7 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
 
     Args:
         root: the folder.
-        first: folders in root that are read before the others, each with all its links. If there are any, links
+        first: folders in root to read before the others, following all links in them. If any are given, links
             elsewhere in root are not followed.
     """
     found: Survey = {kind: [] for kind in (*FILE_KINDS, *FOLDER_KINDS)}

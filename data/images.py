@@ -22,7 +22,7 @@ except Exception as error:  # it is missing, older than 0.16, or built for anoth
     decode_image, NO_TORCHCODEC = None, first_line(error)
 
 COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
-"""Endings of compressed formats, in which different images have files of different sizes."""
+"""Endings of compressed formats, in which different images hardly ever have files of equal size."""
 
 FLIPS = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
 """{EXIF orientation: dimensions along which an upright (3, H, W) image is flipped}."""
@@ -54,8 +54,8 @@ class ImageSet:
         pixels: decoded images, (N, H, W, 3) uint8, or (N,) objects (H, W, 3) of any size; None if `names` are files to
             decode.
         factors: known characteristics that classes share, {name: (N,) int64 levels}.
-        is_query: (N,) bool, the images that are searched among the others, the gallery; None if each image is searched
-            among all others.
+        is_query: (N,) bool, True for queries, False for the gallery in which their neighbours are searched; None if
+            each image is a query and all others are its gallery.
         layout: description of how the data set lies on disk.
         left_out: a line for each reason why files of the data set are not read.
     """
@@ -143,7 +143,7 @@ def read_image(path: str) -> torch.Tensor:
 
 
 def split_jpeg(content: bytes) -> tuple[bytes, dict[str, bytes]] | None:
-    """Remove EXIF from the content of a JPEG file, as torchcodec would turn the image in other cases than Pillow.
+    """Remove EXIF from the content of a JPEG file, because torchcodec and Pillow disagree on when to turn by it.
 
     Returns:
         The content without APP1 segments, and {"exif": data} as in Pillow's Image.info, or {} without EXIF. None if
@@ -244,10 +244,11 @@ def decode(image: Image.Image) -> torch.Tensor:
 
 
 def fingerprints(image_sets: Mapping[str, ImageSet]) -> dict[str, dict[str, int | str]]:
-    """Describe image sets so that any change is detected later.
+    """Describe image sets so that a change is detected later.
 
     The digest covers, for each file in order, its name without folder, size, class, and whether it is a query; for
-    uncompressed files, whose size says nothing, also the content. For rendered images it covers their names.
+    uncompressed files, whose size says nothing, also the content. A compressed file that is replaced by one of equal
+    size goes unnoticed. For rendered images the digest covers their names.
 
     Args:
         image_sets: {split: images}.
@@ -297,7 +298,7 @@ def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -
             return "the known characteristics have changed"
         where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
         if (old["images"], old["classes"]) == (new["images"], new["classes"]):
-            return f"{where}: as many, but other files"
+            return f"{where}: as many, but changed"
         was = f"{old['images']:,} in {counted(old['classes'], 'class')} then"
         return f"{where}: {was}, {new['images']:,} in {new['classes']:,} now"
     return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.custom import AT_LEAST, HALVES, layouts_in, list_advice
 from data.files import describe, listing, survey
-from data.published import CUSTOM, PUBLISHED, Published, published_info
+from data.published import CUSTOM, PUBLISHED, DataSetInfo, data_set_info
 from support.errors import InputError, counted, first_few
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z")
@@ -45,50 +45,50 @@ def locate(name: str, source: Path) -> Path:
     Raises:
         InputError: there is none; the message has several lines: what was looked for, what was found, what to do.
     """
-    published = published_info(name)
-    archive = published.archive
+    info = data_set_info(name)
+    archive = info.archive
     candidates = list(dict.fromkeys([source / name, source / name / archive, source / (archive or name)]))
     for root in candidates:
-        if is_data_set(root, published):
+        if is_data_set(root, info):
             return root
     present = list(filter(os.path.isdir, [*candidates, source]))
     holds = "; ".join(f"{folder} holds {describe(folder)}" for folder in present[:2])
     lines = [
         f"no images of --dataset {name} in --source_path {source}",
-        f"looked for  {published.layout} in {' or '.join(map(str, candidates))}",
+        f"looked for  {info.layout} in {' or '.join(map(str, candidates))}",
         f"found       {holds or f'no folder {source}'}",
-        f"to do       {advise(published, name, source, candidates, present)}",
+        f"to do       {advise(info, name, source, candidates, present)}",
     ]
-    lines += [f"get it at   {published.url}"] if published.url else []
+    lines += [f"get it at   {info.url}"] if info.url else []
     raise InputError("\n  ".join(lines))
 
 
-def is_data_set(folder: Path, published: Published) -> bool:
+def is_data_set(folder: Path, info: DataSetInfo) -> bool:
     """Tell whether a folder holds a data set."""
-    if published is CUSTOM:
+    if info is CUSTOM:
         return bool(layouts_in(folder))
-    return any(os.path.exists(folder / landmark) for landmark in published.landmarks)
+    return any(os.path.exists(folder / landmark) for landmark in info.landmarks)
 
 
-def advise(published: Published, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
+def advise(info: DataSetInfo, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
     """Return what to do about a data set that was not found.
 
     Args:
-        published: what is known of the data set.
+        info: what is known of the data set.
         name: its name.
         source: folder that holds the data sets.
         candidates: folders that were tried.
         present: those of the candidates and source that exist.
     """
-    if is_data_set(source, published):
+    if is_data_set(source, info):
         return f"{source} is the data set itself: name it {name} and give its parent as --source_path"
     for root in candidates:
-        for path in (root, *(root / landmark for landmark in published.landmarks)):
+        for path in (root, *(root / landmark for landmark in info.landmarks)):
             if os.path.islink(path) and not os.path.exists(path):
                 return f"repair the link {path}, which leads to {os.readlink(path)}: nothing is there"
     for folder in present:
         # What lies deeper in source may be other data sets
-        advice = advise_on_images(folder, source / name, published) if folder != source else ""
+        advice = advise_on_images(folder, source / name, info) if folder != source else ""
         archives = [file for file in listing(folder)[1] if file.lower().endswith(ARCHIVES)]
         if advice or archives:
             return advice or f"unpack {folder / archives[0]}"
@@ -97,35 +97,35 @@ def advise(published: Published, name: str, source: Path, candidates: list[Path]
     return f"give the folder that holds the data set's folder as --source_path{hint}"
 
 
-def advise_on_images(root: Path, target: Path, published: Published) -> str:
+def advise_on_images(root: Path, target: Path, info: DataSetInfo) -> str:
     """Return what to do with the images below a folder, judged by the depth at which most of them lie; "" without any.
 
     Args:
         root: the folder.
         target: folder in which the data set is expected.
-        published: what is known of the data set.
+        info: what is known of the data set.
     """
     found = survey(root)
     if found["unreadable folder"]:
         return f"make the folder {root / found['unreadable folder'][0]} readable"
-    data_sets = [root / name for name in found["folder"] if is_data_set(root / name, published)]
+    data_sets = [root / name for name in found["folder"] if is_data_set(root / name, info)]
     data_sets = [path for path in data_sets if not set(path.parents) & set(data_sets)]
     if len(data_sets) == 1:
         return f"it lies too deep: move what {data_sets[0]} holds to {target}"
     images = (*found["image"], *found["Git LFS pointer"], *found["dead link"])
     folders = [Path(name).parent.parts for name in images]
-    if not folders or "<class>" not in published.layout:
+    if not folders or "<class>" not in info.layout:
         return ""
     depth = Counter(map(len, folders)).most_common(1)[0][0]
     folders = sorted({parts for parts in folders if len(parts) == depth})
-    if published is CUSTOM:
+    if info is CUSTOM:
         for parts in folders:
             for i, part in enumerate(parts[:-1]):
                 if part.lower() in TRAIN:
                     return advise_on_split(root.joinpath(*parts[:i]), target)
     common = os.path.commonprefix(folders)
     base, classes = root.joinpath(*common), sorted({parts[-1] for parts in folders if parts})
-    listed = f", or {list_advice(target, found)}" if published is CUSTOM else ""
+    listed = f", or {list_advice(target, found)}" if info is CUSTOM else ""
     put = f"put the images into {target}/images/<class>/{listed}"
     if len(folders) == 1:
         return f"{base} holds {counted(len(found['image']), 'image')} without class folders: {put}"
@@ -136,9 +136,9 @@ def advise_on_images(root: Path, target: Path, published: Published) -> str:
         return f"move or link the class folders from {base} to {target / 'images'}"
     groups = sorted({str(Path(*parts[len(common) : -1])) for parts in folders})
     return (
-        f"put what all {counted(len(groups), 'folder')} in {base} ({first_few(groups)}) hold together in "
-        f"{target / 'images'}: {counted(len(classes), 'class')}, if these are the classes; rename files where two have "
-        "one name"
+        f"merge the contents of all {counted(len(groups), 'folder')} in {base} ({first_few(groups)}) into "
+        f"{target / 'images'}: {counted(len(classes), 'class')}, if these are the classes; rename files that have the "
+        "same name"
     )
 
 

@@ -13,7 +13,7 @@ K_VALS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class Published:
+class DataSetInfo:
     """What is known of a data set.
 
     Attributes:
@@ -25,8 +25,8 @@ class Published:
         counts: {split: (classes, images)} of the official data set.
         k_vals: the k of Recall@k.
         scores: the paper's results for MIC with margin loss, by their columns in log_val_Class.csv.
-        ablations: {flag: {value: Recall@1}}, read off the paper's plots to +-0.002; of the update interval only its
-            ends.
+        ablations: {flag: {value: Recall@1}}, read off the paper's plots to +-0.002; for cluster_update_freq only
+            the two ends of the curve.
 
     Reference:
         Roth, Brattoli, Ommer: MIC, ICCV 2019, result tables and ablation plots.
@@ -46,7 +46,7 @@ class Published:
 CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
 SIZES = ("0", "64", "128", "256", "512", "1024")
 PUBLISHED = {
-    "cub200": Published(
+    "cub200": DataSetInfo(
         read=read_folders,
         archive="CUB_200_2011",
         url="https://www.vision.caltech.edu/datasets/cub_200_2011",
@@ -60,7 +60,7 @@ PUBLISHED = {
             "embed_sizes": dict(zip(SIZES, (0.636, 0.647, 0.657, 0.666, 0.670, 0.667))),
         },
     ),
-    "cars196": Published(
+    "cars196": DataSetInfo(
         read=readers.read_cars,
         archive="cars196",
         landmarks=("images", "car_ims"),
@@ -76,7 +76,7 @@ PUBLISHED = {
             "embed_sizes": dict(zip(SIZES, (0.796, 0.817, 0.828, 0.842, 0.850, 0.845))),
         },
     ),
-    "online_products": Published(
+    "online_products": DataSetInfo(
         read=readers.read_online_products,
         archive="Stanford_Online_Products",
         landmarks=("images", "Info_Files", "Ebay_train.txt"),
@@ -92,7 +92,7 @@ PUBLISHED = {
             "cluster_update_freq": {"1": 0.741, "50": 0.730},
         },
     ),
-    "in-shop": Published(
+    "in-shop": DataSetInfo(
         read=readers.read_in_shop,
         archive="In-shop Clothes Retrieval Benchmark",
         landmarks=("img", "Img/img"),
@@ -102,7 +102,7 @@ PUBLISHED = {
         k_vals=(1, 10, 20, 30, 50),
         scores={"Recall @ 1": 0.882, "Recall @ 10": 0.970, "Recall @ 30": 0.980, "Recall @ 50": 0.988},
     ),
-    "vehicle_id": Published(
+    "vehicle_id": DataSetInfo(
         read=readers.read_vehicle_id,
         archive="VehicleID_V1.0",
         landmarks=("image",),
@@ -117,7 +117,7 @@ PUBLISHED = {
 }  # fmt: skip
 """The published data sets, by name."""
 
-CUSTOM = Published(
+CUSTOM = DataSetInfo(
     read=read_custom,
     landmarks=("images.csv", "images"),
     layout="images.csv, images/<class>/<image>, or train/<class>/<image> and test/<class>/<image>",
@@ -125,6 +125,6 @@ CUSTOM = Published(
 """A user's own data set, which may have any other name."""
 
 
-def published_info(name: str) -> Published:
+def data_set_info(name: str) -> DataSetInfo:
     """Return what is known of a data set; CUSTOM for names that are not published."""
     return PUBLISHED.get(name, CUSTOM)

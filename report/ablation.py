@@ -182,7 +182,7 @@ def compare_series(series: str, first: str, folders: Mapping[str, Sequence[Path]
 
 
 @output.logged()
-@errors.signals_stop()
+@errors.stop_on_signals()
 @errors.one_line_errors(PROG)
 def main(get_main_parser: Callable[[], OneLineParser], argv: Sequence[str] | None = None) -> None:
     """Train a series and compare its runs, as a command line asks.

@@ -18,7 +18,7 @@ import jinja2
 from PIL import Image
 
 from data.images import VALIDATION
-from data.published import published_info
+from data.published import data_set_info
 from report import plots
 from report.compare import seed_of, setting_flags
 from report.plots import warn, warned
@@ -45,7 +45,10 @@ from support.errors import InputError
 from support.files import write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
-"""Seconds without news until a run counts as silent: after its first epoch (more if epochs are long), and before."""
+"""Seconds without news after which a run counts as silent.
+
+SILENCE holds once an epoch is complete (more if epochs are long), FIRST_SILENCE until then.
+"""
 
 FILES = [re.escape(name) for name in LOGS.values()] + ["mined_labels.npz", r"(InfoPlot_.*|network)\.svg"]
 FILES += ["Curr_Summary_Class.txt", "Parameter_Info.txt", "log.txt"]
@@ -223,7 +226,7 @@ def write_index(folder: Path) -> None:
             entries=sorted(zip(entries, sparklines(entries)), key=lambda pair: -(pair[0]["best"] or 0)),
             dataset=dataset,
             test_set=test_set,
-            paper=scores_of(published_info(dataset).scores, test_set),
+            paper=scores_of(data_set_info(dataset).scores, test_set),
         )
         temporary = folder / ".index.html.tmp"  # in the run's own folder, where no other run writes
         temporary.write_bytes(content)

@@ -131,8 +131,9 @@ def clusters_to_show(
 
     Show all clusters or, if there are more than 10, the largest, middle and smallest ones; of each cluster the images
     nearest to its centre, no two of the same class. The caption gives the cluster's size and number of classes, and the
-    known factor that stands out most: the one whose most frequent level has a share that exceeds share_by_chance most,
-    if any does. By the bare share, factors with few levels would win, and in small clusters chance would.
+    known factor that stands out most. For each factor, take the share of the cluster's most frequent level minus
+    share_by_chance; the factor with the largest positive difference is named. The share alone would favour factors with
+    few levels and, in small clusters, mere chance.
 
     Args:
         clusters: (N,) int.

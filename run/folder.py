@@ -140,7 +140,7 @@ class Run:
                 history.write_state()
         self.stack.close()
         if isinstance(error, DivergedError):
-            error.add_note(f"this was epoch {history.epoch}; {self.folder / LAST} is from before it")
+            error.add_note(f"diverged in epoch {history.epoch}; {self.folder / LAST} holds the state before that epoch")
         elif error:
             error.add_note(f"last complete epoch saved; {resume}")
         if isinstance(error, InputError):  # an image has disappeared or been damaged since

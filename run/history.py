@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from data.images import VALIDATION
-from data.published import published_info
+from data.published import data_set_info
 from support import weights
 from support.errors import InputError, first_line
 from support.files import replaced_file, write_file
@@ -135,7 +135,7 @@ class History:
         epochs = [row["Epochs"] for row in self.rows["val"]]
         before = scores_of(self.initial_scores, test_set)
         logged = pd.DataFrame(rows, index=epochs, columns=rows[-1] if rows else list(before)).astype(float)
-        paper = scores_of(published_info(self.flags["dataset"]).scores, test_set)
+        paper = scores_of(data_set_info(self.flags["dataset"]).scores, test_set)
         table = pd.DataFrame(index=sorted(logged, key=lambda score: not score.startswith("Recall")))
         table["highest"] = logged.max()
         table["epoch"] = logged.dropna(axis="columns", how="all").idxmax() if rows else None
@@ -188,6 +188,7 @@ class History:
             tables.append(table.set_axis([column(name, score) for score in table.index]))
         table = pd.concat(tables)
         table = table.dropna(subset=["highest"])[["highest", "epoch", "last", "before", "paper"]]
+        # In this text "best" is the highest value of each score, on the page the score at the best epoch
         table = table.rename(columns={"highest": "best", "before": "before training"}).astype({"epoch": int})
         if table["paper"].notna().any():
             table["best - paper"] = table["best"] - table["paper"]
@@ -265,7 +266,7 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
         if not weights.is_provenance(provenance):
             raise ValueError("its provenance is malformed")
     except OSError as error:
-        raise InputError(f"{folder}: hypa.pkl cannot be read ({error.strerror})") from error
+        raise InputError(f"{folder}: holds no hypa.pkl that can be read ({error.strerror})") from error
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     return flags, provenance

@@ -14,7 +14,7 @@ import torch
 
 import losses
 from data.locate import check_name
-from data.published import published_info
+from data.published import data_set_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags, shown
 from support import packages, processes
@@ -135,7 +135,7 @@ def resolve(
 
 
 def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace:
-    """Return a new run's flags with dependent defaults filled in; `parser.error` if flags do not fit together."""
+    """Return the flags with dependent defaults filled in; `parser.error` if they do not fit together."""
     args = argparse.Namespace(**vars(args))
     check_name(args.dataset, args.source_path)
     if args.savename == ".." or Path(args.savename).name != args.savename or len(os.fsencode(args.savename)) > 240:
@@ -244,7 +244,7 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
-    return {"k_vals": published_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+    return {"k_vals": data_set_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:

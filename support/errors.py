@@ -121,7 +121,7 @@ def line_with(error: BaseException, pattern: str) -> str | None:
 
 
 stop_signal: int | None = None
-"""The signal that asked this program to stop, if any; see signals_stop."""
+"""The signal that asked this program to stop, if any; see stop_on_signals."""
 
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGCHLD") if hasattr(signal, name)]
@@ -129,7 +129,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SI
 
 
 @contextlib.contextmanager
-def signals_stop() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt on the first Ctrl-C, SIGTERM or SIGHUP; a second Ctrl-C ends the process at once."""
     global stop_signal
     stop_signal, before = None, {signum: signal.getsignal(signum) for signum in SIGNALS}

@@ -1,6 +1,6 @@
 """Several processes started by torchrun: ranks, shards, and communication.
 
-Without torchrun every function here does nothing or returns its argument.
+Without torchrun there is one process, rank 0, and communication returns its argument.
 """
 
 import contextlib

@@ -80,9 +80,9 @@ def test_comparison_by_hand(tmp_path, capsys):
     compare.compare_runs([str(tmp_path / "runs"), str(tmp_path / "nowhere")], csv=csv, plot=plot)
     printed = capsys.readouterr().out
     for path, reason in [
-        ("runs/c", "hypa.pkl cannot be read ("),
+        ("runs/c", "holds no hypa.pkl that can be read ("),
         ("runs/d", "hypa.pkl cannot be read"),
-        ("nowhere", "no such"),
+        ("nowhere", "holds no hypa.pkl that can be read ("),
     ]:
         assert any(line.startswith(f"skipped {tmp_path}/{path}: {reason}") for line in printed.splitlines())
     table = pd.read_csv(csv).set_index(["run", "adv_weights", "at"])

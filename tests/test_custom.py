@@ -334,7 +334,7 @@ def test_too_few_classes_are_told_with_what_was_left_out(tmp_path):
         (
             ["images/Train/a/1", "images/valid/a/1", "images/Train/b/1"],
             "{0}/images: 2 class folders with images in subfolders only: images/Train, images/valid; if that is a "
-            "split, move all that it holds up to {0}, which is to have a name of your own",
+            "split, move all that it holds up to {0}, and rename that folder if it has",
         ),
         (
             ["images/a/x/1", "images/a/y/1", "images/b/z/1", "images/c/1"],
@@ -379,10 +379,10 @@ GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", 
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (GROUPS, "all 4 folders in {0} (hex, round, square, ...) hold together in {0}/images: 11 classes, if these "),
-        (["", *(f"g{i}/{c}{i}" for i in range(3) for c in "abc")], "all 3 folders in {0} (g0, g1, g2) hold together"),
+        (GROUPS, "all 4 folders in {0} (hex, round, square, ...) into {0}/images: 11 classes, if these "),
+        (["", *(f"g{i}/{c}{i}" for i in range(3) for c in "abc")], "contents of all 3 folders in {0} (g0, g1, g2)"),
         ([f"person{i}/view{j}" for i in range(6) for j in range(4)], "{0}/images: 4 classes, if these are the class"),
-        ([f"v{i // 2}/images/{i}" for i in range(4)], "all 2 folders in {0} (v0/images, v1/images) hold together in"),
+        ([f"v{i // 2}/images/{i}" for i in range(4)], "all 2 folders in {0} (v0/images, v1/images) into"),
         (["x/g/a", "x/g/b", "x/h/a"], "{0}/x holds 2 folders with images (a, b): too few if they are the classes"),
         (["a", "b", "c", "d"], "move or link the class folders from {0} to {0}/images"),
         (["x/a", "x/b", "x/c", "x/d", "x/e"], "move or link the class folders from {0}/x to {0}/images"),
@@ -410,7 +410,7 @@ def test_what_stands_for_images_counts_as_images_in_the_advice(tmp_path, put):
         path = tmp_path / "mine" / folder / "1.png"
         path.parent.mkdir(parents=True)
         path.symlink_to("nowhere") if put == "a link" else path.write_text(POINTER)
-    assert "hold together in" in message_of(tmp_path)
+    assert "merge the contents of all 4 folders" in message_of(tmp_path)
 
 
 def test_a_link_to_train_as_test_is_read(tmp_path):
@@ -445,7 +445,7 @@ def test_characteristics_with_one_value_on_a_side_are_left_out(tmp_path):
     write_list(root, *(line.replace(",0", ",1") if "test" in line else line for line in LINES))
     train, tests = datasets.load_dataset("mine", tmp_path)
     assert train.factors == tests["test"].factors == {}
-    assert train.left_out == ("1 characteristic with one value in all images of a side: light",)
+    assert train.left_out == ("1 characteristic with one value in all training or all test images: light",)
 
 
 def test_levels_are_numbered_over_all_splits_and_what_is_left_out_is_no_change(tmp_path):
@@ -468,8 +468,8 @@ def test_the_summary_names_queries_that_cannot_be_found(tmp_path, capsys):
     write_list(root, "image,class,split", *(f"{name},{word}" for name, word in zip(names, words)))
     assert datasets.main(["mine", "--source_path", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "train: 1 image with no other of the class: 0",
-        "test: 3 images with no other of the class in the gallery to find: 2, 3",
+        "train: 1 image with no other image of the class; classes: 0",
+        "test: 3 images with no other image of the class in the gallery; classes: 2, 3",
     ]
 
 

@@ -180,7 +180,7 @@ def test_workers_change_nothing_and_stay_for_all_passes(shapes):
     loaded, workers = [], []
     for n_workers in (0, 2):
         sampler, pool = datasets.TaskBatchSampler(task_samplers()), datasets.Pool(sets, n_workers, pin_memory=False)
-        steps, in_order = datasets.Pass(pool, sampler, flipped), datasets.in_order(pool, "test", 10)
+        steps, in_order = datasets.PoolLoader(pool, sampler, flipped), datasets.in_order(pool, "test", 10)
         assert (len(in_order), len(in_order.sampler)) == (3, 24)
         loaded.append([])
         for epoch in range(2):
@@ -300,7 +300,7 @@ def test_command_prints_splits_and_checks_images(tmp_path, capsys):
         "split       classes   images  images per class: least, median, most; first and last class",
         "train             2        7  2, 3, 5; class_00 to class_01",
         "test              2        4  1, 2, 3; class_02 to class_03",
-        "test: 1 image with no other of the class to find: class_03",
+        "test: 1 image with no other image of the class; classes: class_03",
         "left out: 1 folder without images: images/empty",
     ]
     assert datasets.main(["mine", "--source_path", str(tmp_path), "--check"]) == 0

@@ -247,7 +247,7 @@ def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys)
         run([stored, "--source_path", tmp_path / "source"], evaluate)
         image.write_bytes(content)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-        assert f": the images have changed since the run was scored: {which}: as many, but other files;" in line
+        assert f": the images have changed since the run was scored: {which}: as many, but changed;" in line
 
 
 def run_where_a_folder_cannot_be_read(folder, argv):

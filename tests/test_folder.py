@@ -209,7 +209,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
         (named, small_flags(tmp_path / "source", tmp_path, *BASE, "--go_on")),
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
-        message = "not the images that it was trained with: training images: as many, but other files; give it those"
+        message = "not the images that it was trained with: training images: as many, but changed; give it those"
         assert f"--resume {path}: {message}" in error
         assert {file.name for file in path.iterdir()} <= FILES_OF_A_REFUSED_RESUME
 
@@ -360,7 +360,7 @@ def run_where_files_cannot(event, argv):
 
 @pytest.mark.parametrize(
     ("event", "code", "message"),
-    [("os.rename", 1, "/hypa.pkl (Function not implemented)"), ("fcntl.flock", 2, " cannot lock files (Function not imp")],
+    [("os.rename", 1, "/hypa.pkl (Function not implemented)"), ("fcntl.flock", 2, " cannot lock files (Function")],
 )
 def test_what_a_file_system_cannot_do_is_told_when_the_folder_is_made(whole, tmp_path, event, code, message):
     argv = small_flags(whole[0], tmp_path / "results", *BASE)
@@ -437,7 +437,7 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_before_it(whole, tmp_pa
     error = refused(capsys, argv, code=1)
     path = tmp_path / "tiny" / "run" / "last.pth.tar"
     assert re.match(r"main\.py: stopped: the .*(loss is nan|not finite).*: training has diverged", error)
-    epoch = re.search(rf"; this was epoch (\d); {path} is from before it\n$", error)[1]
+    epoch = re.search(rf"; diverged in epoch (\d); {path} holds the state before that epoch\n$", error)[1]
     stored = torch.load(path, weights_only=True)
     assert stored["training"]["epoch"] == int(epoch) > 0
     assert all(value.isfinite().all() for value in stored["state_dict"].values())

@@ -12,7 +12,7 @@ from scipy.io import loadmat, savemat
 
 import datasets
 from data.files import survey
-from data.published import PUBLISHED, published_info
+from data.published import PUBLISHED, data_set_info
 from support.errors import InputError
 
 LIST_FILES = {
@@ -109,7 +109,7 @@ def test_a_missing_folder_is_diagnosed(tmp_path, name):
     (tmp_path / "something").mkdir()
     message = message_of(name, tmp_path)
     assert f"no images of --dataset {name} in --source_path {tmp_path}" in message
-    assert f"looked for  {published_info(name).layout} in " in message
+    assert f"looked for  {data_set_info(name).layout} in " in message
     assert f"found       {tmp_path} holds something" in message
     assert "to do       give the folder that holds" in message
     assert ("get it at" in message) == (name in PUBLISHED)
@@ -168,7 +168,7 @@ def test_cars_as_downloads_lay_them_out(tmp_path):
         shutil.rmtree(tmp_path / half)
         (write_class_folders(tmp_path / half) / "images").rename(root / "car_data" / half)
     halves = (
-        f"put what all 2 folders in {root}/car_data (test, train) hold together in {root}/images: 4 classes, if these"
+        f"merge the contents of all 2 folders in {root}/car_data (test, train) into {root}/images: 4 classes, if these"
     )
     assert halves in message_of("cars196", tmp_path)
 

@@ -179,9 +179,9 @@ def test_float16_gradients_that_overflow_at_every_scale_end_a_run(tiny_run, clas
     more = ["--weights", tmp_path / "small.pth.tar", "--amp", "fp16", "--adv_weights", 1e9, "--n_epochs", 40]
     error = refused(capsys, small_flags(class_folders, tmp_path, *more, "--task_p", 1, 1, "--bs", 4), code=1)
     last = tmp_path / "tiny" / "run" / LAST
-    assert "; this was epoch " in error
+    assert "; diverged in epoch " in error
     assert "the float16 gradients overflow at every step, whatever their scale: try --amp bf16 or none" in error
-    assert error.endswith(f"; {last} is from before it\n")
+    assert error.endswith(f"; {last} holds the state before that epoch\n")
     stored = read_checkpoint(last)
     assert all(torch.equal(values, state[name]) for name, values in stored["state_dict"].items() if "weight" in name)
 

@@ -228,9 +228,7 @@ def write_index(folder: Path) -> None:
             test_set=test_set,
             paper=scores_of(data_set_info(dataset).scores, test_set),
         )
-        temporary = folder / ".index.html.tmp"  # in the run's own folder, where no other run writes
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_file(path, content)
 
 
 def read_histories(parent: Path) -> list[History]:

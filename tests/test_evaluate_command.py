@@ -269,3 +269,17 @@ def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, 
         1, "evaluate.py: finished, 15 images stored; left out: 1 unreadable folder, named above\n"
     )  # fmt: skip
     assert len(np.load(tmp_path / "new.npz")["paths"]) == 15
+
+
+def test_the_page_of_an_earlier_versions_run_shows_what_its_checkpoint_holds(stored, tmp_path, capsys):
+    folder = shutil.copytree(stored, tmp_path / "runs" / "run")
+    for name in ("run.json", "page.html", "InfoPlot_Class.svg"):
+        (folder / name).unlink()
+    run([folder, "--page"], evaluate)
+    assert capsys.readouterr().out == f"page: {folder}/page.html\n"
+    page = (folder / "page.html").read_text()
+    before = torch.load(folder / "last.pth.tar", weights_only=True)["progress"]["initial_scores"]
+    assert f"before training {before['Recall @ 1']:.4f}" in page
+    assert "trains on 20 images of 4 classes" in page
+    assert (folder / "InfoPlot_Class.svg").exists()
+    assert (folder.parent / "index.html").exists()

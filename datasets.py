@@ -26,7 +26,7 @@ from data.custom import layouts_in
 from data.files import normal_form
 from data.images import NO_TORCHCODEC, ImageSet, Splits
 from data.locate import check_name, locate
-from data.published import data_set_info
+from data.published import dataset_info
 from data.shapes import render_shapes
 from support import processes
 from support.errors import InputError, OneLineParser, counted, first_few, one_line_errors, set_up_output
@@ -54,7 +54,7 @@ def load_dataset(name: str, source_path: str | Path) -> Splits:
         if layouts_in(folder):
             raise InputError(f"--dataset shapes: is the built-in set, and {folder} is a folder of yours: rename that")
         return render_shapes()
-    published, root = data_set_info(name), locate(name, Path(source_path))
+    published, root = dataset_info(name), locate(name, Path(source_path))
     train, tests = published.read(root)
     return replace(train, layout=train.layout or f"{published.layout} in {root}"), tests
 
@@ -433,7 +433,7 @@ def count_warnings(name: str, train: ImageSet, tests: Mapping[str, ImageSet]) ->
     sets, warnings = {"train": train, **tests}, []
     counts = {split: row[:2] for split, row in split_table(train, tests).items()}
     counts["all"] = sum(len(images.class_names) for images in sets.values()), sum(map(len, sets.values()))
-    for split, official in data_set_info(name).counts.items():
+    for split, official in dataset_info(name).counts.items():
         if counts[split] != official:
             n_classes, n_images = counts[split]
             found = f"{counted(n_classes, 'class')} with {counted(n_images, 'image')}"

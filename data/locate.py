@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.custom import AT_LEAST, HALVES, layouts_in, list_advice
 from data.files import describe, listing, survey
-from data.published import CUSTOM, PUBLISHED, DataSetInfo, data_set_info
+from data.published import CUSTOM, PUBLISHED, DatasetInfo, dataset_info
 from support.errors import InputError, counted, first_few
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".rar", ".7z")
@@ -45,7 +45,7 @@ def locate(name: str, source: Path) -> Path:
     Raises:
         InputError: there is none; the message has several lines: what was looked for, what was found, what to do.
     """
-    info = data_set_info(name)
+    info = dataset_info(name)
     archive = info.archive
     candidates = list(dict.fromkeys([source / name, source / name / archive, source / (archive or name)]))
     for root in candidates:
@@ -63,14 +63,14 @@ def locate(name: str, source: Path) -> Path:
     raise InputError("\n  ".join(lines))
 
 
-def is_data_set(folder: Path, info: DataSetInfo) -> bool:
+def is_data_set(folder: Path, info: DatasetInfo) -> bool:
     """Tell whether a folder holds a data set."""
     if info is CUSTOM:
         return bool(layouts_in(folder))
     return any(os.path.exists(folder / landmark) for landmark in info.landmarks)
 
 
-def advise(info: DataSetInfo, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
+def advise(info: DatasetInfo, name: str, source: Path, candidates: list[Path], present: list[Path]) -> str:
     """Return what to do about a data set that was not found.
 
     Args:
@@ -97,7 +97,7 @@ def advise(info: DataSetInfo, name: str, source: Path, candidates: list[Path], p
     return f"give the folder that holds the data set's folder as --source_path{hint}"
 
 
-def advise_on_images(root: Path, target: Path, info: DataSetInfo) -> str:
+def advise_on_images(root: Path, target: Path, info: DatasetInfo) -> str:
     """Return what to do with the images below a folder, judged by the depth at which most of them lie; "" without any.
 
     Args:

@@ -13,7 +13,7 @@ K_VALS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
-class DataSetInfo:
+class DatasetInfo:
     """What is known of a data set.
 
     Attributes:
@@ -46,7 +46,7 @@ class DataSetInfo:
 CLUSTERS = ("5", "10", "20", "30", "50", "100", "150", "200", "250", "300")
 SIZES = ("0", "64", "128", "256", "512", "1024")
 PUBLISHED = {
-    "cub200": DataSetInfo(
+    "cub200": DatasetInfo(
         read=read_folders,
         archive="CUB_200_2011",
         url="https://www.vision.caltech.edu/datasets/cub_200_2011",
@@ -60,7 +60,7 @@ PUBLISHED = {
             "embed_sizes": dict(zip(SIZES, (0.636, 0.647, 0.657, 0.666, 0.670, 0.667))),
         },
     ),
-    "cars196": DataSetInfo(
+    "cars196": DatasetInfo(
         read=readers.read_cars,
         archive="cars196",
         landmarks=("images", "car_ims"),
@@ -76,7 +76,7 @@ PUBLISHED = {
             "embed_sizes": dict(zip(SIZES, (0.796, 0.817, 0.828, 0.842, 0.850, 0.845))),
         },
     ),
-    "online_products": DataSetInfo(
+    "online_products": DatasetInfo(
         read=readers.read_online_products,
         archive="Stanford_Online_Products",
         landmarks=("images", "Info_Files", "Ebay_train.txt"),
@@ -92,7 +92,7 @@ PUBLISHED = {
             "cluster_update_freq": {"1": 0.741, "50": 0.730},
         },
     ),
-    "in-shop": DataSetInfo(
+    "in-shop": DatasetInfo(
         read=readers.read_in_shop,
         archive="In-shop Clothes Retrieval Benchmark",
         landmarks=("img", "Img/img"),
@@ -102,7 +102,7 @@ PUBLISHED = {
         k_vals=(1, 10, 20, 30, 50),
         scores={"Recall @ 1": 0.882, "Recall @ 10": 0.970, "Recall @ 30": 0.980, "Recall @ 50": 0.988},
     ),
-    "vehicle_id": DataSetInfo(
+    "vehicle_id": DatasetInfo(
         read=readers.read_vehicle_id,
         archive="VehicleID_V1.0",
         landmarks=("image",),
@@ -117,7 +117,7 @@ PUBLISHED = {
 }  # fmt: skip
 """The published data sets, by name."""
 
-CUSTOM = DataSetInfo(
+CUSTOM = DatasetInfo(
     read=read_custom,
     landmarks=("images.csv", "images"),
     layout="images.csv, images/<class>/<image>, or train/<class>/<image> and test/<class>/<image>",
@@ -125,6 +125,6 @@ CUSTOM = DataSetInfo(
 """A user's own data set, which may have any other name."""
 
 
-def data_set_info(name: str) -> DataSetInfo:
+def dataset_info(name: str) -> DatasetInfo:
     """Return what is known of a data set; CUSTOM for names that are not published."""
     return PUBLISHED.get(name, CUSTOM)

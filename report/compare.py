@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from data.published import data_set_info
+from data.published import dataset_info
 from report import plots
 from run.history import History, column, fill_in_flags, scores_of, shown, test_sets_of
 from run.options import PAIRS, makes_setting
@@ -251,7 +251,7 @@ def table_of(settings: Sequence[Setting], base: Setting | None, dataset: str, te
 
     It has the runs and the summary_rows of each setting, at the best and at the last epoch, and the paper's row.
     """
-    paper, rows = scores_of(data_set_info(dataset).scores, test_set), []
+    paper, rows = scores_of(dataset_info(dataset).scores, test_set), []
     for setting in settings:
         for at in ("best", "last"):
             head = {"data set": dataset, "test set": test_set, "setting": setting.name if setting.flags else None}
@@ -368,7 +368,7 @@ def ablation_lines(
             for run in [runs[i] for i in members]:
                 recall = scores_at(run, test_set, at)[1]["Recall @ 1"]
                 points.setdefault(ablated_value(run, flag), []).append(recall)
-    paper = data_set_info(dataset).ablations.get(flag, {})
+    paper = dataset_info(dataset).ablations.get(flag, {})
     if paper and test_set == "test":
         lines[f"paper, {dataset}"] = {value: [recall] for value, recall in paper.items()}
     return lines

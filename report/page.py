@@ -18,7 +18,7 @@ import jinja2
 from PIL import Image
 
 from data.images import VALIDATION
-from data.published import data_set_info
+from data.published import dataset_info
 from report import plots
 from report.compare import seed_of, setting_flags
 from report.plots import warn, warned
@@ -226,7 +226,7 @@ def write_index(folder: Path) -> None:
             entries=sorted(zip(entries, sparklines(entries)), key=lambda pair: -(pair[0]["best"] or 0)),
             dataset=dataset,
             test_set=test_set,
-            paper=scores_of(data_set_info(dataset).scores, test_set),
+            paper=scores_of(dataset_info(dataset).scores, test_set),
         )
         write_file(path, content)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from data.images import VALIDATION
-from data.published import data_set_info
+from data.published import dataset_info
 from support import weights
 from support.errors import InputError, first_line
 from support.files import replaced_file, write_file
@@ -135,7 +135,7 @@ class History:
         epochs = [row["Epochs"] for row in self.rows["val"]]
         before = scores_of(self.initial_scores, test_set)
         logged = pd.DataFrame(rows, index=epochs, columns=rows[-1] if rows else list(before)).astype(float)
-        paper = scores_of(data_set_info(self.flags["dataset"]).scores, test_set)
+        paper = scores_of(dataset_info(self.flags["dataset"]).scores, test_set)
         table = pd.DataFrame(index=sorted(logged, key=lambda score: not score.startswith("Recall")))
         table["highest"] = logged.max()
         table["epoch"] = logged.dropna(axis="columns", how="all").idxmax() if rows else None

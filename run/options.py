@@ -14,7 +14,7 @@ import torch
 
 import losses
 from data.locate import check_name
-from data.published import data_set_info
+from data.published import dataset_info
 from run.checkpoint import LAST, StoredRun, read_to_resume
 from run.history import read_flags, shown
 from support import packages, processes
@@ -244,7 +244,7 @@ def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 
 def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:
     """Return the defaults that depend on other flags."""
-    return {"k_vals": data_set_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
+    return {"k_vals": dataset_info(args.dataset).k_vals, "bn": "train" if args.not_pretrained else "frozen"}
 
 
 def defaults_of_changed(args: argparse.Namespace, parser: OneLineParser) -> dict[str, object]:

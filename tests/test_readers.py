@@ -12,7 +12,7 @@ from scipy.io import loadmat, savemat
 
 import datasets
 from data.files import survey
-from data.published import PUBLISHED, data_set_info
+from data.published import PUBLISHED, dataset_info
 from support.errors import InputError
 
 LIST_FILES = {
@@ -109,7 +109,7 @@ def test_a_missing_folder_is_diagnosed(tmp_path, name):
     (tmp_path / "something").mkdir()
     message = message_of(name, tmp_path)
     assert f"no images of --dataset {name} in --source_path {tmp_path}" in message
-    assert f"looked for  {data_set_info(name).layout} in " in message
+    assert f"looked for  {dataset_info(name).layout} in " in message
     assert f"found       {tmp_path} holds something" in message
     assert "to do       give the folder that holds" in message
     assert ("get it at" in message) == (name in PUBLISHED)

@@ -733,11 +733,10 @@ def check_args(args: argparse.Namespace, parser: errors.OneLineParser) -> None:
             parser.error(f"--{flag} {path}: exists already; nothing is overwritten")
         if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
             parser.error(f"--{flag} {path}: there is no folder {path.parent} that can be written to")
+    if args.csv and args.plot and os.path.realpath(args.csv) == os.path.realpath(args.plot):
+        parser.error(f"--csv {args.csv} --plot {args.plot}: are the same file")
     if args.dataset is not None:
-        try:
-            check_name(args.dataset, args.source_path or "./Datasets")
-        except InputError as error:
-            parser.error(str(error))
+        check_name(args.dataset, args.source_path or "./Datasets")
 
 
 @output.logged()

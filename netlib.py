@@ -1,5 +1,6 @@
 """The two-headed embedding network: backbones by name, BatchNorm policy, precision, building and loading."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,17 +149,20 @@ class EmbeddingNetwork(nn.Module):
             raise TypeError(f"images are (B, 3, H, W) uint8 RGB; got {tuple(images.shape)} {images.dtype}")
         outputs = list(self.heads) if outputs is None else outputs
         images = images.contiguous(memory_format=torch.channels_last).float()
-        with torch.autocast(images.device.type, AMP_TYPES.get(self.amp), enabled=self.amp in AMP_TYPES):
+        device_type, dtype = images.device.type, AMP_TYPES.get(self.amp)
+        with torch.autocast(device_type, dtype) if dtype else contextlib.nullcontext():
             early_maps, pooled = self.backbone((images - self.mean) / self.std, set(outputs) != {"Early"})
         features = {}
         if "Early" in outputs:
             features["Early"] = F.normalize(torch.flatten(pool_to_grid(early_maps.float()), 1), dim=1)
         if pooled is not None:
             features["Pooled"] = pooled.float()
-            for task, head in self.heads.items():  # in float32: they are cheap, and the scores gain precision
-                if task in outputs:
-                    pooled = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
-                    features[task] = F.normalize(head(pooled), dim=1)
+            # Compute the heads in float32, even in a caller's autocast: they are cheap, and the scores gain precision
+            with torch.autocast(device_type, enabled=False):
+                for task, head in self.heads.items():
+                    if task in outputs:
+                        pooled = features["Pooled"].detach() if task in self.detached_heads else features["Pooled"]
+                        features[task] = F.normalize(head(pooled), dim=1)
         return {name: features[name] for name in outputs}
 
 
@@ -229,8 +233,8 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
         return create_timm_model(arch.removeprefix("timm/"), img_size, pretrained=True).state_dict()
     except Exception as error:  # no network, no such weights, or a damaged file, on which the unpickler raises anything
         raise InputError(
-            f"cannot get the pretrained {arch} weights ({first_line(error)}): delete the file in {torch.hub.get_dir()} "
-            "if it is damaged, pass a local one with --weights FILE, or train from random weights with --not_pretrained"
+            f"cannot get the pretrained {arch} weights ({first_line(error)}): delete a damaged file from the cache of "
+            "torch or Hugging Face, pass one with --weights FILE, or train from random weights with --not_pretrained"
         ) from error
 
 

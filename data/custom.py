@@ -23,7 +23,6 @@ IMAGE_COLUMNS = ["image", "class", "split"]
 """Columns that say where an image lies below the data set's folder, its class, and its split.
 
 The split is train, test, query or gallery; it is empty for all images if the first half of the classes is to train.
-Further columns of a table of images are known characteristics.
 """
 
 NOT_READABLE = {
@@ -73,11 +72,11 @@ def read_folders(root: Path, folders: Sequence[str] = ("images",)) -> Splits:
         if top in folders and len(inside) == 2:
             rows.append((path, inside[0], "" if top == "images" else top))
     images = pd.DataFrame(sorted(rows, key=lambda row: (row[1], row[0])), columns=IMAGE_COLUMNS)
+    factors = pd.DataFrame(index=images.index)
     if os.path.lexists(root / "factors.csv"):
         factors = read_factors(root / "factors.csv", images["image"].str.removeprefix("images/").tolist())
-        images = pd.concat([images, factors], axis=1)
     layout = " and ".join(f"{root / folder}/<class>/<image>" for folder in folders)
-    return make_splits(root, images, layout, left_out_of_folders(found, folders))
+    return make_splits(root, images, factors, layout, left_out_of_folders(found, folders))
 
 
 def require_readable(root: Path, found: Survey, folders: Sequence[str]) -> None:
@@ -203,7 +202,7 @@ def read_image_list(root: Path) -> Splits:
     )
     images = table.assign(image=files)[~is_val].sort_values(["class", "image"])
     require(path, "no class", images["image"][images["class"] == ""])
-    return make_splits(root, images, str(path), left_out)
+    return make_splits(root, images, images.drop(columns=IMAGE_COLUMNS), str(path), left_out)
 
 
 def find_listed(path: Path, root: Path, listed: pd.Series, is_val: pd.Series) -> tuple[Survey, pd.Series]:
@@ -262,12 +261,15 @@ def splits_in_list(path: Path, cells: pd.Series) -> pd.Series:
     return splits
 
 
-def make_splits(root: Path, images: pd.DataFrame, layout: str, left_out: Sequence[str]) -> Splits:
+def make_splits(
+    root: Path, images: pd.DataFrame, factors: pd.DataFrame, layout: str, left_out: Sequence[str]
+) -> Splits:
     """Build the image sets from a table of images. Leave out characteristics that have one value on a side.
 
     Args:
         root: folder that the images are below.
         images: one row per image, sorted by class and path; see IMAGE_COLUMNS.
+        factors: known characteristics of the images, one column each.
         layout: description of what was read.
         left_out: a line for each reason why files were not read.
 
@@ -283,8 +285,8 @@ def make_splits(root: Path, images: pd.DataFrame, layout: str, left_out: Sequenc
         is_training = images["class"].isin(classes[: len(classes) // 2]).to_numpy()
         layout = f"{layout}, {HALVES}"
     sides = {"train": is_training, "test": ~is_training}
-    factors = levels_of(images.drop(columns=IMAGE_COLUMNS))
-    useless = [name for name, levels in factors.items() if min(len({*levels[side]}) for side in sides.values()) < 2]
+    all_levels = levels_of(factors)
+    useless = [name for name, levels in all_levels.items() if min(len({*levels[side]}) for side in sides.values()) < 2]
     left_out = (*left_out, *note("characteristic", useless, " with one value in all training or all test images"))
     sets = {}
     for name, side in sides.items():
@@ -296,7 +298,7 @@ def make_splits(root: Path, images: pd.DataFrame, layout: str, left_out: Sequenc
             names=[os.path.join(root, path) for path in images["image"][side]],
             labels=labels,
             class_names=class_names.tolist(),
-            factors={factor: levels[side] for factor, levels in factors.items() if factor not in useless},
+            factors={factor: levels[side] for factor, levels in all_levels.items() if factor not in useless},
             is_query=is_query if is_query.any() else None,
             layout=layout,
             left_out=left_out,

@@ -1,6 +1,5 @@
 """What a folder holds: which files are images, which are not, and which cannot be read."""
 
-import functools
 import os
 import re
 import unicodedata
@@ -31,8 +30,8 @@ FOLDER_KINDS = ("folder", "repeated folder", "unreadable folder")
 Survey = dict[str, list[str]]
 """Sorted paths below a folder, with slashes, for each of FILE_KINDS and FOLDER_KINDS.
 
-A backup copy is an image such as x.jpg~, without an ending of images. A repeated folder leads to one that was read
-already. Hidden files include all files in hidden folders. Pipes and devices are not listed.
+A backup copy is an image such as x.jpg~, without an ending of images, beside its original x.jpg. A repeated folder
+leads to one that was read already. Hidden files include all files in hidden folders. Pipes and devices are not listed.
 """
 
 
@@ -45,7 +44,7 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
             elsewhere in root are not followed.
     """
     found: Survey = {kind: [] for kind in (*FILE_KINDS, *FOLDER_KINDS)}
-    files, read_before = [], set()
+    to_open, read_before = [], set()
     for start in (*first, ""):
         seen, waiting = set() if start else read_before, [start]
         for folder in waiting:  # grows while it is read, so folders near the top come first
@@ -64,34 +63,41 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
                 continue
             for entry in sorted(entries, key=lambda entry: (is_hidden(entry.name), entry.is_symlink(), entry.name)):
                 name, is_link = f"{folder}/{entry.name}".lstrip("/"), entry.is_symlink()
-                if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
-                    files.append(name)
-                elif name not in first and (start or not first or not is_link):
-                    waiting.append(name)
+                if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                    if name not in first and (start or not first or not is_link):
+                        waiting.append(name)
+                elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
+                    found["dead link"].extend([name] if is_link and not is_hidden(name) else [])  # or a pipe
+                elif is_hidden(name):
+                    found["hidden file"].append(name)
+                elif has_image_ending(name) and entry.stat().st_size > POINTER_SIZE:
+                    found["image"].append(name)
+                else:
+                    to_open.append(name)
         read_before |= seen
     with ThreadPoolExecutor() as pool:
-        for name, kind in zip(files, pool.map(functools.partial(kind_of_file, root), files)):
-            if kind:
-                found[kind].append(name)
+        for name, start in zip(to_open, pool.map(first_bytes, [os.path.join(root, name) for name in to_open])):
+            found[kind_of_file(name, start)].append(name)
+    images = {name.lower() for name in found["image"]}
+    originals = images | {os.path.splitext(name)[0] for name in images}
+    named_like_copies = found["backup copy"]
+    found["backup copy"] = [name for name in named_like_copies if COPY.sub("", name.lower()) in originals]
+    found["image"] += sorted({*named_like_copies} - {*found["backup copy"]})
     return {kind: sorted(names) for kind, names in found.items()}
 
 
-def kind_of_file(root: Path, name: str) -> str | None:
-    """Return the kind of a file, one of FILE_KINDS; None for a pipe or a device, which must not be opened."""
-    path = os.path.join(root, name)
-    if not os.path.isfile(path):
-        return "dead link" if os.path.islink(path) and not is_hidden(name) else None
-    if is_hidden(name):
-        return "hidden file"
-    has_image_ending = name.lower().endswith(IMAGES)
-    if has_image_ending and os.stat(path).st_size > POINTER_SIZE:
-        return "image"
-    start = first_bytes(path)
+def kind_of_file(name: str, start: bytes) -> str:
+    """Return the kind of a file that is not hidden, given its first bytes."""
     if start.startswith(POINTER):
         return "Git LFS pointer"
-    if not has_image_ending and not begins_like_an_image(start):
+    if not has_image_ending(name) and not begins_like_an_image(start):
         return "other file"
     return "backup copy" if COPY.search(name.lower()) else "image"
+
+
+def has_image_ending(name: str) -> bool:
+    """Tell whether a file's name ends like that of an image."""
+    return name.lower().endswith(IMAGES)
 
 
 def listing(folder: Path) -> tuple[list[str], list[str]]:

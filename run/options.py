@@ -148,9 +148,10 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
     if args.select == "val" and not args.val_classes:
         parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
     check_packages(args)
-    for name, given, default in zip(args.losses, args.sampling, parser.get_default("sampling")):
-        if given != default and not losses.takes_sampler(name):
-            log.info(f"--sampling: does not apply to --losses {name}")
+    samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
+    ignoring = {name for name, given, default in samplings if given != default and not losses.takes_sampler(name)}
+    if ignoring:
+        log.info(f"--sampling: does not apply to --losses {shown(sorted(ignoring))}")
     args.cs_per_bs = [
         n if losses.loss_class(name).needs_positives or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
@@ -182,8 +183,11 @@ def check_packages(args: argparse.Namespace) -> None:
         packages.imported("torch.utils.tensorboard", "tensorboard", "--tensorboard")
     if args.arch.startswith("timm/"):
         packages.imported_timm(args.arch.removeprefix("timm/"))
-    for name in [name for name in args.losses if name.startswith("pml/")]:
-        packages.library_loss_class(name.removeprefix("pml/"))
+    if args.weights and args.weights.endswith(".safetensors") and not args.resume:
+        packages.imported("safetensors.torch", "safetensors", f"--weights {args.weights}")
+    for name, size in zip(args.losses, args.embed_sizes):
+        if name.startswith("pml/"):
+            packages.library_loss(name.removeprefix("pml/"), 2, size)
     if args.make_graph and not args.resume:
         packages.require_graphviz()
     if args.weights and not args.resume and not os.path.isfile(args.weights):

@@ -267,14 +267,14 @@ def test_images_and_what_is_left_out_are_all_that_find_finds(tmp_path, layout, c
     n_aside = 1 if layout == "images.csv" else 0  # the list itself
     assert n_read + n_left_out == n_found - n_aside, left_out
     if layout == "images":
-        assert n_read == 15 + 3  # bare, sub.glasses, tones.tif
+        assert n_read == 15 + 4  # bare, sub.glasses, x.jpg~, tones.tif
         assert left_out == [
             "2 images outside images/: cover.jpg, val/",
             "1 folder without images: images/empty",
             "2 images in subfolders of class folders: images/class_02/a/b/c/1.jpg, images/class_02/front/0.jpg",
             "1 image beside the class folders: images/flat.jpg",
             "1 folder that leads to images read already: images/again",
-            "6 backup copies: cover.jpg.bak, images/class_00/0.JPG.bak, images/class_00/0.jpg_original, ...",
+            "5 backup copies: cover.jpg.bak, images/class_00/0.JPG.bak, images/class_00/0.jpg_original, ...",
             "6 other files: images/README.md, images/class_00/LICENSE, images/class_01/Makefile, ...",
             "5 hidden files: .thumbnails/1.jpg, images/.DS_Store, images/class_00/._0.jpg, ...",
             "1 Git LFS pointer: notes.csv",
@@ -474,9 +474,9 @@ def test_the_summary_names_queries_that_cannot_be_found(tmp_path, capsys):
 
 
 def write_factors(root, change=lambda lines: lines):
-    """Write a data set of 4 classes of 3 images and its factors.csv, changed; returns the source path."""
+    """Write a data set of 4 classes of 3 images and its factors.csv, changed; return the source path."""
     write_class_folders(root / "mine", per_class=(3,) * 4)
-    lines = ["image,light,held in"]
+    lines = ["image,light,split"]
     lines += [
         f"class_{c:02d}/{i}.jpg,{('left', 'right')[i % 2]},{('hand', 'a box')[c % 2]}"
         for c in range(4)
@@ -492,9 +492,9 @@ def test_known_characteristics_are_read_in_any_order(tmp_path):
     for images in (train, tests["test"]):
         assert {name: levels.tolist() for name, levels in images.factors.items()} == {
             "light": [0, 1, 0] * 2,  # left, right
-            "held in": [1] * 3 + [0] * 3,  # a hand, a box
+            "split": [1] * 3 + [0] * 3,  # a hand, a box
         }
-    assert "known characteristics: light, held in" in datasets.summary_lines(train, tests)
+    assert "known characteristics: light, split" in datasets.summary_lines(train, tests)
     (tmp_path / "mine" / "factors.csv").unlink()
     assert datasets.load_dataset("mine", source)[0].factors == {}
 

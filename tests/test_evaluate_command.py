@@ -235,6 +235,11 @@ def test_files_that_exist_or_cannot_be_written_are_refused(tmp_path, capsys):
     assert f"there is no folder {tmp_path / 'closed'} that can be written to" in line
 
 
+def test_table_and_plot_in_the_same_file_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "are the same file" in refused(capsys, ["a", "--compare", "--csv", "x.svg", "--plot", "./x.svg"], evaluate)
+
+
 def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys):
     shutil.copytree(stored.parent.parent / "source", tmp_path / "source")
     images = tmp_path / "source" / "tiny" / "images"

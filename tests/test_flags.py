@@ -108,6 +108,7 @@ def test_bad_flags_are_one_line_with_exit_code_2(flags, message, capsys):
         (["--arch", "timm/test_vit"], "timm"),
         (["--losses", "pml/TripletMarginLoss", "triplet"], "pytorch-metric-learning"),
         (["--tensorboard"], "tensorboard"),
+        (["--weights", "stored.safetensors"], "safetensors"),
         (["--make_graph"], "torchview"),
     ],
 )

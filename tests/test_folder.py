@@ -215,7 +215,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
-    assert "no such run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
+    assert "not a run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
     assert f"; there are runs in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])
@@ -403,7 +403,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole, tmp_path, file, points, s
     path = tmp_path / "tiny" / "run"
     reason = f"main.py: stopped: cannot read or write {path}/{file} (File too large)"
     assert process == (1, f"{reason}; last complete epoch saved; resume with: python main.py --resume {path}\n")
-    assert not list(path.glob(".last*.tmp"))
+    assert not list(path.glob(".*.tmp"))
     assert torch.load(path / "last.pth.tar", weights_only=True)["training"]["epoch"] == 1
     assert size == 0 or History.read(path).reason.startswith("cannot read or write")
     run(["--resume", path])

@@ -115,6 +115,9 @@ def test_embeddings_are_float32_in_any_precision(network, amp):
     assert all(values.dtype == torch.float32 for values in outputs.values())
     torch.testing.assert_close(outputs["Class"].norm(dim=1), torch.ones(2))
     assert found == [torch.bfloat16 if amp == "bf16" else torch.float32]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a caller's own
+        assert network(images(32))["Class"].dtype == torch.float32
+    assert found[1] == torch.bfloat16
 
 
 def test_images_that_are_not_uint8_rgb_are_refused(network):

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+from support import output
 from support.output import Progress, clock, log, log_to, logged
 
 
@@ -75,6 +76,7 @@ def clock_at(monkeypatch):
 
 def test_progress_is_a_line_a_minute_where_there_is_no_terminal(caplog, monkeypatch, clock_at):
     monkeypatch.setattr(Progress, "last_line", 0.0)
+    monkeypatch.setattr(output, "INTERVAL", 60)
     caplog.set_level("INFO")
     with Progress("epoch 3", 200, run_left=lambda share: 3600 / share) as progress:
         progress.update(25)

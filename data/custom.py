@@ -112,7 +112,8 @@ def require_class_folders(root: Path, found: Survey, folders: Sequence[str]) -> 
                 f"{root / 'images'}: {named}; if that is a split, move all that it holds up to {root}, and rename that "
                 "folder if it has the name of a published data set"
             )
-        where = " and ".join(str(root / top) for top in sorted({name.split("/")[0] for name in nested}))
+        tops = sorted({name.split("/")[0] for name in nested})
+        where = " and ".join(str(root / top) for top in tops)
         classes = counted(len(set().union(*subfolders.values())), "class")
         raise InputError(
             f"{where}: {named}; move the images up into the class folders, or the subfolders up into {where} if "
@@ -175,7 +176,10 @@ def note(noun: str, names: Sequence[str], reason: str = "") -> list[str]:
 def notes_on_others(found: Survey, read: set[str]) -> list[str]:
     """Return a line for each kind of other files and folders that are left out, without the paths in `read`."""
     kinds = ("backup copy", "other file", "hidden file", *NOT_READABLE)
-    return [line for kind in kinds for line in note(kind, [name for name in found[kind] if name not in read])]
+    lines = []
+    for kind in kinds:
+        lines += note(kind, [name for name in found[kind] if name not in read])
+    return lines
 
 
 def read_image_list(root: Path) -> Splits:
@@ -286,7 +290,10 @@ def make_splits(
         layout = f"{layout}, {HALVES}"
     sides = {"train": is_training, "test": ~is_training}
     all_levels = levels_of(factors)
-    useless = [name for name, levels in all_levels.items() if min(len({*levels[side]}) for side in sides.values()) < 2]
+    useless = []
+    for name, levels in all_levels.items():
+        if min(len({*levels[is_training]}), len({*levels[~is_training]})) < 2:
+            useless.append(name)
     left_out = (*left_out, *note("characteristic", useless, " with one value in all training or all test images"))
     sets = {}
     for name, side in sides.items():

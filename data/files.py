@@ -80,9 +80,9 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
             found[kind_of_file(name, start)].append(name)
     images = {name.lower() for name in found["image"]}
     originals = images | {os.path.splitext(name)[0] for name in images}
-    named_like_copies = found["backup copy"]
-    found["backup copy"] = [name for name in named_like_copies if COPY.sub("", name.lower()) in originals]
-    found["image"] += sorted({*named_like_copies} - {*found["backup copy"]})
+    candidates = found["backup copy"]
+    found["backup copy"] = [name for name in candidates if COPY.sub("", name.lower()) in originals]
+    found["image"] += sorted({*candidates} - {*found["backup copy"]})
     return {kind: sorted(names) for kind, names in found.items()}
 
 

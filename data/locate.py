@@ -150,7 +150,8 @@ def advise_on_split(base: Path, target: Path) -> str:
         target: folder of the data set.
     """
     folders = {name.lower(): name for name in listing(base)[0]}
-    train, test = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, TEST))
+    train = next(filter(None, map(folders.get, TRAIN)), None)
+    test = next(filter(None, map(folders.get, TEST)), None)
     links = {"train": train, "test": test}
     held = first_few([name for name in links.values() if name])
     why = f"{base} holds {held}, but these folders have to be called train and test"

@@ -46,10 +46,9 @@ class Setting:
 
     def curve(self, test_set: str) -> pd.DataFrame:
         """Return Recall@1 of the counted runs, (epochs that all of them have scored, runs)."""
-        by_seed = {
-            seed: {row["Epochs"]: row[column(test_set, "Recall @ 1")] for row in run.rows["val"]}
-            for seed, run in self.counted.items()
-        }
+        recall, by_seed = column(test_set, "Recall @ 1"), {}
+        for seed, run in self.counted.items():
+            by_seed[seed] = {row["Epochs"]: row[recall] for row in run.rows["val"]}
         return pd.DataFrame(by_seed).dropna().sort_index()
 
 
@@ -175,7 +174,9 @@ def settings_of(runs: Sequence[History]) -> list[Setting]:
     print if the runs of a setting come from different versions of the program or of packages.
     """
     settings = []
-    groups = [(flags, [runs[i] for i in members]) for flags, members in grouped(setting_flags(runs))]
+    groups = []
+    for flags, members in grouped(setting_flags(runs)):
+        groups.append((flags, [runs[i] for i in members]))
     for name, (flags, members) in zip(setting_names(groups), groups):
         counted: dict[str, History] = {}
         for run in sorted(members, key=lambda run: run.folder.name):
@@ -232,7 +233,10 @@ def grouped(flags: pd.DataFrame) -> list[tuple[dict[str, str], list[int]]]:
 def setting_flags(runs: Sequence[History]) -> pd.DataFrame:
     """Return the flags that define the settings of runs, as they are typed: one row per run, one column per flag."""
     names = dict.fromkeys(flag for run in runs for flag in run.flags if makes_setting(flag))
-    return pd.DataFrame([{flag: shown(run.flags.get(flag)) for flag in names} for run in runs], dtype=object)
+    rows = []
+    for run in runs:
+        rows.append({flag: shown(run.flags.get(flag)) for flag in names})
+    return pd.DataFrame(rows, dtype=object)
 
 
 def seed_of(run: History) -> str:

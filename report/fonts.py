@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 DEFAULT_FONT = "DejaVu Sans"
-USELESS = ("Last Resort", "Color Emoji")
-"""Parts of the names of unusable fonts: placeholders for every character, and pictures that have no outlines."""
+USELESS = "Last Resort|Color Emoji"
+"""Regular expression for names of unusable fonts: placeholders for every character, and pictures without outlines."""
 
 
 def default_font() -> str:
@@ -34,7 +35,7 @@ def system_fonts() -> dict[str, tuple[str, np.ndarray]]:
 
     This opens all of them, which takes about a second, and is only called if a name needs it.
     """
-    entries = [font for font in font_manager.fontManager.ttflist if not any(word in font.name for word in USELESS)]
+    entries = [font for font in font_manager.fontManager.ttflist if not re.search(USELESS, font.name)]
     entries.sort(key=lambda font: (font.style != "normal", font.weight != 400, "Sans" not in font.name, font.fname))
     files: dict[str, str] = {}
     for font in entries:

@@ -330,7 +330,8 @@ def draw_differences(path: Path, points: Mapping[tuple[str, str, str], tuple[np.
             confidence interval)}.
         base: name of the base setting.
     """
-    scores, settings = (list(dict.fromkeys(key[i] for key in points)) for i in (0, 1))
+    scores = list(dict.fromkeys(score for score, _, _ in points))
+    settings = list(dict.fromkeys(setting for _, setting, _ in points))
     size = (3.4 + 2.9 * len(scores), 1.6 + 0.75 * len(settings))
     with saved_figure(path, figsize=size, layout="constrained") as figure:
         axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]

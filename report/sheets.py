@@ -83,7 +83,9 @@ def draw_mining(history: History, images: ImageSet, mined: np.ndarray, squared_d
         name = shortened(history.folder.name, 50)
         title = f"{name}: {which} {counted(n_clusters, 'cluster')} mined before epoch {epoch}"
         note = "images nearest to the centre, each of another class: a row should have something in common"
-        rows = [[read_tile(images, index, "plain") for index in indices] for _, indices in clusters]
+        rows = []
+        for _, indices in clusters:
+            rows.append([read_tile(images, index, "plain") for index in indices])
         sheet = draw_sheet([title, note], [caption for caption, _ in clusters], rows)
         save(sheet, path)
         save(sheet, latest)

@@ -292,7 +292,9 @@ def read_log(folder: Path, name: str) -> list[Row]:
         return []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [{name: number_of(text) for name, text in row.items()} for row in csv.DictReader(file, strict=True)]
+            rows = []
+            for row in csv.DictReader(file, strict=True):
+                rows.append({column: number_of(text) for column, text in row.items()})
         if not rows or not all(isinstance(row[epoch_column(name)], int) and None not in row for row in rows):
             raise ValueError("no rows, or incomplete rows")
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:

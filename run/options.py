@@ -148,10 +148,11 @@ def check(args: argparse.Namespace, parser: OneLineParser) -> argparse.Namespace
     if args.select == "val" and not args.val_classes:
         parser.error("--select val: there are no classes to select by; hold some out with --val_classes FRACTION")
     check_packages(args)
-    samplings = zip(args.losses, args.sampling, parser.get_default("sampling"))
-    ignoring = {name for name, given, default in samplings if given != default and not losses.takes_sampler(name)}
+    defaults = parser.get_default("sampling")
+    changed = {name for name, given, default in zip(args.losses, args.sampling, defaults) if given != default}
+    ignoring = [name for name in sorted(changed) if not losses.takes_sampler(name)]
     if ignoring:
-        log.info(f"--sampling: does not apply to --losses {shown(sorted(ignoring))}")
+        log.info(f"--sampling: does not apply to --losses {shown(ignoring)}")
     args.cs_per_bs = [
         n if losses.loss_class(name).needs_positives or name.startswith("pml/") else 1
         for n, name in zip(args.cs_per_bs, args.losses)
@@ -241,9 +242,10 @@ def warnings_for(args: argparse.Namespace, n_classes: int) -> list[str]:
 
 def per_task(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
     """Return the flags in PAIRS of each task, under their names."""
-    return {
-        task: argparse.Namespace(**{flag: getattr(args, flag)[i] for flag in PAIRS}) for i, task in enumerate(TASKS)
-    }
+    tasks = {}
+    for i, task in enumerate(TASKS):
+        tasks[task] = argparse.Namespace(**{flag: getattr(args, flag)[i] for flag in PAIRS})
+    return tasks
 
 
 def dependent_defaults(args: argparse.Namespace) -> dict[str, object]:

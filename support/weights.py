@@ -78,11 +78,9 @@ def is_state_dict(value: object) -> bool:
 
 def is_provenance(value: object) -> bool:
     """Tell whether a value is a list of the starts of a run, each a dict of plain text."""
-    entries = value if isinstance(value, list) else [None]
-    return all(
-        isinstance(entry, dict) and {type(text) for pair in entry.items() for text in pair} <= {str}
-        for entry in entries
-    )
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return False
+    return all(isinstance(text, str) for entry in value for pair in entry.items() for text in pair)
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

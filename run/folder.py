@@ -191,6 +191,8 @@ class Run:
             values: all other columns of the row.
         """
         values = {"Time": round(time.monotonic() - start, 2)} | values
+        # Checkpoints hold plain numbers only
+        values = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
         self.history.rows[name].append({epoch_column(name): epoch} | values)
         if self.writes:
             self.history.write_log(name)

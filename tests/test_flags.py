@@ -36,6 +36,11 @@ def test_defaults_are_those_that_scripts_rely_on():
     assert vars(parse()) == DEFAULTS
 
 
+def test_pairs_are_the_flags_that_take_two_values():
+    actions = main.get_args_parser()._actions
+    assert {action.dest for action in actions if action.nargs == 2} == set(options.PAIRS)
+
+
 def test_a_task_that_never_steps_may_have_any_batches():
     assert parse("--task_p", 1, 0, "--cs_per_bs", 4, 1).cs_per_bs == [4, 1]
 

@@ -67,7 +67,8 @@ def pick_device(gpu: int) -> torch.device:
     Raises:
         InputError: there are too few GPUs, or the machine has one that this PyTorch cannot use.
     """
-    # PyTorch warns of a GPU it cannot use in several lines. If named_device raises its one-line error, drop them
+    # For a GPU that it cannot use, PyTorch prints a warning of several lines. If named_device raises its own one-line
+    # error, drop that warning
     with warnings.catch_warnings(record=True) as held_back:
         device, name = named_device(gpu)
     for warning in held_back:

@@ -589,7 +589,7 @@ def embed(
     """
     flags = stored["flags"]
     if embedding == "Shared" and not flags["task_p"][1] and not any(flags["adv_weights"]):
-        log.warning(f"{checkpoint}: the Shared embedding was not trained, it is random")
+        log.warning(f"{checkpoint}: the Shared embedding was not trained in this run")
     loader = datasets.make_loader(
         datasets.ImageDataset(images, datasets.test_transform(flags["img_size"])),
         batch_size=min(flags["bs"], datasets.SCORING_BATCH_SIZE),
@@ -634,7 +634,7 @@ def embed_folder(args: argparse.Namespace) -> None:
     missing = ", ".join(errors.counted(len(names), noun) for noun, names in lost.items() if names)
     if missing:
         done = f"finished, {errors.counted(len(sound), 'image')} stored" if sound else "nothing to store"
-        print(f"evaluate.py: {done}; left out: {missing}, named above", file=sys.stderr)
+        print(f"evaluate.py: {done}; left out: {missing}, see above", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,8 +1,8 @@
 """Triplet samplers, losses, the adversarial term, and the objective of a training step.
 
 Shapes: a batch holds B embeddings of D dimensions with B integer labels; T triplets are a (T, 3) tensor of batch
-indices (anchor, positive, negative). Nothing here waits for the GPU or branches on the values of a tensor, so that a
-step compiles to one graph. Objective calls the losses in full precision, outside autocast.
+indices (anchor, positive, negative). Nothing here but LibraryLoss waits for the GPU or branches on the values of a
+tensor, so that a step compiles to one graph. Objective calls the losses in full precision, outside autocast.
 """
 
 import inspect

@@ -588,7 +588,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
                 with run.stopwatch.measure("drawing"):
                     page.draw(run.history)
     finally:
-        if run.is_new or run.is_resumable:  # leave a run that could not be restored untouched
+        if run.is_new or run.is_resumable:  # do not touch a run that could not be restored
             page.draw(run.history)  # shows how the run ended, if its folder still exists
     log.info(run.history.summary())
     if args.dataset == "shapes" and mined is not None:

@@ -1,4 +1,4 @@
-"""Draw Recall@1 and how well a known factor is read from the Class embedding over the epochs, settings side by side.
+"""Draw Recall@1 and how well a known factor is read from the Class embedding over the epochs, for several settings.
 
     python benchmarks/factor_curves.py FILE.svg FACTOR NAME=FOLDERS [NAME=FOLDERS ...]
 

@@ -1,4 +1,4 @@
-"""Images per second and core of the training loader against the plain pipeline, side by side in one run.
+"""Images per second per core: the training loader against the plain pipeline, side by side in one run.
 
     python benchmarks/loading.py [--images FOLDER] [--seconds 3] [--n_images 32] [--per_pass 1024] [--entries 120053]
 
@@ -137,7 +137,7 @@ def compare(title: str, paths: list[str], seconds: float, per_pass: int) -> None
 
 
 def measure_lists(folder: Path, n_entries: int) -> None:
-    """Print the time to read a generated online_products, and the memory it takes, and that of an epoch's batches."""
+    """Print time and memory of reading a generated online_products, and the time to draw an epoch's batches."""
     root = folder / "online_products"
     (root / "Info_Files").mkdir(parents=True)
     n_written = 0

@@ -241,7 +241,7 @@ def measure(contenders: dict[str, Ours | Bare], n_steps: int, n_rounds: int) -> 
 
 
 def built(build: Callable[[], Ours | Bare], device: torch.device) -> tuple[Ours | Bare, float]:
-    """Return a contender after its first steps and, on a GPU, the peak of memory they took in GB, else nan."""
+    """Build a contender; on a GPU also take its first steps and return their peak of memory in GB, else nan."""
     if device.type != "cuda":
         return build(), float("nan")
     torch.cuda.empty_cache()

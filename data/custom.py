@@ -30,7 +30,7 @@ NOT_READABLE = {
     "Git LFS pointer": "fetch the images that they stand for with git lfs pull",
     "unreadable folder": "make them readable",
 }
-"""What to do about things in the place of images or class folders."""
+"""What to do about an entry that cannot be read where an image or a class folder is expected."""
 
 
 def layouts_in(root: Path) -> list[str]:
@@ -80,10 +80,10 @@ def read_folders(root: Path, folders: Sequence[str] = ("images",)) -> Splits:
 
 
 def require_readable(root: Path, found: Survey, folders: Sequence[str]) -> None:
-    """Check that some folders of root contain nothing that stands in the place of an image and cannot be read.
+    """Check that the given folders of root hold no dead link, Git LFS pointer or unreadable folder.
 
     Raises:
-        InputError: they do; see NOT_READABLE.
+        InputError: they hold one; see NOT_READABLE.
     """
     for kind, to_do in NOT_READABLE.items():
         names = [name for name in found[kind] if name.split("/")[0] in folders]
@@ -92,7 +92,7 @@ def require_readable(root: Path, found: Survey, folders: Sequence[str]) -> None:
 
 
 def require_class_folders(root: Path, found: Survey, folders: Sequence[str]) -> None:
-    """Check that some folders of root hold class folders, and these hold images.
+    """Check that each of the given folders of root holds class folders with images directly in them.
 
     Raises:
         InputError: images lie one level too high or too low.
@@ -109,8 +109,8 @@ def require_class_folders(root: Path, found: Survey, folders: Sequence[str]) -> 
         named = f"{counted(len(nested), 'class folder')} with images in subfolders only: {first_few(nested)}"
         if {"images/train", "images/training"} & {name.lower() for name in nested}:
             raise InputError(
-                f"{root / 'images'}: {named}; if that is a split, move all that it holds up to {root}, and rename that "
-                "folder if it has the name of a published data set"
+                f"{root / 'images'}: {named}; if these are a split, move everything in {root / 'images'} up into "
+                f"{root}, and rename that if it has the name of a published data set"
             )
         tops = sorted({name.split("/")[0] for name in nested})
         where = " and ".join(str(root / top) for top in tops)
@@ -185,7 +185,7 @@ def notes_on_others(found: Survey, read: set[str]) -> list[str]:
 def read_image_list(root: Path) -> Splits:
     """Read root/images.csv, with the columns image and class, optionally split, and known characteristics.
 
-    An image is a path below root or, for the whole list, below root/images. Without the column split, the first half
+    Image paths are relative to root, or all of them to root/images. Without the column split, the first half
     of the classes, sorted by name, trains. Rows of the split val are left out.
 
     Raises:
@@ -214,12 +214,12 @@ def find_listed(path: Path, root: Path, listed: pd.Series, is_val: pd.Series) ->
 
     Args:
         path: path of the list.
-        root: folder that the paths in the list, with or without images/ in front, are below.
+        root: folder of the data set; listed paths are relative to it or, all of them, to its folder images.
         listed: paths as in the list, by row number.
         is_val: whether a row is of the split val, whose images may be missing.
 
     Returns:
-        What root holds, and the paths below root as on disk; missing ones as in the list.
+        What root holds, and the paths below root as on disk; those of missing images in normal form.
 
     Raises:
         InputError: an image is missing, listed twice, or not a readable image.
@@ -268,7 +268,7 @@ def splits_in_list(path: Path, cells: pd.Series) -> pd.Series:
 def make_splits(
     root: Path, images: pd.DataFrame, factors: pd.DataFrame, layout: str, left_out: Sequence[str]
 ) -> Splits:
-    """Build the image sets from a table of images. Leave out characteristics that have one value on a side.
+    """Build the image sets from a table. Leave out characteristics that are constant in training or in test.
 
     Args:
         root: folder that the images are below.

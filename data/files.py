@@ -30,7 +30,7 @@ FOLDER_KINDS = ("folder", "repeated folder", "unreadable folder")
 Survey = dict[str, list[str]]
 """Sorted paths below a folder, with slashes, for each of FILE_KINDS and FOLDER_KINDS.
 
-A backup copy is an image such as x.jpg~, without an ending of images, beside its original x.jpg. A repeated folder
+A backup copy is an image whose name, such as x.jpg~, has no image ending, beside its original x.jpg. A repeated folder
 leads to one that was read already. Hidden files include all files in hidden folders. Pipes and devices are not listed.
 """
 
@@ -41,7 +41,7 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
     Args:
         root: the folder.
         first: folders in root to read before the others, following all links in them. If any are given, links
-            elsewhere in root are not followed.
+            to folders elsewhere in root are not followed.
     """
     found: Survey = {kind: [] for kind in (*FILE_KINDS, *FOLDER_KINDS)}
     to_open, read_before = [], set()
@@ -67,7 +67,8 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
                     if name not in first and (start or not first or not is_link):
                         waiting.append(name)
                 elif not (os.path.isfile(entry.path) if is_link else entry.is_file()):
-                    found["dead link"].extend([name] if is_link and not is_hidden(name) else [])  # or a pipe
+                    if is_link and not is_hidden(name):  # pipes and devices are not listed
+                        found["dead link"].append(name)
                 elif is_hidden(name):
                     found["hidden file"].append(name)
                 elif has_image_ending(name) and entry.stat().st_size > POINTER_SIZE:

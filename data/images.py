@@ -25,7 +25,7 @@ COMPRESSED = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".avif")
 """Endings of compressed formats, in which different images hardly ever have files of equal size."""
 
 FLIPS = {1: (), 2: (2,), 3: (1, 2), 4: (1,), 5: (), 6: (2,), 7: (1, 2), 8: (1,)}
-"""{EXIF orientation: dimensions along which an upright (3, H, W) image is flipped}."""
+"""{EXIF orientation: dimensions along which to flip (3, H, W), after images ON_THEIR_SIDE are transposed}."""
 
 ON_THEIR_SIDE = (5, 6, 7, 8)
 """EXIF orientations of images that are stored with rows and columns exchanged."""
@@ -298,7 +298,7 @@ def describe_change(before: Mapping[str, Mapping], now: Mapping[str, Mapping]) -
             return "the known characteristics have changed"
         where = {"train": "training images", "test": "test images"}.get(split, f"test images of {split}")
         if (old["images"], old["classes"]) == (new["images"], new["classes"]):
-            return f"{where}: as many, but changed"
+            return f"{where}: different files or class names"
         was = f"{old['images']:,} in {counted(old['classes'], 'class')} then"
         return f"{where}: {was}, {new['images']:,} in {new['classes']:,} now"
     return None

@@ -156,7 +156,7 @@ def advise_on_split(base: Path, target: Path) -> str:
     held = first_few([name for name in links.values() if name])
     why = f"{base} holds {held}, but these folders have to be called train and test"
     if test is None:
-        links, why = {"images": train}, f"{base} holds {train}, but nothing to test on; {HALVES} with this link"
+        links, why = {"images": train}, f"{base} holds {train}, but nothing to test on; with this link {HALVES}"
     commands = [
         f"ln -s {shlex.quote(os.path.relpath(base / name, target))} {shlex.quote(str(target / link))}"
         for link, name in links.items()

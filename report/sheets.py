@@ -147,20 +147,20 @@ def clusters_to_show(
     Returns:
         (caption, indices (at most n_images,)) for at most 10 clusters.
     """
-    counts = ~np.isnan(squared_distances)
-    sizes = np.bincount(clusters[counts])
+    is_clustered = ~np.isnan(squared_distances)
+    sizes = np.bincount(clusters[is_clustered])
     ordered = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     if len(ordered) > 10:
         middle = len(ordered) // 2
         ordered = np.concatenate([ordered[:3], ordered[middle - 2 : middle + 2], ordered[-3:]])
     shown = []
     for cluster in ordered:
-        members = np.flatnonzero(counts & (clusters == cluster))
+        members = np.flatnonzero(is_clustered & (clusters == cluster))
         members = members[np.argsort(squared_distances[members], kind="stable")]
         first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
         caption = f"cluster {cluster}\n{counted(len(members), 'image')}\n{counted(len(first_of_class), 'class')}"
         excess = {
-            name: largest_share(levels[members]) - share_by_chance(levels[counts], len(members))
+            name: largest_share(levels[members]) - share_by_chance(levels[is_clustered], len(members))
             for name, levels in factors.items()
         }
         name = max(excess, key=excess.get, default="")

@@ -36,7 +36,7 @@ def save(
 
     Args:
         minings: mined labels (N,) of all training images, for each mining.
-        parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: save the network alone.
+        parts: what else has a state_dict ("optimizer", ...) and is needed to resume; None: do not store the training.
     """
     progress = {"rows": history.rows, "initial_scores": history.initial_scores, "contents": history.image_sets}
     progress["mined_labels"] = torch.from_numpy(in_smallest_type(np.stack(minings))) if minings else None

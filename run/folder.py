@@ -169,8 +169,8 @@ class Run:
         change = None if self.is_new else describe_change(self.history.image_sets, image_sets)
         if change:
             raise InputError(
-                f"--resume {self.folder}: not the images that it was trained with: {change}; give it those, or start "
-                "a new run"
+                f"--resume {self.folder}: the images are not those that it was trained with ({change}); restore them, "
+                "or start a new run"
             )
         self.history.image_sets = dict(image_sets)
         self.note(images=digest(image_sets))

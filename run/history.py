@@ -24,7 +24,10 @@ LOGS = {
     "shared": "log_val_Shared.csv",
     "probe": "log_probe.csv",
 }
-"""{log: its CSV file in a run folder}. The rows in a History and in a checkpoint have the same keys."""
+"""{log: its CSV file in a run folder}; "val" holds the scores of all test sets, as in the published file name.
+
+The rows in a History and in a checkpoint have the same keys.
+"""
 
 STATE_FILE = "run.json"
 

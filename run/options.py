@@ -32,7 +32,7 @@ START = ("resume", "go_on")
 """Flags that say which run is meant; they are not stored with it."""
 
 OUTPUT = (*START, "savename", "save_path", "tensorboard", "make_graph", "eval_shared")
-"""Flags that change no result, only what is written and where; a resumed run keeps its stored values."""
+"""Flags that change no result, only what is written and where; a resumed run keeps those that are stored."""
 
 GIVEN_ANEW = f"{', '.join(f'--{flag}' for flag in MACHINE)} and a larger --n_epochs"
 """What may be changed when a run is resumed, in words."""

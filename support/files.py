@@ -42,7 +42,7 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove the folders that are empty, the last one first; parents come before what they contain."""
+    """Remove those of the folders that are empty, children first; the list has parents before children."""
     for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()

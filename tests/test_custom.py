@@ -333,8 +333,8 @@ def test_too_few_classes_are_told_with_what_was_left_out(tmp_path):
     [
         (
             ["images/Train/a/1", "images/valid/a/1", "images/Train/b/1"],
-            "{0}/images: 2 class folders with images in subfolders only: images/Train, images/valid; if that is a "
-            "split, move all that it holds up to {0}, and rename that folder if it has",
+            "{0}/images: 2 class folders with images in subfolders only: images/Train, images/valid; if these are a "
+            "split, move everything in {0}/images up into {0}, and rename that if it has the name of a published",
         ),
         (
             ["images/a/x/1", "images/a/y/1", "images/b/z/1", "images/c/1"],
@@ -393,8 +393,8 @@ GROUPS = [*(f"round/{c}" for c in "abcd"), "hex/e", "triangle/f", "triangle/g", 
         (["x/train/a", "x/val/a"], "train and test: ln -s x/train {0}/train && ln -s x/val {0}/test"),
         (["training/a", "test/a"], "{0} holds training, test, but these folders have to be called train and test"),
         (["Train/g/a", "Test/g/a"], "train and test: ln -s Train {0}/train && ln -s Test {0}/test"),
-        (["train/a", "train/b"], "{0} holds train, but nothing to test on; the first half of the classes trains, the "
-                                 "rest tests with this link: ln -s train {0}/images"),
+        (["train/a", "train/b"], "{0} holds train, but nothing to test on; with this link the first half of the "
+                                 "classes trains, the rest tests: ln -s train {0}/images"),
     ],
 )  # fmt: skip
 def test_images_in_no_layout_are_to_be_moved_linked_or_listed(tmp_path, folders, message):

@@ -135,7 +135,7 @@ def test_every_image_below_a_folder_is_embedded_and_broken_ones_are_named(stored
     assert f"skipped 1 other file: {tmp_path}/mine/a/LICENSE\n" in printed.out
     assert f"skipped 1 dead link: {tmp_path}/mine/gone.jpg\n" in printed.out
     assert printed.err.endswith(
-        "evaluate.py: finished, 3 images stored; left out: 1 dead link, 1 broken image, named above\n"
+        "evaluate.py: finished, 3 images stored; left out: 1 dead link, 1 broken image, see above\n"
     )
     assert f"cannot decode the image {tmp_path}/mine/c/broken.png" in printed.out
     with np.load(tmp_path / "e.npz") as kept:
@@ -252,7 +252,7 @@ def test_scores_of_other_images_than_the_runs_are_told(stored, tmp_path, capsys)
         run([stored, "--source_path", tmp_path / "source"], evaluate)
         image.write_bytes(content)
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-        assert f": the images have changed since the run was scored: {which}: as many, but changed;" in line
+        assert f": the images have changed since the run was scored: {which}: different files or class names;" in line
 
 
 def run_where_a_folder_cannot_be_read(folder, argv):
@@ -271,7 +271,7 @@ def test_folders_that_cannot_be_read_are_named_and_the_rest_is_embedded(stored, 
     argv = [stored, "--embed", images, "--save_embeddings", tmp_path / "new.npz"]
     process = run_in_process(run_where_a_folder_cannot_be_read, str(images / "class_02"), argv)
     assert (process.returncode, process.stderr) == (
-        1, "evaluate.py: finished, 15 images stored; left out: 1 unreadable folder, named above\n"
+        1, "evaluate.py: finished, 15 images stored; left out: 1 unreadable folder, see above\n"
     )  # fmt: skip
     assert len(np.load(tmp_path / "new.npz")["paths"]) == 15
 

@@ -209,7 +209,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
         (named, small_flags(tmp_path / "source", tmp_path, *BASE, "--go_on")),
     ):
         error = refused(capsys, [*argv, "--n_epochs", 4])
-        message = "not the images that it was trained with: training images: as many, but changed; give it those"
+        message = "the images are not those that it was trained with (training images: different files or class names"
         assert f"--resume {path}: {message}" in error
         assert {file.name for file in path.iterdir()} <= FILES_OF_A_REFUSED_RESUME
 

@@ -143,7 +143,7 @@ def test_a_run_that_logged_nmi_of_its_minings_goes_on_with_ami(tiny_run):
     assert log["NMI class"].notna().tolist() == [True, False]
     assert log["AMI class"].notna().tolist() == [False, True]
     page = (folder / "page.html").read_text(encoding="utf-8")
-    assert f"<dd>{log['AMI class'].iloc[-1]:z.3f}<small>labels mined last; mined first –" in page
+    assert f"<dd>{log['AMI class'].iloc[-1]:z.3f}<small>at the last mining; – at the first" in page
     assert "NMI class" not in page
 
 

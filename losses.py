@@ -150,11 +150,11 @@ class Loss(nn.Module):
     constructor the arguments that it names: flags of the task, n_classes, embed_size, or a triplet sampler.
 
     Attributes:
-        needs_positives: whether a batch has to hold several images of a class.
+        needs_positives: whether a batch has to hold several images of a class; without, --cs_per_bs is 1.
         learning_rate: learning rate of the loss's own parameters; set by losses that have any.
     """
 
-    needs_positives = False
+    needs_positives = True
     learning_rate: float
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -181,8 +181,6 @@ class TripletBasedLoss(Loss):
     Args:
         sampler: maps (embeddings, labels) to (triplets, valid), see TripletSampler.
     """
-
-    needs_positives = True
 
     def __init__(self, sampler: TripletSampler):
         super().__init__()
@@ -275,6 +273,7 @@ class ProxyNCALoss(Loss):
         eq. 4.
     """
 
+    needs_positives = False
     SCALE = 3.0
 
     def __init__(self, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
@@ -298,6 +297,8 @@ class LibraryLoss(Loss):
     Args:
         proxy_lr: learning rate of the loss's own parameters.
     """
+
+    needs_positives = False  # of some; options.check leaves --cs_per_bs to the user
 
     def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()

@@ -432,8 +432,8 @@ def train_one_epoch(
     trained.train()
     device = next(trained.parameters()).device
     meter = auxiliaries.LossMeter()
-    idle_parameters = [parameter for name, parameter in trained.named_parameters() if "backbone." not in name]
-    idle_parameters += objective.parameters()
+    network = getattr(trained, "module", trained)  # in several processes, DistributedDataParallel wraps it
+    idle_parameters = [*network.heads.parameters(), *objective.parameters()]
     for i, ((iteration, task), (images, labels)) in enumerate(zip(steps, batches, strict=True)):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         embeddings = trained(images, objective.heads(task))

@@ -100,12 +100,12 @@ class MarkedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, marks: Marks):
         super().__init__()
-        self.network, self.marks = network, marks
+        self.module, self.marks = network, marks  # the name of the wrapped network in DistributedDataParallel
 
     def forward(self, images: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
         """Return what the network returns."""
         self.marks.add("transfer")
-        outputs = self.network(images, heads)
+        outputs = self.module(images, heads)
         self.marks.add("network forward")
         for values in outputs.values():
             values.register_hook(lambda gradient: self.marks.add("losses"))

@@ -36,7 +36,7 @@ setup_flags() { # NAME: sets `flags` to main.py's flags of a set-up
     flags=(--dataset "$1" "${published[@]}")
     case $1 in
         demo)
-            local amp=none # bfloat16 halves the time on a CPU with AVX-512, and multiplies it on one without
+            local amp=none # bfloat16 halves the time on a CPU with AVX-512 and makes other CPUs several times slower
             if grep -qs avx512 /proc/cpuinfo; then amp=bf16; fi
             flags=(--dataset shapes --not_pretrained --img_size 64 --amp "$amp" --lr 1e-3 --bs 28 --n_epochs 7
                 --tau 5 --shared_num_classes 8 --random_cluster_pick_p 0 --adv_weights 500)

@@ -40,7 +40,7 @@ def set_seeds(seed: int) -> None:
 
 
 def random_states(device: torch.device) -> dict[str, object]:
-    """Return the states of the generators of Python, NumPy, PyTorch and the GPU `device`, as plain values."""
+    """Return the states of the generators of Python, NumPy, PyTorch and the GPU `device`: tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -236,7 +236,7 @@ def set_precision(device: torch.device, tf32: bool, amp: str) -> None:
     """
     if amp != "none" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2"):
         log.warning(f"--amp {amp}: this CPU has no AVX-512, which makes it several times slower than float32")
-    # Setting these two also sets PyTorch's newer fp32_precision options; setting those would make these unreadable
+    # These options also set PyTorch's newer fp32_precision. Setting fp32_precision alone would make these unreadable
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
 

@@ -33,7 +33,7 @@ from support.errors import InputError, OneLineParser, counted, first_few, one_li
 from support.output import Progress, logged
 
 SCORING_BATCH_SIZE = 112
-"""Largest batch embedded without gradients; a larger --bs may fit only because several processes share it."""
+"""Largest batch embedded without gradients. With several processes, all of --bs may be too much for one of them."""
 
 Draw = tuple[int, int, int]
 """An image of a training batch: (index of the image, label to train it with, seed of its augmentation)."""
@@ -105,15 +105,15 @@ class NamedDatasets(Dataset):
 
 
 class ClassBalancedBatchSampler(BatchSampler):
-    """Draw batches of class runs: `images_per_class` images of one class, then of another, as in the published code.
+    """Draw batches made of groups: `images_per_class` images of one class, then of another, as in the published code.
 
-    Each class is drawn uniformly among all but the two before it. In a run no image repeats, unless the class is too
-    small. With images_per_class 1, all images are shuffled instead. The order depends only on the seed and on the
+    Each class is drawn uniformly among all but the two before it. No image repeats within a group, unless the class is
+    too small. With images_per_class 1, all images are shuffled instead. The order depends only on the seed and on the
     arguments of `set_epoch`.
 
     Args:
         batch_size: a multiple of images_per_class.
-        images_per_class: images of a class in a run.
+        images_per_class: images in a group.
         seed: integers; samplers with different seeds draw independently.
         random_pick_p: probability that an image is replaced by a random image of a random class under the same label.
         share: range of places in each batch that this process loads; None: all.
@@ -144,7 +144,7 @@ class ClassBalancedBatchSampler(BatchSampler):
         order = np.argsort(self.labels, kind="stable")
         classes, starts = np.unique(self.labels[order], return_index=True)
         members = np.split(order, starts[1:])
-        stream = self._shuffled(rng) if self.images_per_class == 1 else self._class_runs(members, classes, rng)
+        stream = self._shuffled(rng) if self.images_per_class == 1 else self._class_groups(members, classes, rng)
         for _ in range(self.n_batches):
             batch = []
             for seed in rng.integers(2**63, size=self.batch_size):
@@ -159,7 +159,7 @@ class ClassBalancedBatchSampler(BatchSampler):
             for index in rng.permutation(len(self.labels)):
                 yield index, self.labels[index]
 
-    def _class_runs(self, members: list, classes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    def _class_groups(self, members: list, classes: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
         n_excluded = min(2, len(classes) - 1)
         recent: list[int] = []
         while True:
@@ -169,8 +169,8 @@ class ClassBalancedBatchSampler(BatchSampler):
             recent = [*recent, drawn][-n_excluded:] if n_excluded else []
             # No image twice if the class is large enough, otherwise as evenly as possible
             rounds = -(-self.images_per_class // len(members[drawn]))
-            run = np.concatenate([rng.permutation(members[drawn]) for _ in range(rounds)])
-            for index in run[: self.images_per_class]:
+            group = np.concatenate([rng.permutation(members[drawn]) for _ in range(rounds)])
+            for index in group[: self.images_per_class]:
                 yield index, classes[drawn]
 
 
@@ -250,7 +250,8 @@ def leave_signals_to_the_owner(owner: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "SIGKILL"):
-        signal.signal(signal.SIGBUS, signal.SIG_DFL)  # PyTorch's handler would print, but the owner explains it
+        # PyTorch's handler would print a message of its own, but the owner reports that /dev/shm is full
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
         processes.die_with_parent(owner, signal.SIGKILL)
 
 
@@ -331,12 +332,12 @@ class PoolLoader:
 
     @property
     def sampler(self) -> list:
-        """The keys of all images in order, under the name that DataLoader uses."""
+        """The keys of this process's images in order, under the name that DataLoader uses."""
         return list(itertools.chain.from_iterable(self.batches))
 
 
 def in_order(pool: Pool, name: str, batch_size: int) -> PoolLoader:
-    """Return a pass over the images of one data set in order; each process loads whole batches of it."""
+    """Return a loader of this process's share of one data set, in order and in whole batches."""
     dataset = pool.dataset.datasets[name]
     keys = [(name, index) for index in processes.shard(len(dataset), batch_size)]
     return PoolLoader(pool, [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)], dataset)
@@ -349,7 +350,7 @@ class Loaders(NamedTuple):
         pool: the workers that load everything.
         sampler: draws `batches`.
         batches: the batches of an epoch's training steps.
-        train: all training images in order.
+        train_in_order: all training images in order.
         tests: each test set in order, by name.
         probe: the probed training images in order.
     """
@@ -357,14 +358,14 @@ class Loaders(NamedTuple):
     pool: Pool
     sampler: TaskBatchSampler
     batches: PoolLoader
-    train: PoolLoader
+    train_in_order: PoolLoader
     tests: dict[str, PoolLoader]
     probe: PoolLoader
 
     @property
     def images(self) -> ImageSet:
         """The training images."""
-        return self.train.dataset.images
+        return self.train_in_order.dataset.images
 
     @property
     def test_images(self) -> dict[str, ImageSet]:
@@ -418,7 +419,7 @@ def build_loaders(
         pool=pool,
         sampler=sampler,
         batches=PoolLoader(pool, sampler, pool.dataset),
-        train=in_order(pool, "train", size),
+        train_in_order=in_order(pool, "train", size),
         tests={name: in_order(pool, f"tests, {name}", size) for name in tests},
         probe=in_order(pool, "probe", size),
     )

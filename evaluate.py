@@ -91,7 +91,7 @@ def extract_features(
         if not np.isfinite(values).all():
             reason = ": training has diverged (try a lower --lr) or the weights it started from are damaged"
             if network.amp == "fp16" and all(values.isfinite().all() for values in network.state_dict().values()):
-                reason = ", though its weights are: float16 ends at 65504; train with --amp bf16 or none"
+                reason = ": they exceed 65504, the largest float16 number; train with --amp bf16 or none"
             raise DivergedError(f"the network's {name} features are not finite{reason}")
         features[name] = processes.gather_rows(values, to_all)
     return features
@@ -681,7 +681,7 @@ def get_args_parser() -> errors.OneLineParser:
         "sets, if it has moved since training")
     add("--embedding", choices=["Class", "Shared"], help="embedding to score or to store (default: Class)")
     add("--save_embeddings", type=PATH, metavar="FILE.npz", help="also store embeddings, labels, "
-        "paths and class names in this file")
+        "paths, class names and is_query in this file; of a test set other than test, in FILE_<set>.npz")
     add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
         "layout, and store embeddings and paths in the file of --save_embeddings")
     add("--gpu", type=whole(0), metavar="ID", help="number of the GPU to use; without a GPU, the CPU is "
@@ -694,8 +694,9 @@ def get_args_parser() -> errors.OneLineParser:
         "one of an earlier version")
 
     add = parser.add_argument_group("to compare runs").add_argument
-    add("--compare", action="store_true", default=None, help="print a table of stored runs, named by the flags that "
-        "differ: scores at the best and at the last epoch, mean and standard deviation over seeds, the paper's numbers")
+    add("--compare", action="store_true", default=None, help="print a table of stored runs, grouped into "
+        "settings (runs that differ only in the seed): scores at the best and at the last epoch, mean and standard "
+        "deviation over seeds, the paper's numbers")
     add("--over", metavar="FLAG", help="also print Recall @ 1 as a function of this flag, next to the paper's curve "
         "if there is one; --plot draws it; if the flag is a pair, the Shared task's value is used")
     add("--against", type=PATH, metavar="RUN", help="also print the differences of every other setting's scores to "

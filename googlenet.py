@@ -10,7 +10,7 @@ class GoogLeNet(nn.Module):
 
     It maps (B, 3, H, W) images, normalised as for ImageNet, to (B, 1024) pooled features.
 
-    The published weights were ported from a network that took images in [-1, 1]. So images are first rescaled to that
+    torchvision's weights were ported from a network that took images in [-1, 1]. So images are first rescaled to that
     range, whatever the weights, as torchvision's `transform_input` does. The dropout before torchvision's classifier is
     left out, because it would add noise to the distances between embeddings of a batch.
 

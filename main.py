@@ -97,7 +97,7 @@ def get_args_parser() -> OneLineParser:
     add("--eval_every", type=whole(1), default=1, metavar="N", help="score the test classes after every Nth epoch and "
         "after the last; raise it when scoring takes long")
     add("--fast_eval", action="store_true", help="compute NMI and F1, which need a slow k-means, only after every "
-        "tenth epoch (or the next one that is scored) and the last; other cells in the CSV stay empty")
+        "tenth epoch (or the next one that is scored) and the last; NMI and F1 of other epochs stay empty in the CSV")
     add("--eval_shared", action="store_true", help="also score the Shared embedding at each evaluation, into "
         "log_val_Shared.csv; doubles the time for scores, but images are embedded only once")
     add("--val_classes", type=FRACTION, default=0.0, metavar="FRACTION", help="hold out this fraction of the training "
@@ -126,7 +126,7 @@ def get_args_parser() -> OneLineParser:
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each value of --cs_per_bs; "
         "lower it if memory runs out")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images of each class (or mined cluster) in a "
-        "batch; marginloss and triplet need at least 2, for proxynca 1 suffices")
+        "batch; marginloss and triplet need at least 2; proxynca always takes 1, which shuffles all images")
     add("--flip", choices=["class", "both", "none"], default="class", help="tasks whose training images are flipped "
         "left to right at random; class: the Class task, as published; none: for letters, traffic signs and other "
         "images whose mirror image means something else")
@@ -560,7 +560,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
             if run.is_new:
                 score_before_training(args, run, network, loaders)
                 if args.task_p[1] == 0:
-                    datasets.decode_all(loaders.train)  # find broken images before training, as mining would
+                    datasets.decode_all(loaders.train_in_order)  # find broken images before training, as mining would
             else:
                 mined = run.restore(network, parts, images.names)
                 if warning := warning_of_threads(run.history.provenance):
@@ -570,7 +570,7 @@ def train(args: argparse.Namespace, argv: Sequence[str], stored: StoredRun | Non
             run.start_timing()
             for epoch in range(run.history.epoch, args.n_epochs):
                 if run.history.mining_is_due(epoch):
-                    mined = renew_labels(args, run, network, loaders.train, mined, epoch)
+                    mined = renew_labels(args, run, network, loaders.train_in_order, mined, epoch)
                 start = time.monotonic()
                 steps = datasets.draw_steps(dict(zip(TASKS, args.task_p)), len(images) // args.bs, args.seed, epoch)
                 loaders.sampler.set_epoch(epoch, {"Class": images.labels, "Shared": mined}, steps)

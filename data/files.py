@@ -13,7 +13,7 @@ IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".
 """Endings of images. A file with another ending, or with none, is an image if its first bytes say so."""
 
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-"""First bytes of JPEG, PNG and GIF. Those of BMP, PNM and TIFF also begin texts and raw files of cameras."""
+"""First bytes of JPEG, PNG and GIF. BMP, PNM and TIFF are missing: text and camera raw files can begin like them."""
 
 COPY = re.compile(r"(~|_original|\.(bak|old|orig|backup))$")
 """Ends of the names, in lower case, that editors give to backup copies."""

@@ -37,7 +37,7 @@ JPEG_FRAMES = {b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"}
 """JPEG markers of the segment that holds the image size, for baseline, extended and progressive files."""
 
 JPEG_SEGMENTS = JPEG_FRAMES | {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE)}
-"""JPEG markers of all segments before the pixels except APP1; tables, other APPs and comments among them."""
+"""JPEG markers of the segments, other than APP1, that ordinary files have before the pixels: tables, comments, ..."""
 
 VALIDATION = "Val"
 """Name of the held-out training classes among the test sets."""
@@ -207,7 +207,7 @@ def opened_image(path: str) -> Iterator[tuple[Image.Image, int]]:
 def exif_orientation(info: Mapping[str, object]) -> int:
     """Return the EXIF orientation, 1 to 8, as Pillow reads it; 1 if there is none.
 
-    Only EXIF counts. For a whole image Pillow would also look in XMP, and after the pixels of a PNG.
+    Only EXIF before the pixels counts. Once an image is decoded, Pillow also uses XMP, and EXIF after a PNG's pixels.
 
     Args:
         info: Image.info of an opened image that is not decoded yet.

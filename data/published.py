@@ -9,7 +9,7 @@ from data.custom import read_custom, read_folders
 from data.images import Splits
 
 K_VALS = (1, 2, 4, 8)
-"""The k of Recall@k for data sets without published ones."""
+"""The k of Recall@k for data sets whose entry names no others."""
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,8 @@ SERIES = {
 
 HELP = """\
 Train one run for each value of a flag and each of N seeds, with the set-up of the data set (shapes: the demo's; your
-own images: the defaults and your flags). Then compare the runs: print a table, and write ablation_SERIES.csv and
-ablation_SERIES.svg next to the runs. Rerunning a series skips finished runs and resumes interrupted ones.
+own images: the defaults and your flags). Then compare the runs: print a table, and write SAVENAME.csv and SAVENAME.svg
+(by default ablation_SERIES) next to the runs. Rerunning a series skips finished runs and resumes interrupted ones.
 
 SERIES is one of
 {}

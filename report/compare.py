@@ -379,7 +379,7 @@ def ablation_lines(
 
 
 def ablation_table(lines: Mapping[str, Mapping[str, Sequence[float]]]) -> pd.DataFrame:
-    """Return ablation_lines as a table with a row per value of the flag: numbers, then words. NaN: no runs."""
+    """Return ablation_lines as a table with a row per value of the flag, numbers first; NaN where a line has no run."""
     table = pd.DataFrame({name: pd.Series(points, dtype=object) for name, points in lines.items()})
     return table.sort_index(key=lambda values: pd.to_numeric(values, errors="coerce"), kind="stable")
 

@@ -57,7 +57,7 @@ class Run:
         self.stack = contextlib.ExitStack()
         self.board = None
         self.made: list[Path] = []
-        self.is_resumable = False  # True once this start has saved or restored a checkpoint
+        self.is_resumable = False  # True once a checkpoint was saved or restored, or if none needs to be
         if stored:
             history = self.history
             history.flags = stored.content["flags"] | history.flags
@@ -135,7 +135,7 @@ class Run:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()
             ):  # report what ended the run, not a failure to write
-                if self.stored is None:  # the run was trained or restored
+                if self.stored is None:  # not a finished run, which was neither trained nor restored
                     self._update_times(history.epoch)
                 history.write_state()
         self.stack.close()

@@ -24,9 +24,9 @@ LOGS = {
     "shared": "log_val_Shared.csv",
     "probe": "log_probe.csv",
 }
-"""{log: its CSV file in a run folder}; "val" holds the scores of all test sets, as in the published file name.
+"""{log: its CSV file in a run folder}; History.rows and the rows in a checkpoint have these keys.
 
-The rows in a History and in a checkpoint have the same keys.
+"val" is the published code's name; this log holds the scores of all test sets.
 """
 
 STATE_FILE = "run.json"
@@ -121,7 +121,7 @@ class History:
         return [name for name in self.test_sets if name != VALIDATION and self.best_index(name) == last]
 
     def best_line(self) -> str:
-        """Return the best Recall@1 of each test set so far, as text."""
+        """Return each test set's Recall@1 at its best epoch so far, as text."""
         texts = []
         for name in [name for name in self.test_sets if name != VALIDATION]:
             best, prefix = self.rows["val"][self.best_index(name)], "" if name == "test" else f"{name} "
@@ -175,7 +175,7 @@ class History:
             pd.DataFrame(self.rows[name], dtype=object).to_csv(file, index=False, lineterminator="\n")
 
     def write_state(self) -> None:
-        """Write Curr_Summary_Class.txt, and run.json, which holds what no other file holds."""
+        """Write run.json, with what hypa.pkl and the logs lack, and, if there are scores, Curr_Summary_Class.txt."""
         self.written = time.time()
         state = {name: getattr(self, name) for name in STATE}
         write_file(self.folder / STATE_FILE, json.dumps(state, indent=1).encode())

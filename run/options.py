@@ -297,5 +297,5 @@ def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folde
     other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
         changes = "; ".join(f"{as_typed(f, stored[f])}, not {as_typed(f, getattr(args, f))}" for f in other)
-        hint = "give these, or another --savename or --save_path" if args.go_on else f"only {GIVEN_ANEW} may change"
+        hint = "give its flags, or another --savename or --save_path" if args.go_on else f"only {GIVEN_ANEW} may change"
         parser.error(f"--{'go_on' if args.go_on else 'resume'}: {folder} is a run with {changes}; {hint}")

@@ -253,7 +253,7 @@ def test_probe_of_all_sets_takes_the_labels_of_the_images_it_reads(shapes):
     tests = dict(zip(sets, tests))
     chosen, chosen_of_test = (evaluate.probe_subset(images.labels, 1) for images in (train, test))
     part = make(Subset(whole.dataset, chosen))
-    of_run = datasets.Loaders(pool=None, sampler=None, batches=None, train=whole, tests=tests, probe=part)
+    of_run = datasets.Loaders(None, None, None, train_in_order=whole, tests=tests, probe=part)
     mined, tasks = np.arange(120) % 7, ["Class", "Shared"]
     embeddings = evaluate.embed_sets(network, tests, tasks)
     found = evaluate.probe_sets(network, of_run, mined, embeddings, 1)
@@ -313,7 +313,7 @@ def test_features_beyond_float16_are_told_from_weights_that_are_damaged(output):
     for network.amp in ("none", "bf16"):
         assert np.isfinite(evaluate.extract_features(network, batches, [output])[output]).all()
     network.amp = "fp16"
-    beyond = f"{output} features are not finite, though its weights are: float16 ends at 65504; train with --amp bf16"
+    beyond = f"{output} features are not finite: they exceed 65504, the largest float16 number; train with --amp bf16"
     with pytest.raises(DivergedError, match=beyond):
         evaluate.extract_features(network, batches, [output])
     network.backbone.layers.weight.data[0] = torch.nan

@@ -294,8 +294,8 @@ def test_a_name_goes_on_where_its_run_stopped(whole, tmp_path, capsys, content):
     os.link(expected / "checkpoint.pth.tar", top / "run" / "checkpoint.pth.tar")  # what is left of a run stays as it is
     killed_run(named, At("os.rename", "log_train_Class.csv", 2))
     for flags, message in [
-        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001, not --lr 0.0001; give these, or another --savename"),
-        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3, not --n_epochs 2; give these"),
+        (["--lr", "1e-4"], "run_1 is a run with --lr 0.001, not --lr 0.0001; give its flags, or another --savename"),
+        (["--n_epochs", "2"], "run_1 is a run with --n_epochs 3, not --n_epochs 2; give its flags"),
     ]:
         assert message in refused(capsys, [*named, *flags])
     assert run([*named, "--kernels", 1]) == top / "run_1"

@@ -223,12 +223,12 @@ def tiny_parts(class_folders, *more):
 
 def test_labels_are_mined_from_early_features_once_and_then_from_the_shared_embedding(class_folders):
     args, network, loaders = tiny_parts(class_folders, "--embed_sizes", 8, 6, "--cluster_mode", "mean")
-    features = evaluate.extract_features(network, loaders.train, ["Early", "Shared"])
-    early, classes = features["Early"].copy(), loaders.train.dataset.images.labels
+    features = evaluate.extract_features(network, loaders.train_in_order, ["Early", "Shared"])
+    early, classes = features["Early"].copy(), loaders.train_in_order.dataset.images.labels
     for label in range(2):  # the class means are taken out of the early features, and of nothing else
         early[classes == label] -= early[classes == label].mean(0, dtype=np.float64)
     for is_first_time, points in ((True, early), (False, features["Shared"])):
-        mined, squared_distances = main.mine_labels(args, network, loaders.train, is_first_time)
+        mined, squared_distances = main.mine_labels(args, network, loaders.train_in_order, is_first_time)
         expected, distances = auxiliaries.kmeans(points, 3, seed=1)
         assert mined.tolist() == expected.tolist()
         np.testing.assert_allclose(squared_distances, distances, rtol=1e-4, atol=1e-6)
@@ -305,7 +305,7 @@ def test_without_a_terminal_the_epochs_say_how_far_they_are(tiny_run, monkeypatc
 
 def test_batches_carry_the_labels_of_their_task_and_shared_ones_images_of_random_clusters(class_folders):
     _, _, loaders = tiny_parts(class_folders, "--random_cluster_pick_p", 1)
-    labels = {"Class": loaders.train.dataset.images.labels, "Shared": (np.arange(10) + 1) % 3}
+    labels = {"Class": loaders.train_in_order.dataset.images.labels, "Shared": (np.arange(10) + 1) % 3}
     steps = ["Class", "Shared", "Shared", "Class"]
     loaders.sampler.set_epoch(0, labels, list(enumerate(steps)))
     batches = list(loaders.sampler)

@@ -235,14 +235,14 @@ def draw_probe(path: Path, history: History) -> None:
             what = {"Class": "the class", "Mined": "the mined label"}.get(kind, plain(kind, 24))
             low_from = "Shared" if kind == "Class" else "Class"
             axis.set_title(f"{what} (should be low from {low_from})", loc="left", fontsize=11)
-            axis.set(ylim=(0, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")
+            axis.set(ylim=(-0.06, 1.02), xlim=(-0.7, table.index[-1] + 0.7), xlabel="epoch")  # AMI may be below 0
             format_axis(axis, 5)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("accuracy of the probe")
         if not agreements.empty:
             draw_agreements(axes.flat[len(kinds)], agreements, table.index[-1])
         for axis in axes.flat[n_panels:]:
             axis.set_visible(False)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("accuracy of the probe")
         handles = [line for line in axes[0, 0].lines if line.get_marker()]
         if test_sets:
             handles += [Line2D([], [], color="0.3", marker="o", markersize=4, label="training images")]
@@ -256,7 +256,7 @@ def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
     """Draw the adjusted mutual information of the mined labels with class and known factors over the minings."""
     draw_curves(axis, agreements.rename(columns=lambda name: plain(name.removeprefix("AMI "), 20)))
     axis.set_title("AMI of the mined labels", loc="left", fontsize=11)
-    axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch")
+    axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch", ylabel="AMI" if axis.get_ylabel() else "")
     axis.legend(fontsize=8, frameon=False)
     format_axis(axis, 5)
 

@@ -681,7 +681,7 @@ def get_args_parser() -> errors.OneLineParser:
         "sets, if it has moved since training")
     add("--embedding", choices=["Class", "Shared"], help="embedding to score or to store (default: Class)")
     add("--save_embeddings", type=PATH, metavar="FILE.npz", help="also store embeddings, labels, "
-        "paths, class names and is_query in this file; of a test set other than test, in FILE_<set>.npz")
+        "paths, class names and is_query in this file; those of the sets Val, Set 1, ... go to FILE_val.npz, ...")
     add("--embed", type=PATH, metavar="FOLDER", help="instead of scoring, embed all images below FOLDER, in any "
         "layout, and store embeddings and paths in the file of --save_embeddings")
     add("--gpu", type=whole(0), metavar="ID", help="number of the GPU to use; without a GPU, the CPU is "

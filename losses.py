@@ -150,7 +150,8 @@ class Loss(nn.Module):
     constructor the arguments that it names: flags of the task, n_classes, embed_size, or a triplet sampler.
 
     Attributes:
-        needs_positives: whether a batch has to hold several images of a class; without, --cs_per_bs is 1.
+        needs_positives: whether a batch has to hold several images of a class; if not, --cs_per_bs is 1 (except for
+            pml/NAME).
         learning_rate: learning rate of the loss's own parameters; set by losses that have any.
     """
 
@@ -298,7 +299,7 @@ class LibraryLoss(Loss):
         proxy_lr: learning rate of the loss's own parameters.
     """
 
-    needs_positives = False  # of some; options.check leaves --cs_per_bs to the user
+    needs_positives = False  # some do need them, but options.check leaves --cs_per_bs to the user
 
     def __init__(self, name: str, n_classes: int, embed_size: int, proxy_lr: float = 1e-5):
         super().__init__()

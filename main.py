@@ -126,7 +126,7 @@ def get_args_parser() -> OneLineParser:
     add("--bs", type=whole(2), default=112, metavar="B", help="batch size, a multiple of each value of --cs_per_bs; "
         "lower it if memory runs out")
     add("--cs_per_bs", type=whole(1), default=[4, 4], **pair, help="images of each class (or mined cluster) in a "
-        "batch; marginloss and triplet need at least 2; proxynca always takes 1, which shuffles all images")
+        "batch; marginloss and triplet need at least 2; with 1 (always for proxynca) all images are shuffled instead")
     add("--flip", choices=["class", "both", "none"], default="class", help="tasks whose training images are flipped "
         "left to right at random; class: the Class task, as published; none: for letters, traffic signs and other "
         "images whose mirror image means something else")
@@ -220,7 +220,7 @@ def load_data(args: argparse.Namespace, run: Run, pin_memory: bool) -> datasets.
         raise InputError(f"--bs {args.bs} {too_large}; try --bs {fitting} --shared_num_classes {fitting // 4}")
     n_clustered = int((~left_out_of_mining(train.labels, args.cluster_mode)).sum())
     if args.task_p[1] > 0 and args.shared_num_classes > n_clustered:
-        needed = " that share their class with another, as the first clustering needs"
+        needed = " that are not alone in their class; the first clustering excludes the others"
         n_images = f"{n_clustered} training images of {args.dataset}{needed if n_clustered < len(train) else ''}"
         raise InputError(f"--shared_num_classes {args.shared_num_classes} is larger than the {n_images}")
     if args.cache == "ram":  # last, as decoding takes minutes

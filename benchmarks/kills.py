@@ -6,8 +6,9 @@ The run mines before every second epoch and is small enough for a CPU. Each time
 or HUP) after a random delay, and is then resumed. The delay is uniform between 0 and the time that the uninterrupted
 run took for its start plus 1.5 epochs; it is shorter if the run would otherwise end before all signals were sent. After
 the last signal the run trains to its end. Logs (except for times), weights, optimiser and random states are then
-compared bit for bit. A run stopped by a signal other than KILL must end with exit code 128 + N, and no process may be
-left. All other flags are passed on to main.py.
+compared bit for bit. A run stopped by a signal other than KILL must end with exit code 128 + N, or die of
+the signal without output if it comes before main.py handles signals. No process may be left. All other flags are passed
+on to main.py.
 """
 
 import argparse

@@ -134,7 +134,7 @@ def clusters_to_show(
     Show all clusters or, if there are more than 10, the largest, middle and smallest ones; of each cluster the images
     nearest to its centre, no two of the same class. The caption gives the cluster's size and number of classes, and the
     known factor that stands out most. For each factor, take the share of the cluster's most frequent level minus
-    share_by_chance; the factor with the largest positive difference is named. The share alone would favour factors with
+    chance_limit; the factor with the largest positive difference is named. The share alone would favour factors with
     few levels and, in small clusters, mere chance.
 
     Args:
@@ -160,7 +160,7 @@ def clusters_to_show(
         first_of_class = np.sort(np.unique(labels[members], return_index=True)[1])
         caption = f"cluster {cluster}\n{counted(len(members), 'image')}\n{counted(len(first_of_class), 'class')}"
         excess = {
-            name: largest_share(levels[members]) - share_by_chance(levels[is_clustered], len(members))
+            name: largest_share(levels[members]) - chance_limit(levels[is_clustered], len(members))
             for name, levels in factors.items()
         }
         name = max(excess, key=excess.get, default="")
@@ -175,8 +175,8 @@ def largest_share(levels: np.ndarray) -> float:
     return np.bincount(levels).max() / len(levels)
 
 
-def share_by_chance(levels: np.ndarray, n_images: int) -> float:
-    """Return a largest_share that n_images random images rarely exceed: mean plus three deviations over some draws."""
+def chance_limit(levels: np.ndarray, n_images: int) -> float:
+    """Return a limit that the largest_share of random images rarely exceeds: mean plus three deviations of draws."""
     draws = np.random.default_rng(0).choice(levels, (20 + 500 // n_images, n_images))
     shares = [largest_share(draw) for draw in draws]
     return float(np.mean(shares) + 3 * np.std(shares))

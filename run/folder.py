@@ -135,7 +135,7 @@ class Run:
             with (
                 contextlib.suppress(OSError) if error else contextlib.nullcontext()
             ):  # report what ended the run, not a failure to write
-                if self.stored is None:  # not a finished run, which was neither trained nor restored
+                if self.stored is None:  # a run that was already finished when it was started keeps its times
                     self._update_times(history.epoch)
                 history.write_state()
         self.stack.close()

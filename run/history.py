@@ -100,7 +100,7 @@ class History:
         return sorted(names, key=lambda name: name == VALIDATION)
 
     def mining_is_due(self, epoch: int) -> bool:
-        """Tell whether to mine labels before an epoch: every cluster_update_freq + 1 epochs, once per epoch."""
+        """Tell whether a mining is due before an epoch (every cluster_update_freq + 1 epochs) and not done yet."""
         if self.flags["task_p"][1] == 0:
             return False
         return epoch % (self.flags["cluster_update_freq"] + 1) == 0 and epoch not in self.mined_epochs

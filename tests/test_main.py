@@ -266,7 +266,7 @@ def test_a_run_says_how_many_images_took_no_part_in_its_first_clustering(tmp_pat
     assert read_logs(folder)["log_mining.csv"]["Inertia"].notna().all()
     assert np.load(folder / "mined_labels.npz")["labels"].shape[1] == 11
     flags = small_flags(tmp_path / "source", tmp_path / "results", "--shared_num_classes", 10)
-    message = "--shared_num_classes 10 is larger than the 9 training images of tiny that share their class with another"
+    message = "--shared_num_classes 10 is larger than the 9 training images of tiny that are not alone in their class"
     assert message in refused(capsys, flags)
     assert not (tmp_path / "results" / "tiny" / "run_1").exists()
 

@@ -97,7 +97,7 @@ class EmbeddingNetwork(nn.Module):
         detached_heads: tasks whose heads pass no gradient to the backbone.
 
     Attributes:
-        amp: precision of the backbone: none (float32) or a name in AMP_TYPES.
+        amp: precision of the backbone: none (float32, or a caller's autocast) or a name in AMP_TYPES.
         started_from: weights that the network started from, in words.
 
     Reference:

@@ -15,7 +15,7 @@ IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 """First bytes of JPEG, PNG and GIF. BMP, PNM and TIFF are missing: text and camera raw files can begin like them."""
 
-COPY = re.compile(r"(~|_original|\.(bak|old|orig|backup))$")
+COPY = re.compile(r"((\.~\d+)?~|_original|\.(bak|old|orig|backup))+$")
 """Ends of the names, in lower case, that editors give to backup copies."""
 
 MADE_BY_SYSTEMS = ("lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Icon\r")
@@ -58,6 +58,7 @@ def survey(root: Path, first: Sequence[str] = ()) -> Survey:
                 found["folder"].append(folder)
             try:
                 entries = list(os.scandir(path))
+                os.stat(os.path.join(path, "."))  # fails for a folder that can be listed but not entered
             except OSError:
                 found["unreadable folder"].append(folder)
                 continue

@@ -42,7 +42,7 @@ from run.history import (
 from run.provenance import command
 from support import processes
 from support.errors import InputError
-from support.files import write_file
+from support.files import replaced_file, write_file
 
 SILENCE, FIRST_SILENCE = 600, 3600
 """Seconds without news after which a run counts as silent.
@@ -228,7 +228,8 @@ def write_index(folder: Path) -> None:
             test_set=test_set,
             paper=scores_of(dataset_info(dataset).scores, test_set),
         )
-        write_file(path, content)
+        with replaced_file(path, folder=folder) as file:  # in the run's own folder, where no other run writes
+            file.write(content)
 
 
 def read_histories(parent: Path) -> list[History]:

@@ -67,7 +67,7 @@ def read_to_resume(path: Path, locks: contextlib.ExitStack) -> StoredRun:
     """
     folder = path.parent if path.name == LAST else path
     if not folder.is_dir():
-        raise InputError(f"{folder}: not a run folder")
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}")
     if not (folder / LAST).is_file():
         inside = first_few(sorted(str(last.parent) for last in folder.glob(f"*/{LAST}")))
         hint = f"there are runs in it: {inside}" if inside else "it has no complete epoch, or is not a run folder"

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import pickle
 import time
 from collections.abc import Mapping, Sequence
@@ -269,7 +268,8 @@ def read_flags(folder: Path) -> tuple[dict[str, object], list[dict[str, str]]]:
         if not weights.is_provenance(provenance):
             raise ValueError("its provenance is malformed")
     except OSError as error:
-        raise InputError(f"{folder}: holds no hypa.pkl that can be read ({error.strerror})") from error
+        fault = f"holds no hypa.pkl that can be read ({error.strerror})" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {fault}") from error
     except Exception as error:  # the unpickler raises almost anything on damaged bytes
         raise InputError(f"{folder}: hypa.pkl cannot be read ({first_line(error)})") from error
     return flags, provenance
@@ -330,8 +330,8 @@ def read_state(path: Path) -> dict[str, object]:
         for name, kind in STATE.items():
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
-        if not math.isfinite(stored["seconds"] + stored["written"]):
-            raise ValueError("its times are not finite")
+        if not all(0 <= (stored[name] or 0) < 1e11 for name in ("seconds", "seconds_left", "written")):
+            raise ValueError("a time is not one")
         return {name: stored[name] for name in STATE}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error

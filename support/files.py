@@ -77,9 +77,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced_file(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that replaces `path` if the block succeeds; readers see either the old or the new file, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replaced_file(path: Path, mode: str = "wb", folder: Path | None = None) -> Iterator[IO]:
+    """Open a file that replaces `path` if the block succeeds; readers see either the old or the new file, whole.
+
+    Args:
+        folder: folder of the temporary file on the same file system; None: that of `path`.
+    """
+    temporary = (folder or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -82,7 +82,7 @@ def test_comparison_by_hand(tmp_path, capsys):
     for path, reason in [
         ("runs/c", "holds no hypa.pkl that can be read ("),
         ("runs/d", "hypa.pkl cannot be read"),
-        ("nowhere", "holds no hypa.pkl that can be read ("),
+        ("nowhere", "no such folder"),
     ]:
         assert any(line.startswith(f"skipped {tmp_path}/{path}: {reason}") for line in printed.splitlines())
     table = pd.read_csv(csv).set_index(["run", "adv_weights", "at"])

@@ -237,6 +237,7 @@ def messy(root, layout):
     for name in ("class_00/bare", "class_01/sub.glasses", "class_02/x.jpg~", "class_02/front/0.jpg",
                  "class_02/a/b/c/1.jpg",
                  "flat.jpg", "class_00/0.jpg~", "class_00/0.jpg_original", "class_00/0.JPG.bak", "class_01/1.bak",
+                 "class_04/1.jpg.~1~",
                  "class_00/._0.jpg", ".DS_Store", "class_01/Icon\r", "class_03/@eaDir/0.jpg", "../cover.jpg",
                  "../val/class_09/1.jpg", "../.thumbnails/1.jpg", "../cover.jpg.bak"):  # fmt: skip
         (images / name).parent.mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,7 @@ def test_images_and_what_is_left_out_are_all_that_find_finds(tmp_path, layout, c
             "2 images in subfolders of class folders: images/class_02/a/b/c/1.jpg, images/class_02/front/0.jpg",
             "1 image beside the class folders: images/flat.jpg",
             "1 folder that leads to images read already: images/again",
-            "5 backup copies: cover.jpg.bak, images/class_00/0.JPG.bak, images/class_00/0.jpg_original, ...",
+            "6 backup copies: cover.jpg.bak, images/class_00/0.JPG.bak, images/class_00/0.jpg_original, ...",
             "6 other files: images/README.md, images/class_00/LICENSE, images/class_01/Makefile, ...",
             "5 hidden files: .thumbnails/1.jpg, images/.DS_Store, images/class_00/._0.jpg, ...",
             "1 Git LFS pointer: notes.csv",

@@ -327,7 +327,7 @@ def test_a_comparison_names_runs_that_may_not_be_read_and_leaves_them_out(tmp_pa
     assert (done.returncode, done.stderr) == (0, "")
     skipped = [line.removeprefix(f"skipped {tmp_path}/") for line in done.stdout.splitlines() if "skipped" in line]
     assert sorted(line.split(" (")[0] for line in skipped) == [
-        "loop: holds no hypa.pkl that can be read",
+        "loop: no such folder",
         "private: holds no hypa.pkl that can be read",
         "runs/flags: holds no hypa.pkl that can be read",
         "runs/hidden: holds no hypa.pkl that can be read",

@@ -215,7 +215,7 @@ def test_other_images_are_refused_though_there_are_as_many(whole, tmp_path, caps
 
 
 def test_folders_that_hold_nothing_to_resume(whole, tmp_path, capsys, content):
-    assert "not a run folder" in refused(capsys, ["--resume", tmp_path / "absent"])
+    assert "no such folder" in refused(capsys, ["--resume", tmp_path / "absent"])
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "runs" / "a" / "last.pth.tar").touch()
     assert f"; there are runs in it: {tmp_path}/runs/a" in refused(capsys, ["--resume", tmp_path / "runs"])

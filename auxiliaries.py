@@ -264,7 +264,8 @@ def n_workers(n_wanted: int) -> int:
         InputError: workers are wanted, but the path of the temporary folder is too long for their sockets.
     """
     folder = tempfile.gettempdir()
-    if n_wanted and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:  # the workers would wait for each other forever
+    # With a longer path the workers would wait for each other forever
+    if n_wanted and len(os.fsencode(folder)) > LONGEST_SOCKET_FOLDER:
         hint = "shorten it, or give --kernels 0"
         raise InputError(f"--kernels {n_wanted}: TMPDIR is too long a name for loader workers ({folder}); {hint}")
     return min(n_wanted, max(n_cores() // processes.local_world_size(), 1))

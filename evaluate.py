@@ -210,7 +210,8 @@ def metrics_per_query(
     # (Q, 5), copied to the device once: point, first column and size of its class, own column, number of positives
     query_facts = np.stack([queries, first, stop - first, column_of[queries], n_positives], 1)
     query_facts = torch.as_tensor(query_facts, device=device)
-    offsets = torch.arange((stop - first).max(initial=1), device=device)  # (C,), relative to a class's first column
+    # (C,), relative to the first column of a class
+    offsets = torch.arange((stop - first).max(initial=1), device=device)
     right = points[torch.as_tensor(gallery, device=device)]
     half_norms = right.square().sum(1) / 2
     buffer = torch.empty(min(block_size, len(queries)), len(gallery), device=device)

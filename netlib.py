@@ -231,7 +231,8 @@ def pretrained_state(arch: str, img_size: int) -> dict[str, Tensor]:
         if not arch.startswith("timm/"):
             return BACKBONES[arch].weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         return create_timm_model(arch.removeprefix("timm/"), img_size, pretrained=True).state_dict()
-    except Exception as error:  # no network, no such weights, or a damaged file, on which the unpickler raises anything
+    # There is no network, there are no such weights, or the file is damaged: the unpickler then raises almost anything
+    except Exception as error:
         raise InputError(
             f"cannot get the pretrained {arch} weights ({first_line(error)}): delete a damaged file from the cache of "
             "torch or Hugging Face, pass one with --weights FILE, or train from random weights with --not_pretrained"

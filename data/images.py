@@ -217,7 +217,8 @@ def exif_orientation(info: Mapping[str, object]) -> int:
         return 1
     header = Image.new("1", (1, 1))
     header.info = exif
-    with contextlib.suppress(Exception):  # Pillow raises almost anything on damaged EXIF, but the image may be sound
+    # Pillow raises almost anything on damaged EXIF, but the image may be sound
+    with contextlib.suppress(Exception):
         orientation = header.getexif().get(ExifTags.Base.Orientation)
         if orientation in FLIPS:
             return int(orientation)

@@ -293,7 +293,8 @@ def find_run_to_resume(args: argparse.Namespace, locks: contextlib.ExitStack) ->
 def refuse_changes(args: argparse.Namespace, stored: Mapping[str, object], folder: Path, parser: OneLineParser) -> None:
     """Reject flags that differ from those of the stored run in a folder, except for those that may change."""
     free = {*MACHINE, *START} | ({"n_epochs"} if args.n_epochs >= stored["n_epochs"] else set())
-    free |= {"save_path"} if args.go_on else set()  # the run was found there, even if the path was spelt differently
+    # With --go_on the run was found there, even if the path was spelt differently
+    free |= {"save_path"} if args.go_on else set()
     other = [flag for flag, value in vars(args).items() if flag not in free and value != stored[flag]]
     if other:
         changes = "; ".join(f"{as_typed(f, stored[f])}, not {as_typed(f, getattr(args, f))}" for f in other)

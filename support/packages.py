@@ -78,7 +78,8 @@ def create_timm_model(name: str, img_size: int, pretrained: bool = False) -> nn.
     """
     timm = imported_timm(name)
     try:
-        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)  # transformers need the image size
+        # Transformers need the image size
+        return timm.create_model(name, pretrained, num_classes=0, img_size=img_size)
     except TypeError:  # convolutional networks take images of any size, and no such argument
         return timm.create_model(name, pretrained, num_classes=0)
 

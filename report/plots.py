@@ -256,7 +256,7 @@ def draw_agreements(axis: Axes, agreements: pd.DataFrame, last: int) -> None:
     """Draw the adjusted mutual information of the mined labels with class and known factors over the minings."""
     draw_curves(axis, agreements.rename(columns=lambda name: plain(name.removeprefix("AMI "), 20)))
     axis.set_title("AMI of the mined labels", loc="left", fontsize=11)
-    axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch", ylabel="AMI" if axis.get_ylabel() else "")
+    axis.set(xlim=(-0.7, last + 0.7), xlabel="epoch", ylabel="")
     axis.legend(fontsize=8, frameon=False)
     format_axis(axis, 5)
 

@@ -36,6 +36,7 @@ class ConsoleHandler(logging.Handler):
         self.addFilter(lambda record: takes(record) and not getattr(record, "for_file_only", False))
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write the line of a record."""
         try:
             tqdm.write(self.format(record), file=self.stream)
             self.stream.flush()

@@ -331,7 +331,7 @@ def read_state(path: Path) -> dict[str, object]:
             if not isinstance(stored[name], kind):
                 raise ValueError(f"its {name} is a {type(stored[name]).__name__}")
         if not all(0 <= (stored[name] or 0) < 1e11 for name in ("seconds", "seconds_left", "written")):
-            raise ValueError("a time is not one")
+            raise ValueError("a time in it is out of range")
         return {name: stored[name] for name in STATE}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path.parent}: {path.name} cannot be read ({first_line(error)})") from error
